@@ -1,0 +1,26 @@
+"""STARS decoding (arXiv 2511.03827): align a Hugging Face causal language model while it decodes.
+
+    output = stars_kernels.decode(model, reward_model, "Write a review of a hotel.", tokenizer=tokenizer)
+    print(output.text, output.reward)
+"""
+
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.errors import StarsError
+from stars_kernels.decoder.output import Counts, Segment, StarsOutput
+from stars_kernels.hf.api import decode
+from stars_kernels.hf.models import RewardModel
+from stars_kernels.ops import backends, reference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Counts",
+    "RewardModel",
+    "Segment",
+    "StarsConfig",
+    "StarsError",
+    "StarsOutput",
+    "backends",
+    "decode",
+    "reference",
+]

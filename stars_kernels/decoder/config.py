@@ -1,0 +1,141 @@
+"""StarsConfig: every knob of a decode, with the paper's names (arXiv 2511.03827)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stars_kernels.ops.philox import MAX_ATTEMPTS
+
+
+@dataclass(frozen=True)
+class StarsConfig:
+    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, never the answer."""
+
+    segment_size: int = 15
+    """Tokens of a segment."""
+    max_attempts: int = 20
+    """Candidates judged for a segment, at most; then the best of them is taken."""
+    alpha: float = 0.5
+    """Where the threshold starts between the prompt's own reward (0) and reward_threshold (1)."""
+    beta: float | None = None
+    """Acceptance temperature in the reward model's units; None = calibrated."""
+    reward_threshold: float | None = None
+    """r*, the target reward in the reward model's units; None = calibrated."""
+    max_new_tokens: int = 128
+    """Token budget of an answer; also the denominator of the rising threshold."""
+    accept: Literal["soft", "hard"] = "soft"
+    """soft: accept with probability min(1, exp((r - tau) / beta)); hard: accept iff r >= tau."""
+    temperature: float = 1.0
+    top_k: int | None = 40
+    """As in the code of CARDS, which STARS builds on; None or 0 = off."""
+    top_p: float | None = None
+    min_p: float | None = None
+    do_sample: bool = True
+    """transformers' switch; STARS needs different attempts, so only True is accepted."""
+    seed: int | None = None
+    """None draws one and records it in the output's config."""
+    width: int | Literal["auto"] = "auto"
+    """Attempts of a prompt decoded side by side in a round."""
+    batch_size: int = 8
+    """Prompts decoded in lock-step."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """None = the model's own; () = never end on a token."""
+    stop_strings: str | tuple[str, ...] = ()
+    """An answer ends with the token that completes one of these; its text ends before it."""
+    calibration_samples: int = 16
+    """Plain continuations sampled when r* or beta is not given."""
+    calibration_quantile: float = 0.9
+    """r* = this quantile of their rewards."""
+    calibration_acceptance: float = 0.25
+    """beta such that this share of them would be accepted at r*."""
+    progress: bool = True
+    """Show a bar on runs longer than a few seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("eos_token_id", "stop_strings"):  # lists are admitted, tuples are kept
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("segment_size", "max_attempts", "max_new_tokens", "batch_size", "calibration_samples"):
+            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
+        self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
+        self._check("calibration_samples", self.calibration_samples < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
+        self._check("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number in [0, 1]")
+        self._check("beta", self.beta is None or (_is_number(self.beta) and self.beta > 0), "a finite number > 0")
+        self._check(
+            "reward_threshold", self.reward_threshold is None or _is_number(self.reward_threshold), "a finite number"
+        )
+        self._check("accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
+        self._check(
+            "do_sample",
+            self.do_sample is True,
+            "True: without sampling all attempts at a segment would be equal",
+        )
+        self._check(
+            "temperature",
+            _is_number(self.temperature) and self.temperature > 0,
+            "a finite number > 0: at 0 all attempts at a segment would be equal",
+        )
+        self._check(
+            "top_k",
+            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 0 and self.top_k != 1),
+            "an integer >= 2, or None or 0 for off: with 1 all attempts at a segment would be equal",
+        )
+        self._check("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "in (0, 1]")
+        self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
+        self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
+        self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
+        eos = (self.eos_token_id,) if _is_int(self.eos_token_id) else self.eos_token_id
+        self._check("eos_token_id", eos is None or all(_is_int(i) for i in eos), "an id, a tuple of ids, or None")
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) and self.stop_strings else self.stop_strings
+        self._check("stop_strings", all(isinstance(s, str) and s for s in stops), "non-empty strings")
+        for name in ("calibration_quantile", "calibration_acceptance"):
+            self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) < 1, "in (0, 1)")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The keyword arguments of `ops.segment_sample`."""
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "min_p": self.min_p or 0.0,
+        }
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) and self.stop_strings else tuple(self.stop_strings)
+
+    def replace(self, **changes: Any) -> StarsConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> StarsConfig:
+    """One config from `config` (an object, a mapping, or None for the defaults) and keyword overrides."""
+    if config is not None and not isinstance(config, StarsConfig | Mapping):
+        raise TypeError(f"config is a {type(config).__name__}, expected a StarsConfig, a mapping or None")
+    names = [field.name for field in dataclasses.fields(StarsConfig)]
+    given = {**(config if isinstance(config, Mapping) else {}), **overrides}
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
+            raise TypeError(f"unknown setting {name!r}{hint}")
+    return config.replace(**given) if isinstance(config, StarsConfig) else StarsConfig(**given)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,82 @@
+"""The two sides of the loop: a Proposer (the language model) and a Scorer (the reward model).
+
+The loop knows prompts by their index in the batch. A round is: propose -> score -> (the loop judges) -> commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a round, grouped by prompt; every tensor is [R] int64."""
+
+    prompt: Tensor
+    attempt: Tensor
+    key: Tensor
+    position: Tensor
+    """Answer tokens accepted so far."""
+
+    def __len__(self) -> int:
+        return self.prompt.shape[0]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a round decided, for each of its prompts; every tensor is [C]."""
+
+    prompt: Tensor
+    row: Tensor
+    """The row whose suffix is written behind the prefix (the winner or the best so far); -1 = none."""
+    length: Tensor
+    """Tokens of the segment that is written or, where row is -1, that already lies behind the prefix."""
+    advance: Tensor
+    """bool: the segment becomes a part of the prefix."""
+    last_token: Tensor
+    """The segment's last token."""
+
+
+@dataclass
+class Scores:
+    """Rewards [R] float64 (of the empty answers: [P])."""
+
+    rewards: Tensor
+    tokens: Tensor | None = None
+    """[R] tokens the reward model read for each; None where it reads text."""
+    errors: dict[int, Exception] = field(default_factory=dict)
+    """The prompts the scorer failed on, with the exception; their rewards mean nothing."""
+
+
+class Proposer(Protocol):
+    """Samples candidate segments from one shared prefix per prompt."""
+
+    device: torch.device
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
+        """Read the prompts' token ids; room for `max_new_tokens` more each."""
+
+    def propose(self, rows: Rows, size: int, sampling: dict[str, float], stream: int, eos: Tensor) -> Tensor:
+        """[R, <= size] int64 tokens, -1 where a row's logits were not usable.
+
+        Sampling may go on past a row's end of sequence, and may stop early once every row has ended.
+        """
+
+    def commit(self, commit: Commit) -> None: ...
+
+
+class Scorer(Protocol):
+    """Scores candidates behind the accepted answer."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+        """Read the prompts; the rewards r(x) of the empty answers, [P]."""
+
+    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
+        """The rewards of prompt + accepted answer + tokens[r, :lengths[r]], [R]."""
+
+    def commit(self, commit: Commit) -> None: ...

@@ -1,0 +1,301 @@
+"""`stars_kernels.decode`: models, prompts and settings in; aligned answers out."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stars_kernels.decoder.config import StarsConfig, resolve_config
+from stars_kernels.decoder.errors import StarsError
+from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.output import StarsOutput
+from stars_kernels.decoder.protocols import Scorer
+from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
+from stars_kernels.hf.models import (
+    ModelOrPath,
+    RewardModel,
+    context_limit,
+    eos_ids,
+    load_language_model,
+    load_reward_model,
+    view_of,
+)
+from stars_kernels.hf.prompts import Codec, Prompt, split_prompts
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.scorers import CallableScorer, ClassifierScorer, RewardFunction
+from stars_kernels.ops import backends
+from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
+
+PROGRESS_DELAY = 3.0
+"""Seconds before a progress bar appears."""
+
+
+def decode(
+    model: ModelOrPath,
+    rm: ModelOrPath | RewardModel | RewardFunction,
+    prompt: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: StarsConfig | Mapping[str, Any] | None = None,
+    request_ids: Sequence[int | str] | int | str | None = None,
+    trust_remote_code: bool = False,
+    **overrides: Any,
+) -> StarsOutput | list[StarsOutput]:
+    """Align `model`'s answer to `prompt` with reward model `rm` while it decodes (STARS, arXiv 2511.03827).
+
+    Args:
+        model: a causal language model of transformers, or a path to one (a folder, or a .gguf file).
+        rm: a causal sequence classifier with the same tokenizer, a path to one, a `RewardModel`, or a function
+            rm(prompts, answers) -> one float each, called with texts (answers without prompt and special tokens).
+        prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
+            a list of these.
+        tokenizer: for a model in memory that gets text, or whose answers should come as text.
+        config: a `StarsConfig` or a mapping of its keys; every key is also a keyword here. Without `reward_threshold`
+            or `beta`, they are calibrated once per call from plain continuations of the given prompts.
+        request_ids: one int or str per prompt, distinct; the random numbers of an answer depend on (seed, request id).
+            Default: a hash of the prompt's token ids and how many equal prompts came before it.
+        trust_remote_code: passed on when `model` or `rm` is a path.
+
+    Returns:
+        A `StarsOutput`, or for a list of prompts a list of them.
+
+    Raises:
+        ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
+        RuntimeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
+        StarsError: some prompts of a list failed; `.results` holds the others.
+        KeyboardInterrupt: `.results` holds what was done: finished answers, partial ones ("interrupted"), or None.
+    """
+    settings = resolve_config(config, overrides)
+    prompts, many = split_prompts(prompt)
+    if not prompts:
+        return []
+    engine = _Engine(model, rm, tokenizer, settings, trust_remote_code)
+    ids = [request_ids] if isinstance(request_ids, int | str) and not many else request_ids
+    assert not isinstance(ids, int | str) or many
+    results = engine.run(prompts, ids)  # type: ignore[arg-type]
+    if many:
+        if any(isinstance(result, Exception) for result in results):
+            raise StarsError(results)
+        return results  # type: ignore[return-value]
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+@dataclass
+class _Request:
+    """A prompt that passed its checks, at its place in the caller's list."""
+
+    index: int
+    id: int | str
+    prompt: Prompt
+
+
+class _Engine:
+    """The models of one call and how a batch of requests runs on them."""
+
+    def __init__(
+        self,
+        model: ModelOrPath,
+        rm: ModelOrPath | RewardModel | RewardFunction,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: StarsConfig,
+        trust_remote_code: bool,
+    ) -> None:
+        seed = secrets.randbits(63) if config.seed is None else config.seed
+        self.config = config.replace(seed=seed)
+        language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
+        self.lm = view_of(language_model)
+        self.limit = context_limit(self.lm)
+        self.rm: PreTrainedModel | RewardFunction
+        if _is_function(rm):
+            self.rm, self.label = rm, 0  # type: ignore[assignment]
+            if tokenizer is None:
+                raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
+        else:
+            described = rm if isinstance(rm, RewardModel) else RewardModel(rm)  # type: ignore[arg-type]
+            reward_model, self.label = load_reward_model(described, language_model, tokenizer, trust_remote_code)
+            self.rm = view_of(reward_model)
+            self.limit = min(self.limit, context_limit(self.rm))
+            if self.rm.device != self.lm.device:
+                raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
+        given = config.eos_token_id
+        eos = eos_ids(language_model) if given is None else (given,) if isinstance(given, int) else given
+        self.eos = eos
+        self.codec = Codec(tokenizer, config.stops, eos)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[Any], request_ids: Sequence[int | str] | None) -> list[StarsOutput | Exception]:
+        """One result a prompt, in order."""
+        results: list[StarsOutput | Exception | None] = [None] * len(prompts)
+        try:
+            requests = self._admit(prompts, request_ids, results)
+            calibration = self._calibrate(requests)
+            size = self.config.batch_size
+            with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
+                for start in range(0, len(requests), size):
+                    self._run_batch(requests[start : start + size], results, bar, calibration)
+        except KeyboardInterrupt as interrupt:
+            interrupt.results = results  # type: ignore[attr-defined]
+            raise
+        return results  # type: ignore[return-value]
+
+    def _admit(
+        self, prompts: list[Any], request_ids: Sequence[int | str] | None, results: list[StarsOutput | Exception | None]
+    ) -> list[_Request]:
+        """Encode and check every prompt; those that fail become their own result."""
+        encoded: dict[int, Prompt] = {}
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded[index] = self._check(self.codec.encode(prompt))
+            except (ValueError, TypeError) as error:
+                results[index] = type(error)(f"prompt {index}: {error}")
+        ids = _request_ids(request_ids, len(prompts), encoded)
+        return [_Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+
+    def _check(self, prompt: Prompt) -> Prompt:
+        vocabulary = self.lm.config.vocab_size
+        wrong = next((i for i in prompt.ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+        if not prompt.ids:
+            raise ValueError("it has no tokens, expected at least one")
+        if len(prompt.ids) >= self.limit:
+            raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {self.limit}")
+        return prompt
+
+    def _calibrate(self, requests: list[_Request]) -> dict[str, float]:
+        """Fill in r* and beta where not given; the wall seconds and tokens it took."""
+        config = self.config
+        if (config.reward_threshold is not None and config.beta is not None) or not requests:
+            return {}
+        began = time.perf_counter()
+        requests = requests[: config.calibration_samples]
+        samples = -(-config.calibration_samples // len(requests))
+        # One unaccepted segment as long as an answer: its attempts are plain continuations from one shared prefix.
+        plain = config.replace(
+            segment_size=config.max_new_tokens, max_attempts=samples, width=samples, accept="hard", beta=1.0,
+            reward_threshold=UNREACHABLE,
+        )  # fmt: skip
+        rewards: list[float] = []
+        sampled = 0
+        with self._progress(len(requests) * config.max_new_tokens, "calibrate") as bar:
+            for start in range(0, len(requests), config.batch_size):
+                loop = self._loop(requests[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
+                loop.run()
+                for answer in loop.answers:
+                    rewards += answer.segments[0].rewards if answer.error is None else []
+                    sampled += answer.counts.sampled
+        if not rewards:
+            return {}  # every prompt fails; each says why when it is decoded
+        target = config.reward_threshold
+        if target is None:
+            target = calibrate_target(rewards, config.calibration_quantile)
+        beta = config.beta
+        if beta is None:
+            beta = calibrate_beta(rewards, target, config.calibration_acceptance)
+        self.config = config.replace(reward_threshold=target, beta=beta)
+        return {"calibrate": time.perf_counter() - began, "sampled": sampled}
+
+    def _loop(
+        self, requests: list[_Request], config: StarsConfig, stream: int, on_tokens: Callable[[int], Any]
+    ) -> Loop:
+        assert config.seed is not None
+        answers = [
+            Answer(request_key(config.seed, r.id), r.prompt.ids, min(config.max_new_tokens, self.limit - len(r.prompt.ids)))
+            for r in requests
+        ]  # fmt: skip
+        scorer: Scorer
+        if isinstance(self.rm, PreTrainedModel):
+            scorer = ClassifierScorer(self.rm, self.label)
+        else:
+            texts = [r.prompt.text or "" for r in requests]
+            scorer = CallableScorer(self.rm, texts, self.codec.decode, self.lm.device)
+        find_stop = self.codec.find_stop if self.codec.stops else None
+        return Loop(ModelProposer(self.lm), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
+
+    def _run_batch(
+        self, requests: list[_Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any],
+        calibration: dict[str, float],
+    ) -> None:  # fmt: skip
+        config = self.config
+        if config.reward_threshold is None or config.beta is None:  # no prompt could be calibrated on
+            config = config.replace(reward_threshold=config.reward_threshold or 0.0, beta=config.beta or 1.0)
+        loop = self._loop(requests, config, STREAM_SAMPLE, bar.update)
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            for answer in loop.answers:
+                if answer.active:
+                    answer.finish_reason = "interrupted"
+            raise
+        finally:
+            ran = {op: served[self.lm.device.type] for op, served in backends().items()}
+            for request, answer in zip(requests, loop.answers, strict=True):
+                if answer.error is not None:
+                    failed = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
+                    failed.__cause__ = answer.error.__cause__
+                    results[request.index] = failed
+                elif answer.finish_reason is not None:
+                    seconds = {**loop.seconds, **{k: v for k, v in calibration.items() if k == "calibrate"}}
+                    results[request.index] = self._output(request, answer, config, seconds, ran)
+                    bar.update(config.max_new_tokens - len(answer.tokens))
+
+    def _output(
+        self, request: _Request, answer: Answer, config: StarsConfig, seconds: dict[str, float], ran: dict[str, str]
+    ) -> StarsOutput:
+        assert answer.finish_reason is not None
+        return StarsOutput(
+            text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
+            token_ids=answer.tokens,
+            reward=answer.reward,
+            finish_reason=answer.finish_reason,
+            config=config,
+            request_id=request.id,
+            prompt_reward=answer.prompt_reward,
+            segments=[segment for segment in answer.segments if segment.attempts],
+            counts=answer.counts,
+            seconds=seconds,
+            backends=ran,
+        )
+
+    def _progress(self, total: int, what: str) -> tqdm[Any]:
+        return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
+
+
+def _is_function(rm: object) -> bool:
+    return callable(rm) and not isinstance(rm, torch.nn.Module)
+
+
+def _request_ids(
+    given: Sequence[int | str] | None, count: int, encoded: Mapping[int, Prompt]
+) -> Sequence[int | str] | dict[int, str]:
+    """The ids by prompt index: the caller's, or a hash of the token ids plus the occurrence number."""
+    if given is None:
+        seen: Counter[str] = Counter()
+        ids: dict[int, str] = {}
+        for index, prompt in encoded.items():
+            digest = hashlib.blake2b(repr(prompt.ids).encode(), digest_size=16).hexdigest()
+            ids[index] = f"{digest}#{seen[digest]}"
+            seen[digest] += 1
+        return ids
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"request_ids is a {type(given).__name__}, expected a list of int or str")
+    if len(given) != count:
+        raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
+    for request_id in given:
+        if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+            raise TypeError(f"request id {request_id!r} is a {type(request_id).__name__}, expected int or str")
+    repeated = [i for i, n in Counter(given).items() if n > 1]
+    if repeated:
+        raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")
+    return given

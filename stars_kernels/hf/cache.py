@@ -1,0 +1,213 @@
+"""ForkCache: one stored prefix per prompt, one short suffix per row, read through transformers' attention hook.
+
+    arena   [L, 2, N, Hkv, D]    prompt p owns slots [offset_p, offset_p + capacity_p), the first length_p are its prefix
+    suffix  [L, 2, R, T, Hkv, D] a row's own tokens since the prefix
+
+`fork` opens rows on their prompts' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
+behind the prefixes. The model is never patched: attention reaches this cache because `update()` of a layer runs just
+before that layer's attention, in the same thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from stars_kernels import ops
+
+ATTENTION = "stars"
+"""The name of our attention in transformers' registry."""
+
+_current = threading.local()
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A packed forward: consecutive spans of one row, each the next tokens of a prompt."""
+
+    prompts: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class _Suffix:
+    """A forward of `steps` tokens a row, stored from suffix slot `start` on."""
+
+    start: int
+    query_len: Tensor  # [R]
+
+
+class ForkCache(Cache):
+    """Storage and attention of one model for a batch of prompts."""
+
+    def __init__(
+        self, config: PreTrainedConfig, capacities: Sequence[int], segment_size: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """capacities: tokens each prompt may hold, answer included."""
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers = config.num_hidden_layers
+        self.segment_size = segment_size
+        self.arena = torch.empty(self.num_layers, 2, sum(capacities), heads, size, dtype=dtype, device=device)
+        self.suffix = self.arena.new_empty(self.num_layers, 2, 0, segment_size, heads, size)
+        sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
+        self.offsets = sizes.cumsum(0)[:-1]  # [P]
+        self.lengths = torch.zeros_like(self.offsets)  # [P]
+        self.prompt = self.lengths[:0]  # [R] the prompt of each open row
+        self.held = 0  # suffix tokens every open row holds
+        self._plan: _Prefill | _Suffix | None = None
+        self._layers_seen = 0
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV this cache takes: the prompts' arena slots, and rows * segment_size of suffix."""
+        return self.arena.shape[2] + self.suffix.shape[2] * self.suffix.shape[3]
+
+    @property
+    def kv_bytes(self) -> int:
+        return (self.arena.numel() + self.suffix.numel()) * self.arena.element_size()
+
+    def fork(self, prompt: Tensor) -> None:
+        """Open one row for each entry of `prompt` [R] on that prompt's prefix; nothing is copied."""
+        rows = prompt.shape[0]
+        if rows > self.suffix.shape[2]:
+            shape = list(self.suffix.shape)
+            shape[2] = rows
+            self.suffix = self.suffix.new_empty(shape)
+        self.prompt, self.held = prompt, 0
+
+    def rollback(self, held: int = 0) -> None:
+        """Forget all but the first `held` suffix tokens of every row; no byte moves."""
+        if not 0 <= held <= self.held:
+            raise ValueError(f"rollback to {held} suffix tokens, expected 0 to {self.held}")
+        self.held = held
+
+    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
+        """Write the first `count` suffix tokens of `row` behind the prefix of `prompt`; see `ops.kv_commit`."""
+        ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)
+
+    # Forwards --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[Tensor]:
+        """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields their position ids."""
+        starts = self.lengths.tolist()
+        spans = [torch.arange(starts[p], starts[p] + n) for p, n in zip(prompts, counts, strict=True)]
+        with self._forward(_Prefill(prompts, counts)):
+            yield torch.cat(spans).to(self.lengths.device)[None]
+        self.lengths[prompts] += torch.tensor(counts, device=self.lengths.device)
+
+    @contextmanager
+    def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[Tensor]:
+        """Forward [R, steps] more suffix tokens of the open rows (query_len [R] of them real); yields position ids."""
+        start = self.held
+        if start + steps > self.segment_size:
+            raise ValueError(f"{start} + {steps} suffix tokens, expected at most segment_size = {self.segment_size}")
+        if query_len is None:
+            query_len = torch.full_like(self.prompt, steps)
+        positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
+        with self._forward(_Suffix(start, query_len)):
+            yield positions
+        self.held = start + steps
+
+    @contextmanager
+    def _forward(self, plan: _Prefill | _Suffix) -> Iterator[None]:
+        self._plan, self._layers_seen = plan, 0
+        try:
+            yield
+        finally:
+            self._plan = None
+            _current.cache = None
+        if self._layers_seen != self.num_layers:
+            raise RuntimeError(
+                f"{self._layers_seen} of {self.num_layers} layers called the stars attention hook: this model does not "
+                "go through transformers' attention interface, so its result would be wrong"
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this in each layer; storing happens in `attend`, with the layer's own queries at hand."""
+        _current.cache = self
+        return key_states, value_states
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [B, Hq, S, D], key and value [B, Hkv, S, D] of the new tokens -> [B, S, Hq, D]; stores the new tokens."""
+        self._layers_seen += 1
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if isinstance(self._plan, _Prefill):
+            return self._attend_prefill(self._plan, layer, query, key, value, scale)
+        if self._plan is None:
+            raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
+        rows, steps = query.shape[:2]
+        end = self._plan.start + steps
+        keys, values = self.suffix[layer, :, :rows]  # [R, T, Hkv, D]
+        keys[:, self._plan.start : end], values[:, self._plan.start : end] = key, value
+        return ops.fork_attention(
+            query, keys, values, self._plan.query_len + self._plan.start, self._plan.query_len, *self.arena[layer],
+            self.offsets, self.lengths, self.prompt, scale=scale,
+        )  # fmt: skip
+
+    def _attend_prefill(
+        self, plan: _Prefill, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        out = torch.empty_like(query)  # [1, N, Hq, D]
+        keys, values = self.arena[layer]
+        stop = 0
+        for p, count in zip(plan.prompts, plan.counts, strict=True):
+            start, stop = stop, stop + count
+            slot = int(self.offsets[p] + self.lengths[p])
+            length = torch.tensor([count], device=query.device)
+            out[:, start:stop] = ops.fork_attention(
+                query[:, start:stop], key[:, start:stop], value[:, start:stop], length, length, keys, values,
+                self.offsets, self.lengths, torch.tensor([p], device=query.device), scale=scale,
+            )  # fmt: skip
+            keys[slot : slot + count], values[slot : slot + count] = key[0, start:stop], value[0, start:stop]
+        return out
+
+    # What transformers asks of a cache; the mask is ours, so the sizes do not matter -------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.held
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.held
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    is_linear = is_dummy = is_sliding
+
+
+def _stars_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    cache = getattr(_current, "cache", None)
+    if cache is None:
+        raise RuntimeError('attn_implementation "stars" needs a ForkCache as past_key_values')
+    return cache.attend(module.layer_idx, query, key, value, scaling), None
+
+
+def _stars_mask(**kwargs: Any) -> None:
+    """No mask: causality follows from the cache's own lengths."""
+
+
+AttentionInterface.register(ATTENTION, _stars_attention)
+AttentionMaskInterface.register(ATTENTION, _stars_mask)

@@ -1,0 +1,97 @@
+"""Prompts in, text out: what the user may pass as a prompt, and how answer tokens become text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+PROMPT_FORMS = "a string, chat messages (a list of dicts), a flat list of token ids, or a list of these"
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the engine takes it; text is None without a tokenizer."""
+
+    ids: list[int]
+    text: str | None
+
+
+def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
+    """The single prompts in `prompt`, and whether it is a list of prompts (else it is one prompt)."""
+    if isinstance(prompt, torch.Tensor):
+        if prompt.dim() == 1:
+            return [prompt.tolist()], False
+        raise TypeError(
+            f"prompt is a tensor of shape {list(prompt.shape)}, expected [tokens]; pass several as a list of token id lists"
+        )
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, Sequence):
+        raise TypeError(f"prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
+    if len(prompt) == 0:
+        return [], True
+    if all(_is_id(item) for item in prompt) or all(isinstance(item, Mapping) for item in prompt):
+        return [prompt], False
+    return list(prompt), True
+
+
+class Codec:
+    """A tokenizer (or none) and the stop strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: tuple[str, ...], eos: tuple[int, ...]) -> None:
+        if stops and tokenizer is None:
+            raise ValueError(f"stop_strings {stops} need a tokenizer: pass tokenizer=")
+        self.tokenizer, self.stops, self.eos = tokenizer, stops, eos
+
+    def encode(self, prompt: Any) -> Prompt:
+        """Token ids and text of one prompt."""
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(_is_id(item) for item in prompt):
+            ids = [int(item) for item in prompt]
+            text = None if self.tokenizer is None else self.tokenizer.decode(ids)
+            return Prompt(ids, text)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"the prompt is a {type(prompt).__name__}, and an in-memory model brings no tokenizer: pass tokenizer=, or "
+                "token ids"
+            )
+        if isinstance(prompt, str):
+            return Prompt(self.tokenizer(prompt)["input_ids"], prompt)
+        if isinstance(prompt, Sequence) and all(isinstance(item, Mapping) for item in prompt):
+            text = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            # The template writes its own BOS; the tokenizer must not add a second one.
+            return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+        raise TypeError(f"the prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer: no special tokens, only whole characters, up to its stop string."""
+        if self.tokenizer is None:
+            raise ValueError("text is needed but there is no tokenizer: pass tokenizer=")
+        # Half a character decodes to U+FFFD; it is not a character yet.
+        text = self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=True)
+        text = text.rstrip(REPLACEMENT)
+        cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def find_stop(self, tokens: list[int], accepted: int) -> int | None:
+        """How many of `tokens` it takes to complete a stop string, given that the first `accepted` complete none."""
+        assert self.tokenizer is not None
+
+        def complete(count: int) -> bool:
+            assert self.tokenizer is not None
+            text = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            return any(stop in text for stop in self.stops)
+
+        if not complete(len(tokens)):
+            return None
+        return next(count for count in range(accepted + 1, len(tokens) + 1) if complete(count))
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)

@@ -1,0 +1,103 @@
+"""The language model as a Proposer: prefill once, then sample all rows from the shared prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stars_kernels import ops
+from stars_kernels.decoder.protocols import Commit, Rows
+from stars_kernels.hf.cache import ForkCache
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens of one packed forward."""
+
+
+def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], list[int], list[bool]]]:
+    """Cut the prompts' tokens into packed forwards: (prompt indices, counts, ids, whether each ends its prompt)."""
+    owners: list[int] = []
+    counts: list[int] = []
+    ids: list[int] = []
+    ends: list[bool] = []
+    for p, prompt in enumerate(prompts):
+        done = 0
+        while done < len(prompt):
+            take = min(len(prompt) - done, PREFILL_TOKENS - len(ids))
+            owners.append(p)
+            counts.append(take)
+            ids += prompt[done : done + take]
+            done += take
+            ends.append(done == len(prompt))
+            if len(ids) == PREFILL_TOKENS:
+                yield owners, counts, ids, ends
+                owners, counts, ids, ends = [], [], [], []
+    if ids:
+        yield owners, counts, ids, ends
+
+
+class ModelProposer:
+    """`model` is a view with the stars attention (`hf.models.view_of`)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
+        capacities = [len(prompt) + max_new_tokens for prompt in prompts]
+        self.cache = ForkCache(self.model.config, capacities, segment_size, self.model.dtype, self.device)
+        vocabulary = self.model.config.vocab_size
+        self.logits = torch.empty(len(prompts), vocabulary, dtype=self.model.dtype, device=self.device)
+        self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
+        for owners, counts, ids, ends in packed_chunks(prompts):
+            last = torch.tensor(counts).cumsum(0).sub(1)[torch.tensor(ends)]
+            with self.cache.prefill(owners, counts) as positions:
+                logits = self._logits(torch.tensor([ids], device=self.device), positions, last.to(self.device))
+            self.logits[[p for p, end in zip(owners, ends, strict=True) if end]] = logits[0]
+
+    def propose(self, rows: Rows, size: int, sampling: dict[str, float], stream: int, eos: Tensor) -> Tensor:
+        self._read_pending(rows.prompt.unique_consecutive())
+        cache = self.cache
+        cache.fork(rows.prompt)
+        tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
+        logits, source = self.logits, rows.prompt  # every first token comes from its prompt's one row of logits
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for step in range(size):
+            tokens[:, step], _ = ops.segment_sample(
+                logits, rows.key, rows.attempt, rows.position + step, source=source, stream=stream, **sampling
+            )
+            if step == size - 1:
+                break
+            if self.device.type == "cpu":  # a look is free where nothing has to be waited for
+                ended |= torch.isin(tokens[:, step], eos) | (tokens[:, step] < 0)
+                if ended.all():
+                    return tokens[:, : step + 1]
+            with cache.extend(1) as positions:
+                logits = self._logits(tokens[:, step, None].clamp(min=0), positions, 1)[:, 0]
+            source = None
+        return tokens
+
+    def commit(self, commit: Commit) -> None:
+        # The last token of a candidate was never fed, so its keys and values are not among the suffix's.
+        self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
+        self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
+
+    def _read_pending(self, prompts: Tensor) -> None:
+        """Feed the last accepted token of each prompt that has one: one row a prompt."""
+        prompts = prompts[self.pending[prompts] >= 0]
+        if prompts.numel() == 0:
+            return
+        self.cache.fork(prompts)
+        with self.cache.extend(1) as positions:
+            self.logits[prompts] = self._logits(self.pending[prompts, None], positions, 1)[:, 0]
+        one = torch.ones_like(prompts)
+        self.cache.commit(prompts, torch.arange(len(prompts), device=self.device), one, one.bool())
+        self.pending[prompts] = -1
+
+    def _logits(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+        )
+        return output.logits

@@ -1,0 +1,100 @@
+"""How an op gets its versions: one schema, a definition that runs anywhere, and the dispatcher between them.
+
+Every op is defined in Python, because it must exist without a compiler. Its PyTorch definition is registered for all
+devices; the compiled extension, when it loads, takes the CPU key of the ops it implements. Nothing falls back in
+silence: `backends()` says what serves each op and why, and a missing extension warns at the first op call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("stars", "DEF")
+DEVICES = ("cpu", "cuda")
+
+_definitions: dict[str, Callable[..., Any]] = {}
+_force_definitions = contextvars.ContextVar("stars_force_definitions", default=False)
+
+
+def define_op(schema: str, definition: Callable[..., Any], fake: Callable[..., Any]) -> str:
+    """Register op `schema` with its PyTorch `definition` (every device) and its `fake`; returns the op's name."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stars::{name}", fake, lib=LIBRARY)
+    _definitions[name] = definition
+    return name
+
+
+def call_op(name: str, *args: Any) -> Any:
+    """Run op `name` through the dispatcher, or its definition inside `reference()`."""
+    if _force_definitions.get():
+        return _definitions[name](*args)
+    _warn_without_extension()
+    return getattr(torch.ops.stars, name).default(*args)
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Within this block every op runs its PyTorch definition, whatever is compiled."""
+    token = _force_definitions.set(True)
+    try:
+        yield
+    finally:
+        _force_definitions.reset(token)
+
+
+@lru_cache(maxsize=1)
+def load_extension() -> str | None:
+    """Load the compiled extension once. Returns None when it is loaded, else the reason why it is not."""
+    info_file = Path(__file__).parents[1] / "_build_info.json"
+    info = json.loads(info_file.read_text()) if info_file.exists() else {}
+    if info.get("extension") is False:
+        return f"it was not built: {info['reason']}"
+    built_for = info.get("torch", torch.__version__)
+    if built_for != torch.__version__:
+        return f"it was built for torch {built_for} but torch {torch.__version__} is installed; reinstall stars-kernels"
+    try:
+        importlib.import_module("stars_kernels._C")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _warn_without_extension() -> None:
+    reason = load_extension()
+    if reason is not None:
+        warnings.warn(
+            f"stars_kernels runs without its compiled extension ({reason}). Results are the same, speed is not. "
+            "Reinstall with STARS_BUILD_EXT=1 to see the build's output.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def backend(name: str, device: str) -> str:
+    """Which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp", or "definition: <why>"."""
+    if _force_definitions.get():
+        return "definition: forced by stars_kernels.reference()"
+    reason = load_extension()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"stars::{name}", device.upper()):
+        return "cpp" if device == "cpu" else "triton"
+    if reason is not None and device == "cpu":
+        return f"definition: no compiled extension ({reason})"
+    return f"definition: this release has no {name} kernel for {device}"
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each op and device, the implementation that serves it, and why not a better one."""
+    return {name: {device: backend(name, device) for device in DEVICES} for name in _definitions}

@@ -1,0 +1,26 @@
+"""Checks at the ops' public edge: each names the value found and what was expected."""
+
+from __future__ import annotations
+
+from torch import Tensor, dtype
+
+
+def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
+    """`expected` has one entry a dimension; None admits any size."""
+    found = tuple(tensor.shape)
+    if len(found) != len(expected) or any(
+        e is not None and e != f for f, e in zip(found, expected, strict=True)
+    ):
+        wanted = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
+
+
+def check_dtype(name: str, tensor: Tensor, *expected: dtype) -> None:
+    if tensor.dtype not in expected:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, expected))}")
+
+
+def check_device(device_of: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device_of.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device_of.device}")
