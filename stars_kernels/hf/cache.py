@@ -94,8 +94,9 @@ class ForkCache(Cache):
         self.held = held
 
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
-        """Write the first `count` suffix tokens of `row` behind the prefix of `prompt`; see `ops.kv_commit`."""
+        """Write the first `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); rows end."""
         ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)
+        self.rollback()
 
     # Forwards --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,25 @@
+"""Shared fixtures: tiny random models, and the demo's real ones where their package is installed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests.tiny import tiny_language_model, tiny_reward_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # the tests' tensors are tiny
+
+
+@pytest.fixture(scope="session")
+def lm():
+    return tiny_language_model()
+
+
+@pytest.fixture(scope="session")
+def rm():
+    return tiny_reward_model()

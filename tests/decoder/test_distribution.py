@@ -1,0 +1,230 @@
+"""The decoder's output distribution equals STARS' in closed form, and the test sees planted faults.
+
+An enumerable world: a tiny Llama and a tiny reward model over 5 tokens (one is EOS), segments of 2, answers of at most
+4 tokens. Every logit and reward is tabulated from the real models; the loop and the ops run on the tables.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from stars_kernels.decoder import loop as loop_module
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.protocols import Scores
+from stars_kernels.ops import segment_sample
+from stars_kernels.ops.philox import request_key
+from tests.tiny import tiny_language_model, tiny_reward_model
+
+V, EOS, PROMPT, DEPTH, DECODES = 5, 4, [1, 3], 4, 50_000
+P_VALUE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Logits after, and reward of, every answer of 0..4 tokens, indexed by (length, base-5 value)."""
+    small = dict(vocab_size=V, eos_token_id=EOS, bos_token_id=0)
+    lm, rm = tiny_language_model(**small), tiny_reward_model(**small)
+    logits = torch.zeros(DEPTH + 1, V**DEPTH, V, dtype=torch.float64)
+    rewards = torch.zeros(DEPTH + 1, V**DEPTH, dtype=torch.float64)
+    with torch.no_grad():
+        for length in range(DEPTH + 1):
+            answers = torch.tensor(list(itertools.product(range(V), repeat=length)), dtype=torch.int64)
+            ids = torch.cat((torch.tensor([PROMPT]).expand(V**length, -1), answers.view(V**length, length)), dim=1)
+            logits[length, : V**length] = lm(ids).logits[:, -1]
+            hidden = rm.model(ids).last_hidden_state[:, -1]
+            rewards[length, : V**length] = rm.score(hidden)[:, 0]
+    known = torch.cat([rewards[n, : V**n] for n in range(DEPTH + 1)])
+    return logits, (rewards - known.mean()) / known.std()  # spread 1, so that r* and beta below have a meaning
+
+
+class Table:
+    """Proposer and Scorer on the tables; a prompt's state is its accepted (length, value)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, world):
+        self.logits, self.rewards = world
+
+    def begin(self, prompts, max_new_tokens, segment_size):
+        self.length = torch.zeros(len(prompts), dtype=torch.int64)
+        self.value = torch.zeros_like(self.length)
+        self.tail = torch.zeros_like(self.length)
+        return Scores(self.rewards[0, 0].expand(len(prompts)).clone())
+
+    def propose(self, rows, size, sampling, stream, eos):
+        value, tokens = self.value[rows.prompt], []
+        for step in range(size):
+            row = self.logits[rows.position + step, value]
+            token, _ = segment_sample(row, rows.key, rows.attempt, rows.position + step, stream=stream, **sampling)
+            tokens.append(token)
+            value = value * V + token
+        return torch.stack(tokens, dim=1)
+
+    def score(self, rows, tokens, lengths):
+        self.candidate = self.value[rows.prompt]
+        for step in range(tokens.shape[1]):
+            self.candidate = torch.where(step < lengths, self.candidate * V + tokens[:, step], self.candidate)
+        return Scores(self.rewards[rows.position + lengths, self.candidate])
+
+    def commit(self, commit):
+        written = commit.row >= 0
+        self.tail[commit.prompt[written]] = self.candidate[commit.row[written]]
+        moved = commit.prompt[commit.advance]
+        self.value[moved] = self.tail[moved]
+        self.length[moved] += commit.length[commit.advance]
+
+
+class Scorer:
+    """The table's other face, so that a commit reaches it once."""
+
+    def __init__(self, table):
+        self.begin, self.score, self.commit = table.begin, table.score, lambda commit: None
+
+
+def run(world, config, seed):
+    """The answers of DECODES requests, in batched calls."""
+    answers, size = [], 5_000
+    for start in range(0, DECODES, size):
+        table = Table(world)
+        batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, start + size)]
+        Loop(table, Scorer(table), config, batch, eos=(EOS,)).run()
+        answers += [tuple(answer.tokens) for answer in batch]
+    return answers
+
+
+def closed_form(world, config):
+    """{answer: probability} of the sequential algorithm."""
+    logits, rewards = world
+    target, attempts = config.reward_threshold, config.max_attempts
+    r0 = (1 - config.alpha) * rewards[0, 0].item() + config.alpha * target
+
+    def index(answer):
+        return sum(token * V ** (len(answer) - 1 - i) for i, token in enumerate(answer))
+
+    def next_token(answer):
+        scores = logits[len(answer), index(answer)] / config.temperature
+        if config.top_k:
+            scores = scores.masked_fill(scores < scores.topk(config.top_k).values[-1], -math.inf)
+        return scores.softmax(0).tolist()
+
+    def candidates(answer):
+        for first, p in enumerate(next_token(answer)):
+            if first == EOS:
+                yield (first,), p
+            else:
+                for second, q in enumerate(next_token((*answer, first))):
+                    yield (first, second), p * q
+
+    def segment(answer):
+        """[(candidate, P(it is chosen))]"""
+        rows = []
+        for candidate, p in candidates(answer):
+            n = len(answer) + len(candidate)
+            r = rewards[n, index(answer + candidate)].item()
+            tau = min(target, r0 + n * (target - r0) / config.max_new_tokens)
+            a = float(r >= tau) if config.accept == "hard" else min(1.0, math.exp(min(0.0, (r - tau) / config.beta)))
+            rows.append((candidate, p, r, a))
+        accept = sum(p * a for _, p, _, a in rows)
+        tries = sum((1 - accept) ** i for i in range(attempts))
+        for candidate, p, r, a in rows:
+            below = sum(q * (1 - b) for _, q, s, b in rows if s < r)  # mass of rejected candidates of lower reward
+            equal = sum(q * (1 - b) for _, q, s, b in rows if s == r)
+            best = (below + equal) ** attempts - below**attempts
+            share = p * (1 - a) / equal if equal else 0.0
+            yield candidate, p * a * tries + best * share
+
+    result = {}
+
+    def walk(answer, probability):
+        for candidate, p in segment(answer):
+            longer = answer + candidate
+            if longer[-1] == EOS or len(longer) == DEPTH:
+                result[longer] = result.get(longer, 0.0) + probability * p
+            elif p > 0:
+                walk(longer, probability * p)
+
+    walk((), 1.0)
+    return result
+
+
+def p_value(answers, expected):
+    """Chi-square of the answers against {answer: probability}; rare answers share a bin; 0 outside the support."""
+    counts = {answer: 0 for answer in expected}
+    for answer in answers:
+        if expected.get(answer, 0.0) == 0.0:
+            return 0.0
+        counts[answer] += 1
+    common = [a for a in expected if expected[a] * len(answers) >= 5]
+    rare = [a for a in expected if a not in set(common)]
+    observed = [counts[a] for a in common] + [sum(counts[a] for a in rare)]
+    wanted = [expected[a] * len(answers) for a in common] + [sum(expected[a] for a in rare) * len(answers)]
+    if wanted[-1] < 5:  # too rare even together
+        observed[0] += observed.pop()
+        wanted[0] += wanted.pop()
+    return stats.chisquare(observed, wanted).pvalue
+
+
+BASE = StarsConfig(
+    segment_size=2, max_new_tokens=DEPTH, max_attempts=4, top_k=None, temperature=2.0, reward_threshold=1.0, beta=1.0,
+    alpha=0.0, seed=0,
+)  # fmt: skip
+CASES = {
+    "soft": BASE,
+    "soft-width-1": BASE.replace(width=1),
+    "soft-width-3-topk": BASE.replace(width=3, top_k=3, temperature=0.8, alpha=0.4),
+    "hard": BASE.replace(accept="hard", reward_threshold=0.6),
+    "fallback-always": BASE.replace(accept="hard", reward_threshold=50.0, max_attempts=4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_distribution_is_the_closed_form(world, name):
+    config = CASES[name]
+    expected = closed_form(world, config)
+    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-12)
+    assert p_value(run(world, config, seed=1), expected) > P_VALUE
+
+
+def one_attempt_more(monkeypatch):
+    return BASE.replace(max_attempts=BASE.max_attempts + 1)
+
+
+def tau_one_segment_early(monkeypatch):
+    right = loop_module.threshold
+    monkeypatch.setattr(loop_module, "threshold", lambda n, *rest: right((n - 2).clamp(min=0), *rest))
+    return BASE
+
+
+def fallback_before_accept(monkeypatch):
+    right = loop_module.accept
+
+    def wrong(rewards, valid, thresholds, keys, position, first_attempt, *rest, **settings):
+        columns = first_attempt[:, None] + torch.arange(rewards.shape[1])
+        last = columns == settings["max_attempts"] - 1  # goes to the fallback without being tested
+        thresholds = thresholds.masked_fill(last, math.inf)
+        return right(rewards, valid, thresholds, keys, position, first_attempt, *rest, **settings)
+
+    monkeypatch.setattr(loop_module, "accept", wrong)
+    return BASE
+
+
+def one_u_for_all_segments(monkeypatch):
+    right = loop_module.accept
+
+    def wrong(rewards, valid, thresholds, keys, position, *rest, **settings):
+        return right(rewards, valid, thresholds, keys, torch.zeros_like(position), *rest, **settings)
+
+    monkeypatch.setattr(loop_module, "accept", wrong)
+    return BASE
+
+
+@pytest.mark.parametrize(
+    "plant", [one_attempt_more, tau_one_segment_early, fallback_before_accept, one_u_for_all_segments]
+)
+def test_planted_fault_is_caught(world, monkeypatch, plant):
+    config = plant(monkeypatch)
+    assert p_value(run(world, config, seed=1), closed_form(world, BASE)) < P_VALUE

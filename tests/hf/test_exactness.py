@@ -1,0 +1,89 @@
+"""Token-for-token equality with the sequential algorithm, in float64, for every width, batch and order."""
+
+import pytest
+
+import stars_kernels
+from stars_kernels.decoder.config import StarsConfig
+from tests.sequential import sequential_decode
+from tests.tiny import EOS
+
+PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]
+IDS = [10, 11, "twelve", 13, 14]
+CONFIGS = {
+    "soft": StarsConfig(seed=3, reward_threshold=2.0, beta=1.0),
+    "hard": StarsConfig(seed=4, reward_threshold=1.0, beta=1.0, accept="hard", max_attempts=5),
+    "filters": StarsConfig(
+        seed=5, reward_threshold=2.0, beta=0.5, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, alpha=0.2
+    ),
+    "fallback": StarsConfig(seed=6, reward_threshold=100.0, beta=0.1, max_attempts=7, top_k=None),
+}
+CONFIGS = {name: config.replace(max_new_tokens=22, segment_size=4) for name, config in CONFIGS.items()}
+EOS_IDS = (EOS, 3, 77, 130)  # more ends than one, so that some answers end early
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def truth(request, lm, rm):
+    config = CONFIGS[request.param].replace(eos_token_id=EOS_IDS)
+    answers = [
+        sequential_decode(lm, rm, prompt, id_, config, EOS_IDS) for prompt, id_ in zip(PROMPTS, IDS, strict=True)
+    ]
+    return config, dict(zip(IDS, answers, strict=True))
+
+
+def check(outputs, ids, expected):
+    for output, id_ in zip(outputs, ids, strict=True):
+        tokens, attempts = expected[id_]
+        assert output.token_ids == tokens
+        assert [segment.attempts for segment in output.segments] == attempts
+        assert output.finish_reason == ("eos" if tokens[-1] in EOS_IDS else "length")
+
+
+def test_the_truth_is_varied(truth):
+    config, expected = truth
+    attempts = [n for _, per_segment in expected.values() for n in per_segment]
+    assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(IDS)
+    assert max(attempts) > 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20, "auto"])
+def test_every_width_is_the_sequential_answer(truth, lm, rm, width):
+    config, expected = truth
+    outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, config=config, width=width)
+    check(outputs, IDS, expected)
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_alone_in_small_batches_and_in_another_order(truth, lm, rm, width):
+    config, expected = truth
+    settings = dict(config=config, width=width)
+    for prompt, id_ in zip(PROMPTS, IDS, strict=True):
+        check([stars_kernels.decode(lm, rm, prompt, request_ids=id_, **settings)], [id_], expected)
+    check(stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, batch_size=2, **settings), IDS, expected)
+    backwards = IDS[::-1]
+    check(stars_kernels.decode(lm, rm, PROMPTS[::-1], request_ids=backwards, **settings), backwards, expected)
+
+
+def test_definitions_give_the_same_answer(truth, lm, rm):
+    config, expected = truth
+    with stars_kernels.reference():
+        outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, config=config)
+    check(outputs, IDS, expected)
+
+
+def test_two_calls_are_bit_identical(lm, rm):
+    lm, rm = lm.float(), rm.float()
+    try:
+        first, second = (stars_kernels.decode(lm, rm, PROMPTS, seed=9, max_new_tokens=30) for _ in range(2))
+    finally:
+        lm.double(), rm.double()
+    assert [o.token_ids for o in first] == [o.token_ids for o in second]
+    assert [o.reward for o in first] == [o.reward for o in second]
+    assert [o.config for o in first] == [o.config for o in second]
+
+
+def test_default_request_ids_do_not_depend_on_order(lm, rm):
+    settings = dict(seed=1, reward_threshold=1.0, beta=1.0, max_new_tokens=12)
+    a, b, c = stars_kernels.decode(lm, rm, [[5, 6], [40], [40]], **settings)
+    d, e, f = stars_kernels.decode(lm, rm, [[40], [5, 6], [40]], **settings)
+    assert (a.token_ids, b.token_ids, c.token_ids) == (e.token_ids, d.token_ids, f.token_ids)
+    assert b.token_ids != c.token_ids  # equal prompts are different requests

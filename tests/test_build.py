@@ -1,0 +1,65 @@
+"""STARS_BUILD_EXT: what an install leaves behind when the extension is not wanted or cannot be built."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def install(tmp_path):
+    """install(**env) pip-installs a copy of the tree; returns (completed process, the installed package)."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("stars_kernels", "csrc", "python"):
+        built_here = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
+        shutil.copytree(ROOT / name, source / name, ignore=built_here)
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+
+    def run(**env):
+        command = [*pip, "--target", str(target), str(source)]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+        return done, target / "stars_kernels"
+
+    return run
+
+
+def assert_without_extension(done, package, reason):
+    assert done.returncode == 0, done.stderr
+    assert not list(package.glob("_C*.so"))
+    assert (package / "__init__.py").exists()
+    info = json.loads((package / "_build_info.json").read_text())
+    assert info["extension"] is False
+    assert reason in info["reason"]
+    assert info["torch"] == torch.__version__
+
+
+def test_0_leaves_the_extension_out(install):
+    assert_without_extension(*install(STARS_BUILD_EXT="0"), "STARS_BUILD_EXT=0 at install time")
+
+
+def test_auto_installs_without_a_working_compiler(install):
+    broken = {"CC": "/bin/false", "CXX": "/bin/false"}
+    assert_without_extension(*install(STARS_BUILD_EXT="auto", **broken), "compiler /bin/false")
+
+
+def test_1_fails_without_a_working_compiler(install):
+    done, package = install(STARS_BUILD_EXT="1", CC="/bin/false", CXX="/bin/false")
+    assert done.returncode != 0
+    assert "Error compiling objects" in done.stdout + done.stderr
+    assert not package.exists()
+
+
+def test_bad_value_is_named(install):
+    done, _ = install(STARS_BUILD_EXT="yes")
+    assert done.returncode != 0
+    assert "STARS_BUILD_EXT: expected auto, 0 or 1, found 'yes'" in done.stdout + done.stderr
