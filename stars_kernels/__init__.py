@@ -1,7 +1,7 @@
 """STARS decoding (arXiv 2511.03827): align a Hugging Face causal language model while it decodes.
 
-    output = stars_kernels.decode(model, reward_model, "Write a review of a hotel.", tokenizer=tokenizer)
-    print(output.text, output.reward)
+output = stars_kernels.decode(model, reward_model, "Write a review of a hotel.", tokenizer=tokenizer)
+print(output.text, output.reward)
 """
 
 from stars_kernels.decoder.config import StarsConfig

@@ -52,10 +52,16 @@ def test_auto_installs_without_a_working_compiler(install):
     assert_without_extension(*install(STARS_BUILD_EXT="auto", **broken), "compiler /bin/false")
 
 
+def test_auto_installs_where_the_source_does_not_compile(install, tmp_path):
+    for source in (tmp_path / "source").glob("*/*.cpp"):
+        source.write_text('#include "no_such_header.h"\n')
+    assert_without_extension(*install(STARS_BUILD_EXT="auto"), "C++ build failed")
+
+
 def test_1_fails_without_a_working_compiler(install):
     done, package = install(STARS_BUILD_EXT="1", CC="/bin/false", CXX="/bin/false")
     assert done.returncode != 0
-    assert "Error compiling objects" in done.stdout + done.stderr
+    assert "CalledProcessError: Command '['/bin/false'" in done.stdout + done.stderr
     assert not package.exists()
 
 

@@ -68,7 +68,9 @@ class StarsConfig:
         self._check("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number in [0, 1]")
         self._check("beta", self.beta is None or (_is_number(self.beta) and self.beta > 0), "a finite number > 0")
         self._check(
-            "reward_threshold", self.reward_threshold is None or _is_number(self.reward_threshold), "a finite number"
+            "reward_threshold",
+            self.reward_threshold is None or _is_number(self.reward_threshold),
+            "a finite number",
         )
         self._check("accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
         self._check(
@@ -90,10 +92,11 @@ class StarsConfig:
         self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
         self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
-        eos = (self.eos_token_id,) if _is_int(self.eos_token_id) else self.eos_token_id
-        self._check("eos_token_id", eos is None or all(_is_int(i) for i in eos), "an id, a tuple of ids, or None")
-        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) and self.stop_strings else self.stop_strings
-        self._check("stop_strings", all(isinstance(s, str) and s for s in stops), "non-empty strings")
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        valid = self.eos_token_id is None or all(_is_int(i) for i in eos)
+        self._check("eos_token_id", valid, "an id, a tuple of ids, or None")
+        valid = isinstance(self.stop_strings, str | tuple) and all(isinstance(s, str) and s for s in self.stops)
+        self._check("stop_strings", valid, "non-empty strings")
         for name in ("calibration_quantile", "calibration_acceptance"):
             self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) < 1, "in (0, 1)")
 
@@ -113,7 +116,10 @@ class StarsConfig:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop_strings,) if isinstance(self.stop_strings, str) and self.stop_strings else tuple(self.stop_strings)
+        """The stop strings as a tuple."""
+        if isinstance(self.stop_strings, tuple):
+            return self.stop_strings
+        return (self.stop_strings,) if self.stop_strings else ()
 
     def replace(self, **changes: Any) -> StarsConfig:
         return dataclasses.replace(self, **changes)

@@ -52,6 +52,11 @@ class Answer:
         return self.finish_reason is None and self.error is None
 
     @property
+    def room(self) -> int:
+        """Tokens the answer may still grow by."""
+        return self.limit - len(self.tokens)
+
+    @property
     def segment(self) -> Segment:
         """The segment under decision."""
         if not self.segments or self.segments[-1].outcome != "undecided":
@@ -61,6 +66,28 @@ class Answer:
     def fail(self, what: str, cause: BaseException | None = None) -> None:
         self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}")
         self.error.__cause__ = cause
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a round tried for one prompt, on the host; the lists have an entry a row."""
+
+    head: int
+    """Its first row in the round."""
+    outcome: int
+    chosen: int
+    """The column to keep: the winner, the best so far, the one that is NaN; -1 = none of this round."""
+    error: Exception | None
+    rewards: list[float]
+    thresholds: list[float]
+    tokens: list[list[int]]
+    lengths: list[int]
+    broken: list[bool]
+    rm_scored: list[int]
+
+    @property
+    def decided(self) -> bool:
+        return self.outcome in (ACCEPTED, FALLBACK)
 
 
 @dataclass
@@ -103,15 +130,15 @@ class Loop:
                 answer.fail("the reward of the empty answer is nan, expected a number")
 
     def _round(self, active: list[int], width: int, history: AcceptanceHistory) -> None:
-        config, device = self.config, self.proposer.device
+        config = self.config
         first = [self.answers[p].segment.attempts for p in active]
         widths = [min(width, config.max_attempts - a) for a in first]
         rows = self._rows(active, first, widths)
-        room = max(min(config.segment_size, self.answers[p].limit - len(self.answers[p].tokens)) for p in active)
+        size = max(min(config.segment_size, self.answers[p].room) for p in active)
 
         with self._timed("propose"):
-            eos = torch.tensor(self.eos, dtype=torch.int64, device=device)
-            tokens = self.proposer.propose(rows, room, config.sampling, self.stream, eos)  # [R, S]
+            eos = torch.tensor(self.eos, dtype=torch.int64, device=self.proposer.device)
+            tokens = self.proposer.propose(rows, size, config.sampling, self.stream, eos)  # [R, S]
         with self._timed("accept"):
             lengths, broken = self._lengths(rows, tokens, eos)  # [R]
             tokens = tokens.clamp(min=0)
@@ -119,13 +146,20 @@ class Loop:
             scores = self.scorer.score(rows, tokens, lengths)
         with self._timed("accept"):
             rewards = scores.rewards.masked_fill(broken, math.nan)
-            outcome, chosen, taus = self._judge(active, widths, rows, lengths, rewards)
-            commit = self._decide(
-                active, widths, outcome, chosen, taus, rewards.tolist(), lengths.tolist(), tokens.tolist(),
-                broken.tolist(), scores.errors, history, None if scores.tokens is None else scores.tokens.tolist(),
-            )  # fmt: skip
+            thresholds, outcome, chosen = self._judge(active, widths, rows, lengths, rewards)
+            read = torch.zeros_like(lengths) if scores.tokens is None else scores.tokens
+            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, broken, read)]
+            head = 0
+            kept: list[tuple[int, _Trial]] = []
+            for i, p in enumerate(active):
+                mine = [column[head : head + widths[i]] for column in columns]
+                trial = _Trial(head, outcome[i], chosen[i], scores.errors.get(p), *mine)
+                if self._book(self.answers[p], trial, history):
+                    kept.append((p, trial))
+                head += widths[i]
         with self._timed("commit"):
-            if commit is not None:
+            if kept:
+                commit = self._commit(kept)
                 self.proposer.commit(commit)
                 self.scorer.commit(commit)
 
@@ -148,7 +182,7 @@ class Loop:
         """Each candidate's true length [R] (to its EOS, its stop string or its limit) and whether it holds a -1 [R]."""
         size = tokens.shape[1]
         owners = rows.prompt.tolist()
-        room = [self.answers[p].limit - len(self.answers[p].tokens) for p in owners]
+        room = [self.answers[p].room for p in owners]
         ends = torch.isin(tokens, eos)
         ended = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size)
         lengths = ended.clamp(max=torch.tensor(room, device=tokens.device))
@@ -164,26 +198,33 @@ class Loop:
 
     def _judge(
         self, active: list[int], widths: list[int], rows: Rows, lengths: Tensor, rewards: Tensor
-    ) -> tuple[list[int], list[int], list[float]]:
-        """Outcome and chosen column of each prompt, and the threshold of each row."""
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """The threshold of each row [R]; outcome and chosen column of each prompt."""
         config, device = self.config, rewards.device
         target, beta = config.reward_threshold, config.beta
         assert target is not None and beta is not None
         r0 = [start_reward(a.prompt_reward, target, config.alpha) for a in self.answers]
         start = torch.tensor(r0, dtype=torch.float64, device=device)[rows.prompt]
-        taus = threshold((rows.position + lengths).double(), start, target, config.max_new_tokens)
+        thresholds = threshold((rows.position + lengths).double(), start, target, config.max_new_tokens)
 
-        valid = torch.arange(max(widths)) < torch.tensor(widths)[:, None]  # [C, W]
+        count = torch.tensor(widths, device=device)
+        valid = torch.arange(max(widths), device=device) < count[:, None]  # [C, W]
         grid = torch.zeros(2, *valid.shape, dtype=torch.float64, device=device)
-        valid = valid.to(device)
-        grid[0][valid], grid[1][valid] = rewards, taus  # rows are grouped by prompt, as the grid is
-        head = torch.tensor(widths, device=device).cumsum(0) - torch.tensor(widths, device=device)  # first row of each
-        best_reward, best_attempt = self._best(active, device)
+        grid[0][valid], grid[1][valid] = rewards, thresholds  # rows are grouped by prompt, as the grid is
+        head = count.cumsum(0) - count  # the first row of each prompt
         chosen, outcome = accept(
-            grid[0], valid, grid[1], rows.key[head], rows.position[head], rows.attempt[head], best_reward, best_attempt,
-            max_attempts=config.max_attempts, beta=beta, hard=config.accept == "hard",
-        )  # fmt: skip
-        return outcome.tolist(), chosen.tolist(), taus.tolist()
+            grid[0],
+            valid,
+            grid[1],
+            rows.key[head],
+            rows.position[head],
+            rows.attempt[head],
+            *self._best(active, device),
+            max_attempts=config.max_attempts,
+            beta=beta,
+            hard=config.accept == "hard",
+        )
+        return thresholds, outcome.tolist(), chosen.tolist()
 
     def _best(self, active: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """The best rejected attempt so far of each prompt's segment, as `accept` wants it."""
@@ -194,53 +235,47 @@ class Loop:
             torch.tensor([s.chosen for s in segments], dtype=torch.int64, device=device),
         )
 
-    def _decide(
-        self, active: list[int], widths: list[int], outcome: list[int], chosen: list[int], taus: list[float],
-        rewards: list[float], lengths: list[int], tokens: list[list[int]], broken: list[bool],
-        errors: dict[int, Exception], history: AcceptanceHistory, scored: list[int] | None,
-    ) -> Commit | None:  # fmt: skip
-        """Book the round on the answers; what to commit, or None when nothing is."""
-        entries: list[tuple[int, int, int, bool, int]] = []
-        row = 0
-        for i, p in enumerate(active):
-            answer, head, width, column = self.answers[p], row, widths[i], chosen[i]
-            row += width
-            segment, counts = answer.segment, answer.counts
-            counts.sampled += width * len(tokens[head])
-            counts.rm_scored += 0 if scored is None else sum(scored[head : head + width])
-            judged = column + 1 if outcome[i] in (ACCEPTED, NAN) else width
-            if p in errors:
-                answer.fail("the reward model failed", errors[p])
-                continue
-            if outcome[i] == NAN:
-                what = "the logits hold nan or +inf, or are all -inf" if broken[head + column] else "the reward is nan"
-                answer.fail(f"attempt {segment.attempts + column}: {what}, expected finite numbers")
-                continue
+    def _book(self, answer: Answer, trial: _Trial, history: AcceptanceHistory) -> bool:
+        """Write a prompt's part of the round on its answer; whether there is something to commit."""
+        segment, counts, column = answer.segment, answer.counts, trial.chosen
+        counts.sampled += sum(len(tokens) for tokens in trial.tokens)
+        counts.rm_scored += sum(trial.rm_scored)
+        if trial.error is not None:
+            answer.fail("the reward model failed", trial.error)
+            return False
+        if trial.outcome == NAN:
+            what = "the logits hold nan or +inf, or are all -inf" if trial.broken[column] else "the reward is nan"
+            answer.fail(f"attempt {segment.attempts + column}: {what}, expected finite numbers")
+            return False
 
-            tried = slice(head, head + judged)
-            before = segment.attempts
-            segment.rewards += rewards[tried]
-            segment.thresholds += taus[tried]
-            segment.lengths += lengths[tried]
-            segment.widths.append(width)
-            if column >= 0:
-                segment.chosen = before + column
-                answer.candidate = tokens[head + column][: lengths[head + column]]
-            counts.judged += sum(lengths[tried])
-            counts.attempts += judged
-            history.judged += judged
-            decided = outcome[i] in (ACCEPTED, FALLBACK)
-            if column >= 0 or decided:
-                winner = -1 if column < 0 else head + column
-                entries.append((p, winner, len(answer.candidate), decided, answer.candidate[-1]))
-            if decided:
-                self._take(answer, segment, outcome[i] == ACCEPTED, history)
-        if not entries:
-            return None
-        prompt, winner, length, advance, last = (
-            torch.tensor(column, device=self.proposer.device) for column in zip(*entries, strict=True)
+        before, width = segment.attempts, len(trial.rewards)
+        judged = column + 1 if trial.outcome == ACCEPTED else width
+        segment.rewards += trial.rewards[:judged]
+        segment.thresholds += trial.thresholds[:judged]
+        segment.lengths += trial.lengths[:judged]
+        segment.widths.append(width)
+        counts.judged += sum(trial.lengths[:judged])
+        counts.attempts += judged
+        history.judged += judged
+        if column >= 0:
+            segment.chosen = before + column
+            answer.candidate = trial.tokens[column][: trial.lengths[column]]
+        if trial.decided:
+            self._take(answer, segment, trial.outcome == ACCEPTED, history)
+        return column >= 0 or trial.decided
+
+    def _commit(self, kept: list[tuple[int, _Trial]]) -> Commit:
+        def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.proposer.device)
+
+        candidates = [self.answers[p].candidate for p, _ in kept]
+        return Commit(
+            prompt=column([p for p, _ in kept]),
+            row=column([-1 if trial.chosen < 0 else trial.head + trial.chosen for _, trial in kept]),
+            length=column([len(candidate) for candidate in candidates]),
+            advance=column([trial.decided for _, trial in kept], torch.bool),
+            last_token=column([candidate[-1] for candidate in candidates]),
         )
-        return Commit(prompt, winner, length, advance, last)
 
     def _take(self, answer: Answer, segment: Segment, accepted: bool, history: AcceptanceHistory) -> None:
         """The chosen candidate becomes a part of the answer, and may end it."""
@@ -258,7 +293,7 @@ class Loop:
             answer.finish_reason = "stop"
         elif answer.tokens[-1] in self.eos:
             answer.finish_reason = "eos"
-        elif len(answer.tokens) >= answer.limit:
+        elif answer.room == 0:
             answer.finish_reason = "length" if answer.limit == config.max_new_tokens else "context"
         self.on_tokens(len(answer.candidate))
 

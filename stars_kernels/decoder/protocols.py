@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Proposer(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         """Read the prompts' token ids; room for `max_new_tokens` more each."""
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, float], stream: int, eos: Tensor) -> Tensor:
+    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         """[R, <= size] int64 tokens, -1 where a row's logits were not usable.
 
         Sampling may go on past a row's end of sequence, and may stop early once every row has ended.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 UNREACHABLE = 1e300
 """A target no reward meets: with hard acceptance, a segment then falls back to the best of its attempts."""
 
@@ -19,7 +18,7 @@ def start_reward(prompt_reward: float, target: float, alpha: float) -> float:
 
 
 def threshold(tokens: Tensor, r0: Tensor, target: float, max_new_tokens: int) -> Tensor:
-    """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens); tokens and r0 float64 of one shape, n with the candidate's."""
+    """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens); tokens (the candidate's included) and r0: float64."""
     return (r0 + tokens * (target - r0) / max_new_tokens).clamp(max=target)
 
 
@@ -29,7 +28,7 @@ def calibrate_target(rewards: Sequence[float], quantile: float) -> float:
 
 
 def calibrate_beta(rewards: Sequence[float], target: float, acceptance: float) -> float:
-    """beta such that a share `acceptance` of these rewards would be accepted at r*: mean of min(1, exp((r - r*) / beta)).
+    """beta such that mean(min(1, exp((r - r*) / beta))), the share of these rewards accepted at r*, is `acceptance`.
 
     The share grows with beta. Where even the coldest acceptance takes more than that share (many rewards above r*), the
     result is a small share of the rewards' spread.

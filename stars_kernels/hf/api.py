@@ -150,7 +150,10 @@ class _Engine:
         return results  # type: ignore[return-value]
 
     def _admit(
-        self, prompts: list[Any], request_ids: Sequence[int | str] | None, results: list[StarsOutput | Exception | None]
+        self,
+        prompts: list[Any],
+        request_ids: Sequence[int | str] | None,
+        results: list[StarsOutput | Exception | None],
     ) -> list[_Request]:
         """Encode and check every prompt; those that fail become their own result."""
         encoded: dict[int, Prompt] = {}
@@ -211,7 +214,11 @@ class _Engine:
     ) -> Loop:
         assert config.seed is not None
         answers = [
-            Answer(request_key(config.seed, r.id), r.prompt.ids, min(config.max_new_tokens, self.limit - len(r.prompt.ids)))
+            Answer(
+                key=request_key(config.seed, r.id),
+                prompt=r.prompt.ids,
+                limit=min(config.max_new_tokens, self.limit - len(r.prompt.ids)),
+            )
             for r in requests
         ]  # fmt: skip
         scorer: Scorer
@@ -251,7 +258,12 @@ class _Engine:
                     bar.update(config.max_new_tokens - len(answer.tokens))
 
     def _output(
-        self, request: _Request, answer: Answer, config: StarsConfig, seconds: dict[str, float], ran: dict[str, str]
+        self,
+        request: _Request,
+        answer: Answer,
+        config: StarsConfig,
+        seconds: dict[str, float],
+        ran: dict[str, str],
     ) -> StarsOutput:
         assert answer.finish_reason is not None
         return StarsOutput(

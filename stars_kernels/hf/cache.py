@@ -1,6 +1,6 @@
 """ForkCache: one stored prefix per prompt, one short suffix per row, read through transformers' attention hook.
 
-    arena   [L, 2, N, Hkv, D]    prompt p owns slots [offset_p, offset_p + capacity_p), the first length_p are its prefix
+    arena   [L, 2, N, Hkv, D]    prompt p owns slots from offset_p on, the first length_p of them are its prefix
     suffix  [L, 2, R, T, Hkv, D] a row's own tokens since the prefix
 
 `fork` opens rows on their prompts' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
@@ -94,7 +94,7 @@ class ForkCache(Cache):
         self.held = held
 
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
-        """Write the first `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); rows end."""
+        """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
         ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)
         self.rollback()
 
@@ -137,12 +137,12 @@ class ForkCache(Cache):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """transformers calls this in each layer; storing happens in `attend`, with the layer's own queries at hand."""
+        """transformers calls this in each layer; `attend` does the storing, with the layer's own queries at hand."""
         _current.cache = self
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [B, Hq, S, D], key and value [B, Hkv, S, D] of the new tokens -> [B, S, Hq, D]; stores the new tokens."""
+        """query [B, Hq, S, D], key and value [B, Hkv, S, D] of the new tokens, which are stored -> [B, S, Hq, D]."""
         self._layers_seen += 1
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if isinstance(self._plan, _Prefill):
@@ -153,9 +153,11 @@ class ForkCache(Cache):
         end = self._plan.start + steps
         keys, values = self.suffix[layer, :, :rows]  # [R, T, Hkv, D]
         keys[:, self._plan.start : end], values[:, self._plan.start : end] = key, value
+        suffix_len = self._plan.query_len + self._plan.start
+        arena_keys, arena_values = self.arena[layer]
         return ops.fork_attention(
-            query, keys, values, self._plan.query_len + self._plan.start, self._plan.query_len, *self.arena[layer],
-            self.offsets, self.lengths, self.prompt, scale=scale,
+            query, keys, values, suffix_len, self._plan.query_len, arena_keys, arena_values, self.offsets, self.lengths,
+            self.prompt, scale=scale,
         )  # fmt: skip
 
     def _attend_prefill(
@@ -198,7 +200,13 @@ class ForkCache(Cache):
 
 
 def _stars_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     cache = getattr(_current, "cache", None)
     if cache is None:

@@ -77,7 +77,7 @@ def load_reward_model(
             rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     _check_model(model, "rm", REWARD_MODELS)
     name = _name(model)
-    head = model.score.weight
+    head: torch.Tensor = model.get_parameter("score.weight")  # [labels, D]
     loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
     if new_head or (loaded and not getattr(head, "_is_hf_initialized", False)):
         raise ValueError(
@@ -144,14 +144,14 @@ def _check_model(model: object, argument: str, known: tuple[str, ...]) -> None:
     kind = type(model).__name__
     if kind not in known or not type(model).__module__.startswith("transformers."):
         raise ValueError(
-            f"{argument} is a {kind}, which is not tested with STARS decoding; expected {' or '.join(known)} of transformers"
+            f"{argument} is a {kind}, not tested with STARS decoding; expected transformers' {' or '.join(known)}"
         )
     assert isinstance(model, PreTrainedModel)
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in BATCH_DEPENDENT_ROPE:
         raise ValueError(
-            f"{argument} {_name(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a batch, "
-            "so other prompts would change an answer; expected another rope_type"
+            f"{argument} {_name(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a "
+            "batch, so other prompts would change an answer; expected another rope_type"
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:

@@ -27,7 +27,7 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
         if prompt.dim() == 1:
             return [prompt.tolist()], False
         raise TypeError(
-            f"prompt is a tensor of shape {list(prompt.shape)}, expected [tokens]; pass several as a list of token id lists"
+            f"prompt is a tensor of shape {list(prompt.shape)}, expected [tokens]; pass several as a list of lists"
         )
     if isinstance(prompt, str):
         return [prompt], False
@@ -54,17 +54,16 @@ class Codec:
             prompt = prompt.tolist()
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(_is_id(item) for item in prompt):
             ids = [int(item) for item in prompt]
-            text = None if self.tokenizer is None else self.tokenizer.decode(ids)
-            return Prompt(ids, text)
+            return Prompt(ids, None if self.tokenizer is None else str(self.tokenizer.decode(ids)))
         if self.tokenizer is None:
             raise ValueError(
-                f"the prompt is a {type(prompt).__name__}, and an in-memory model brings no tokenizer: pass tokenizer=, or "
-                "token ids"
+                f"the prompt is a {type(prompt).__name__}, and a model in memory has no tokenizer: pass tokenizer=, "
+                "or token ids"
             )
         if isinstance(prompt, str):
             return Prompt(self.tokenizer(prompt)["input_ids"], prompt)
         if isinstance(prompt, Sequence) and all(isinstance(item, Mapping) for item in prompt):
-            text = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            text = str(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
             # The template writes its own BOS; the tokenizer must not add a second one.
             return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
         raise TypeError(f"the prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
@@ -74,7 +73,7 @@ class Codec:
         if self.tokenizer is None:
             raise ValueError("text is needed but there is no tokenizer: pass tokenizer=")
         # Half a character decodes to U+FFFD; it is not a character yet.
-        text = self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=True)
+        text = str(self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=True))
         text = text.rstrip(REPLACEMENT)
         cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text

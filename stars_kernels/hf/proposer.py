@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
 
 
-def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], list[int], list[bool]]]:
+def packed_chunks(
+    prompts: Sequence[Sequence[int]],
+) -> Iterator[tuple[list[int], list[int], list[int], list[bool]]]:
     """Cut the prompts' tokens into packed forwards: (prompt indices, counts, ids, whether each ends its prompt)."""
     owners: list[int] = []
     counts: list[int] = []
@@ -57,16 +60,18 @@ class ModelProposer:
                 logits = self._logits(torch.tensor([ids], device=self.device), positions, last.to(self.device))
             self.logits[[p for p, end in zip(owners, ends, strict=True) if end]] = logits[0]
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, float], stream: int, eos: Tensor) -> Tensor:
+    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
         cache = self.cache
         cache.fork(rows.prompt)
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
-        logits, source = self.logits, rows.prompt  # every first token comes from its prompt's one row of logits
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        logits = self.logits
+        source: Tensor | None = rows.prompt  # every first token comes from its prompt's one row of logits
         for step in range(size):
+            at = rows.position + step
             tokens[:, step], _ = ops.segment_sample(
-                logits, rows.key, rows.attempt, rows.position + step, source=source, stream=stream, **sampling
+                logits, rows.key, rows.attempt, at, source=source, stream=stream, **sampling
             )
             if step == size - 1:
                 break
@@ -98,6 +103,10 @@ class ModelProposer:
 
     def _logits(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
         )
         return output.logits

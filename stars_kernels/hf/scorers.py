@@ -28,7 +28,7 @@ class ClassifierScorer:
     def __init__(self, model: PreTrainedModel, label: int) -> None:
         """model: a view with the stars attention; label: the output that is the reward."""
         self.backbone = getattr(model, model.base_model_prefix)
-        self.weight = model.score.weight[label]  # [D]
+        self.weight = model.get_parameter("score.weight")[label]  # [D]
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
@@ -61,8 +61,12 @@ class CallableScorer:
     """A function of texts; it sees the whole answer each time. One prompt's failure does not touch the others."""
 
     def __init__(
-        self, function: RewardFunction, prompts: Sequence[str], to_text: Callable[[list[int]], str], device: torch.device
-    ) -> None:  # fmt: skip
+        self,
+        function: RewardFunction,
+        prompts: Sequence[str],
+        to_text: Callable[[list[int]], str],
+        device: torch.device,
+    ) -> None:
         """prompts: the text of each prompt of the batch. to_text: an answer's tokens as the text to be judged."""
         self.function, self.prompts, self.to_text, self.device = function, prompts, to_text, device
 

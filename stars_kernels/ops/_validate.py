@@ -8,9 +8,7 @@ from torch import Tensor, dtype
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
     """`expected` has one entry a dimension; None admits any size."""
     found = tuple(tensor.shape)
-    if len(found) != len(expected) or any(
-        e is not None and e != f for f, e in zip(found, expected, strict=True)
-    ):
+    if len(found) != len(expected) or any(e is not None and e != f for f, e in zip(found, expected, strict=True)):
         wanted = ", ".join("*" if e is None else str(e) for e in expected)
         raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
 

@@ -1,7 +1,7 @@
 """accept: judge a round's attempts in order, as the sequential algorithm would (arXiv 2511.03827).
 
-Attempt a is accepted iff u(a) < min(1, exp((reward - tau) / beta)) (hard: reward >= tau). The first accepted wins; after
-`max_attempts` without one, the best reward of all rounds is taken (the fallback).
+Attempt a is accepted iff u(a) < min(1, exp((reward - tau) / beta)) (hard: reward >= tau). The first accepted wins;
+after `max_attempts` without one, the best reward of all rounds is taken (the fallback).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def accept(
 
     Returns:
         chosen [P] int64: the accepted column, the one that became the best in this call, the NaN one, or -1;
-        outcome [P] int64: RETRY, ACCEPTED, FALLBACK (attempt max_attempts - 1 was rejected), or NAN (a judged reward is NaN).
+        outcome [P] int64: RETRY, ACCEPTED, FALLBACK (attempt max_attempts - 1 was rejected), or NAN (a reward is).
     """
     check_shape("rewards", rewards, None, None)
     prompts, width = rewards.shape

@@ -45,7 +45,7 @@ def fork_attention(
     Returns:
         [R, S, Hq, Dv] in the dtype of `query`; zero for padded queries.
     """
-    rows, steps, heads, size = query.shape if query.dim() == 4 else (-1, -1, -1, -1)
+    rows, _, heads, size = query.shape if query.dim() == 4 else (-1, -1, -1, -1)
     check_shape("query", query, None, None, None, None)
     check_shape("suffix_key", suffix_key, rows, None, None, size)
     kv_heads = suffix_key.shape[2]

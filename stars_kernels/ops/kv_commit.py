@@ -26,7 +26,7 @@ def kv_commit(
         count: [C] int64 tokens. advance: [C] bool.
     """
     check_shape("suffix", suffix, *([None] * 6))
-    layers, two, _, slots, heads, size = suffix.shape
+    layers, two, _, _, heads, size = suffix.shape
     check_shape("arena", arena, layers, two, None, heads, size)
     check_dtype("arena", arena, suffix.dtype)
     check_shape("offsets", offsets, lengths.shape[0])

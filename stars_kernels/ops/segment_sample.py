@@ -1,9 +1,9 @@
 """segment_sample: draw the next token of each row from its filtered distribution, without sorting out a winner by rank.
 
 Filters apply in HF's order: temperature, top-k (ties with the k-th stay), top-p (the shortest prefix in (probability
-descending, id ascending) whose mass reaches top_p), min-p. Survivors then race: with v = min((x + 1/2) 2^-32, 1 - 2^-24)
-from the token's own Philox bits x, the smallest  log(-log1p(-v)) - logit / T  wins (fp32, ties to the smallest id). That
-is Gumbel-max with the tail at v -> 0, where fp32 is exact enough.
+descending, id ascending) whose mass reaches top_p), min-p. Survivors then race: with x the token's own 32 Philox bits
+and v = min((x + 1/2) 2^-32, 1 - 2^-24), the smallest  log(-log1p(-v)) - logit / T  wins (fp32, ties to the smallest
+id). That is Gumbel-max with the tail at v -> 0, where fp32 is exact enough.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def segment_sample(
         raise ValueError(f"temperature is {temperature}, expected > 0")
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(f"{top_k=} {top_p=} {min_p=}, expected top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1")
-    return call_op(
-        _NAME, logits, keys, attempt, position, source, temperature, top_k, top_p, min_p, stream
-    )
+    return call_op(_NAME, logits, keys, attempt, position, source, temperature, top_k, top_p, min_p, stream)
 
 
 def segment_sample_ref(

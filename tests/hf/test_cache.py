@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import stars_kernels
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.loop import Answer, Loop
 from stars_kernels.decoder.width import AcceptanceHistory
@@ -12,7 +11,7 @@ from stars_kernels.hf.models import view_of
 from stars_kernels.hf.proposer import PREFILL_TOKENS, ModelProposer, packed_chunks
 from stars_kernels.hf.scorers import ClassifierScorer
 from stars_kernels.ops.philox import request_key
-from tests.tiny import tiny_language_model, tiny_reward_model
+from tests.tiny import tiny_language_model
 
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
 
@@ -127,7 +126,15 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
 @pytest.mark.parametrize("width", [1, 4, 7])
 def test_memory_of_a_round(lm, rm, width):
     """KV of a round: the prompts' slots + rows * segment_size tokens, for the LM and for the RM."""
-    config = StarsConfig(segment_size=5, max_new_tokens=10, max_attempts=7, width=width, reward_threshold=50.0, beta=1.0, seed=0)
+    config = StarsConfig(
+        segment_size=5,
+        max_new_tokens=10,
+        max_attempts=7,
+        width=width,
+        reward_threshold=50.0,
+        beta=1.0,
+        seed=0,
+    )
     loop = loop_of(lm, rm, config)
     loop.run()
     slots = sum(len(prompt) + config.max_new_tokens for prompt in PROMPTS)
@@ -136,7 +143,14 @@ def test_memory_of_a_round(lm, rm, width):
         per_token = lm.config.num_hidden_layers * 2 * lm.config.num_key_value_heads * lm.config.head_dim * 8
         assert cache.kv_tokens == tokens
         assert cache.kv_bytes == tokens * per_token
-        assert sum(t.numel() * t.element_size() for t in vars(cache).values() if torch.is_tensor(t) and t.is_floating_point()) == cache.kv_bytes
+        assert (
+            sum(
+                t.numel() * t.element_size()
+                for t in vars(cache).values()
+                if torch.is_tensor(t) and t.is_floating_point()
+            )
+            == cache.kv_bytes
+        )
 
 
 def test_view_leaves_the_model_alone(lm):

@@ -39,7 +39,7 @@ def check(outputs, ids, expected):
 
 
 def test_the_truth_is_varied(truth):
-    config, expected = truth
+    _, expected = truth
     attempts = [n for _, per_segment in expected.values() for n in per_segment]
     assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(IDS)
     assert max(attempts) > 1

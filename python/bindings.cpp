@@ -1,0 +1,52 @@
+// Where Python meets csrc: the module stars_kernels._C and the table of compiled ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "accept.h"
+#include "ops.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr const char* kIsa = "avx512";
+#elif defined(__AVX2__)
+constexpr const char* kIsa = "avx2";
+#elif defined(__x86_64__)
+constexpr const char* kIsa = "x86-64";
+#elif defined(__aarch64__)
+constexpr const char* kIsa = "aarch64";
+#else
+constexpr const char* kIsa = "generic";
+#endif
+
+py::dict build_info() {
+  using namespace py::literals;
+  return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = kIsa,
+                  "cuda"_a = false, "cuda_archs"_a = py::list());
+}
+
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const auto bits = stars::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  return {bits.v[0], bits.v[1], bits.v[2], bits.v[3]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace py::literals;
+  m.def("build_info", &build_info);
+  m.def("philox4x32", &philox4x32, "counter"_a, "key"_a);
+  m.attr("OUTCOMES") = py::dict("retry"_a = int64_t{stars::kRetry}, "accepted"_a = int64_t{stars::kAccepted},
+                                "fallback"_a = int64_t{stars::kFallback}, "nan"_a = int64_t{stars::kNan});
+}
+
+// The schemas are defined in Python, beside each op's definition, and exist without this file.
+TORCH_LIBRARY_IMPL(stars, CPU, m) {
+  m.impl("accept", &stars::accept_cpu);
+}
