@@ -6,7 +6,7 @@ print(output.text, output.reward)
 
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
-from stars_kernels.decoder.output import Counts, Segment, StarsOutput
+from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsOutput
 from stars_kernels.hf.api import decode
 from stars_kernels.hf.models import RewardModel
 from stars_kernels.ops import backends, reference
@@ -14,6 +14,7 @@ from stars_kernels.ops import backends, reference
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Counts",
     "RewardModel",
     "Segment",

@@ -63,8 +63,9 @@ class Answer:
             self.segments.append(Segment())
         return self.segments[-1]
 
-    def fail(self, what: str, cause: BaseException | None = None) -> None:
-        self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}")
+    def fail(self, what: str, cause: Exception | None = None) -> None:
+        why = "" if cause is None else f": {type(cause).__name__}: {cause}"
+        self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}{why}")
         self.error.__cause__ = cause
 
 

@@ -75,6 +75,19 @@ class Counts:
         return self.accepted / self.attempts if self.attempts else 0.0
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How r* and beta were found, once for all prompts of a call."""
+
+    rewards: list[float]
+    """Of the plain continuations."""
+    sampled: int
+    """Their tokens."""
+    rm_scored: int
+    """Tokens the reward model read for them."""
+    seconds: float
+
+
 @dataclass
 class StarsOutput:
     """An aligned answer."""
@@ -95,6 +108,8 @@ class StarsOutput:
     counts: Counts
     seconds: dict[str, float]
     """Wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them)."""
+    calibration: Calibration | None
+    """None where r* and beta were given."""
     backends: dict[str, str]
     """Which implementation of each op ran."""
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stars_kernels.decoder.config import StarsConfig, resolve_config
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.loop import Answer, Loop
-from stars_kernels.decoder.output import StarsOutput
+from stars_kernels.decoder.output import Calibration, FinishReason, StarsOutput
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.models import (
@@ -79,16 +79,12 @@ def decode(
     if not prompts:
         return []
     engine = _Engine(model, rm, tokenizer, settings, trust_remote_code)
-    ids = [request_ids] if isinstance(request_ids, int | str) and not many else request_ids
-    assert not isinstance(ids, int | str) or many
-    results = engine.run(prompts, ids)  # type: ignore[arg-type]
-    if many:
-        if any(isinstance(result, Exception) for result in results):
-            raise StarsError(results)
-        return results  # type: ignore[return-value]
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
+    results = engine.run(prompts, request_ids if many or request_ids is None else [request_ids])
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        raise StarsError(results) if many else errors[0]
+    outputs = [result for result in results if isinstance(result, StarsOutput)]
+    return outputs if many else outputs[0]
 
 
 @dataclass
@@ -113,16 +109,17 @@ class _Engine:
     ) -> None:
         seed = secrets.randbits(63) if config.seed is None else config.seed
         self.config = config.replace(seed=seed)
+        self.calibration: Calibration | None = None
         language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
         self.lm = view_of(language_model)
         self.limit = context_limit(self.lm)
         self.rm: PreTrainedModel | RewardFunction
         if _is_function(rm):
-            self.rm, self.label = rm, 0  # type: ignore[assignment]
             if tokenizer is None:
                 raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
+            self.rm, self.label = rm, 0
         else:
-            described = rm if isinstance(rm, RewardModel) else RewardModel(rm)  # type: ignore[arg-type]
+            described = rm if isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
             reward_model, self.label = load_reward_model(described, language_model, tokenizer, trust_remote_code)
             self.rm = view_of(reward_model)
             self.limit = min(self.limit, context_limit(self.rm))
@@ -134,26 +131,24 @@ class _Engine:
         self.codec = Codec(tokenizer, config.stops, eos)
 
     @torch.inference_mode()
-    def run(self, prompts: list[Any], request_ids: Sequence[int | str] | None) -> list[StarsOutput | Exception]:
+    def run(self, prompts: list[Any], request_ids: Any) -> list[StarsOutput | Exception]:
         """One result a prompt, in order."""
         results: list[StarsOutput | Exception | None] = [None] * len(prompts)
         try:
             requests = self._admit(prompts, request_ids, results)
-            calibration = self._calibrate(requests)
+            if self.config.reward_threshold is None or self.config.beta is None:
+                requests = self._calibrate(requests, results)
             size = self.config.batch_size
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
                 for start in range(0, len(requests), size):
-                    self._run_batch(requests[start : start + size], results, bar, calibration)
+                    self._run_batch(requests[start : start + size], results, bar)
         except KeyboardInterrupt as interrupt:
             interrupt.results = results  # type: ignore[attr-defined]
             raise
-        return results  # type: ignore[return-value]
+        return [result for result in results if result is not None]
 
     def _admit(
-        self,
-        prompts: list[Any],
-        request_ids: Sequence[int | str] | None,
-        results: list[StarsOutput | Exception | None],
+        self, prompts: list[Any], request_ids: Any, results: list[StarsOutput | Exception | None]
     ) -> list[_Request]:
         """Encode and check every prompt; those that fail become their own result."""
         encoded: dict[int, Prompt] = {}
@@ -176,38 +171,49 @@ class _Engine:
             raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {self.limit}")
         return prompt
 
-    def _calibrate(self, requests: list[_Request]) -> dict[str, float]:
-        """Fill in r* and beta where not given; the wall seconds and tokens it took."""
-        config = self.config
-        if (config.reward_threshold is not None and config.beta is not None) or not requests:
-            return {}
+    def _calibrate(self, requests: list[_Request], results: list[StarsOutput | Exception | None]) -> list[_Request]:
+        """Find what is not given of r* and beta; the requests that can go on (all, or none where it failed)."""
+        if not requests:
+            return []
         began = time.perf_counter()
-        requests = requests[: config.calibration_samples]
-        samples = -(-config.calibration_samples // len(requests))
-        # One unaccepted segment as long as an answer: its attempts are plain continuations from one shared prefix.
+        config, chosen = self.config, requests[: self.config.calibration_samples]
+        samples = -(-config.calibration_samples // len(chosen))
+        # One segment as long as an answer, never accepted: its attempts are plain continuations of one shared prefix.
         plain = config.replace(
-            segment_size=config.max_new_tokens, max_attempts=samples, width=samples, accept="hard", beta=1.0,
+            segment_size=config.max_new_tokens,
+            max_attempts=samples,
+            width=samples,
+            accept="hard",
+            beta=1.0,
             reward_threshold=UNREACHABLE,
-        )  # fmt: skip
-        rewards: list[float] = []
-        sampled = 0
-        with self._progress(len(requests) * config.max_new_tokens, "calibrate") as bar:
-            for start in range(0, len(requests), config.batch_size):
-                loop = self._loop(requests[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
+        )
+        answers: list[Answer] = []
+        with self._progress(len(chosen) * config.max_new_tokens, "calibrate") as bar:
+            for start in range(0, len(chosen), config.batch_size):
+                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
                 loop.run()
-                for answer in loop.answers:
-                    rewards += answer.segments[0].rewards if answer.error is None else []
-                    sampled += answer.counts.sampled
+                answers += loop.answers
+        rewards = [reward for answer in answers if answer.error is None for reward in answer.segments[0].rewards]
         if not rewards:
-            return {}  # every prompt fails; each says why when it is decoded
-        target = config.reward_threshold
+            for request in requests:
+                results[request.index] = RuntimeError(
+                    f"prompt {request.index}: calibration found no reward, since each continuation failed; "
+                    f"the first: {answers[0].error}"
+                )
+            return []
+        target, beta = config.reward_threshold, config.beta
         if target is None:
             target = calibrate_target(rewards, config.calibration_quantile)
-        beta = config.beta
         if beta is None:
             beta = calibrate_beta(rewards, target, config.calibration_acceptance)
         self.config = config.replace(reward_threshold=target, beta=beta)
-        return {"calibrate": time.perf_counter() - began, "sampled": sampled}
+        self.calibration = Calibration(
+            rewards=rewards,
+            sampled=sum(answer.counts.sampled for answer in answers),
+            rm_scored=sum(answer.counts.rm_scored for answer in answers),
+            seconds=time.perf_counter() - began,
+        )
+        return requests
 
     def _loop(
         self, requests: list[_Request], config: StarsConfig, stream: int, on_tokens: Callable[[int], Any]
@@ -231,13 +237,9 @@ class _Engine:
         return Loop(ModelProposer(self.lm), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
 
     def _run_batch(
-        self, requests: list[_Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any],
-        calibration: dict[str, float],
-    ) -> None:  # fmt: skip
-        config = self.config
-        if config.reward_threshold is None or config.beta is None:  # no prompt could be calibrated on
-            config = config.replace(reward_threshold=config.reward_threshold or 0.0, beta=config.beta or 1.0)
-        loop = self._loop(requests, config, STREAM_SAMPLE, bar.update)
+        self, requests: list[_Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any]
+    ) -> None:
+        loop = self._loop(requests, self.config, STREAM_SAMPLE, bar.update)
         try:
             loop.run()
         except KeyboardInterrupt:
@@ -246,51 +248,42 @@ class _Engine:
                     answer.finish_reason = "interrupted"
             raise
         finally:
-            ran = {op: served[self.lm.device.type] for op, served in backends().items()}
             for request, answer in zip(requests, loop.answers, strict=True):
                 if answer.error is not None:
                     failed = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
                     failed.__cause__ = answer.error.__cause__
                     results[request.index] = failed
                 elif answer.finish_reason is not None:
-                    seconds = {**loop.seconds, **{k: v for k, v in calibration.items() if k == "calibrate"}}
-                    results[request.index] = self._output(request, answer, config, seconds, ran)
-                    bar.update(config.max_new_tokens - len(answer.tokens))
+                    results[request.index] = self._output(request, answer, answer.finish_reason, loop.seconds)
+                    bar.update(self.config.max_new_tokens - len(answer.tokens))
 
     def _output(
-        self,
-        request: _Request,
-        answer: Answer,
-        config: StarsConfig,
-        seconds: dict[str, float],
-        ran: dict[str, str],
+        self, request: _Request, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]
     ) -> StarsOutput:
-        assert answer.finish_reason is not None
         return StarsOutput(
             text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
             token_ids=answer.tokens,
             reward=answer.reward,
-            finish_reason=answer.finish_reason,
-            config=config,
+            finish_reason=finish_reason,
+            config=self.config,
             request_id=request.id,
             prompt_reward=answer.prompt_reward,
             segments=[segment for segment in answer.segments if segment.attempts],
             counts=answer.counts,
-            seconds=seconds,
-            backends=ran,
+            seconds=seconds if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
+            calibration=self.calibration,
+            backends={op: served[self.lm.device.type] for op, served in backends().items()},
         )
 
     def _progress(self, total: int, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
 
 
-def _is_function(rm: object) -> bool:
+def _is_function(rm: object) -> TypeGuard[RewardFunction]:
     return callable(rm) and not isinstance(rm, torch.nn.Module)
 
 
-def _request_ids(
-    given: Sequence[int | str] | None, count: int, encoded: Mapping[int, Prompt]
-) -> Sequence[int | str] | dict[int, str]:
+def _request_ids(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Sequence[int | str] | dict[int, str]:
     """The ids by prompt index: the caller's, or a hash of the token ids plus the occurrence number."""
     if given is None:
         seen: Counter[str] = Counter()

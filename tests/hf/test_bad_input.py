@@ -1,0 +1,236 @@
+"""Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import stars_kernels
+from stars_kernels import RewardModel, StarsConfig, StarsError
+from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
+
+SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reward_threshold", float("nan"), "reward_threshold is nan, expected a finite number"),
+        ("reward_threshold", float("inf"), "reward_threshold is inf, expected a finite number"),
+        ("beta", 0, "beta is 0, expected a finite number > 0"),
+        ("beta", -1.0, "beta is -1.0, expected a finite number > 0"),
+        ("alpha", 1.5, r"alpha is 1.5, expected a number in \[0, 1\]"),
+        ("alpha", -0.1, r"alpha is -0.1, expected a number in \[0, 1\]"),
+        ("max_attempts", 0, "max_attempts is 0, expected an integer >= 1"),
+        ("segment_size", 0, "segment_size is 0, expected an integer >= 1"),
+        ("max_new_tokens", 0, "max_new_tokens is 0, expected an integer >= 1"),
+        ("batch_size", 0, "batch_size is 0, expected an integer >= 1"),
+        ("temperature", 0, "temperature is 0, expected a finite number > 0: at 0 all attempts"),
+        ("do_sample", False, "do_sample is False, expected True: without sampling all attempts"),
+        ("top_k", 1, "top_k is 1, expected an integer >= 2, or None or 0 for off: with 1 all attempts"),
+        ("top_k", 2.5, "top_k is 2.5, expected an integer"),
+        ("top_p", 0.0, r"top_p is 0.0, expected in \(0, 1\]"),
+        ("min_p", 1.0, r"min_p is 1.0, expected in \[0, 1\)"),
+        ("accept", "softly", 'accept is \'softly\', expected "soft" or "hard"'),
+        ("width", 0, 'width is 0, expected >= 1 or "auto"'),
+        ("seed", 1.5, "seed is 1.5, expected an integer or None"),
+        ("eos_token_id", "x", "eos_token_id is 'x', expected an id"),
+        ("stop_strings", [""], r"stop_strings is \(''?,\), expected non-empty strings"),
+        ("calibration_quantile", 1.0, r"calibration_quantile is 1.0, expected in \(0, 1\)"),
+    ],
+)
+def test_settings(lm, rm, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        stars_kernels.decode(lm, rm, [1, 2], **{**SET, name: value})
+
+
+def test_unknown_setting(lm, rm):
+    with pytest.raises(TypeError, match="unknown setting 'segment_sise'; did you mean 'segment_size'"):
+        stars_kernels.decode(lm, rm, [1, 2], segment_sise=3)
+    with pytest.raises(TypeError, match="config is a list, expected a StarsConfig, a mapping or None"):
+        stars_kernels.decode(lm, rm, [1, 2], config=[1])
+
+
+def test_request_ids(lm, rm):
+    with pytest.raises(ValueError, match="request id 'a' is given more than once"):
+        stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a", "a"], **SET)
+    with pytest.raises(ValueError, match="1 request_ids for 2 prompts"):
+        stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a"], **SET)
+    with pytest.raises(TypeError, match=r"request id 1.5 is a float, expected int or str"):
+        stars_kernels.decode(lm, rm, [[1]], request_ids=[1.5], **SET)
+    with pytest.raises(TypeError, match="request_ids is a int, expected a list"):
+        stars_kernels.decode(lm, rm, [[1], [2]], request_ids=1, **SET)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[]], "prompt 0: it has no tokens, expected at least one"),
+        ([1, 260], "prompt 0: token id 260 is outside the vocabulary, expected 0 to 259"),
+        ([-1], "prompt 0: token id -1 is outside the vocabulary"),
+        (list(range(160)), "prompt 0: it has 160 tokens, expected less than the context limit of 160"),
+        ("text", "prompt 0: the prompt is a str, and a model in memory has no tokenizer: pass tokenizer="),
+        ([{"role": "user", "content": "hi"}], "and a model in memory has no tokenizer: pass tokenizer="),
+    ],
+)
+def test_prompts(lm, rm, prompt, message):
+    with pytest.raises((ValueError, StarsError), match=message):
+        stars_kernels.decode(lm, rm, prompt, **SET)
+
+
+def test_over_long_for_the_reward_model_alone(lm):
+    with pytest.raises(ValueError, match="it has 30 tokens, expected less than the context limit of 30"):
+        stars_kernels.decode(lm, tiny_reward_model(max_position_embeddings=30), list(range(30)), **SET)
+
+
+def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
+    gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=260, num_labels=1)
+    with pytest.raises(ValueError, match="model is a GPT2LMHeadModel, not tested with STARS decoding; expected"):
+        stars_kernels.decode(GPT2LMHeadModel(gpt2), rm, [1], **SET)
+    with pytest.raises(ValueError, match="rm is a GPT2ForSequenceClassification, not tested"):
+        stars_kernels.decode(lm, GPT2ForSequenceClassification(gpt2), [1], **SET)
+    with pytest.raises(TypeError, match="model is a int, expected a transformers model or a path"):
+        stars_kernels.decode(3, rm, [1], **SET)
+    with pytest.raises(TypeError, match="rm is a int, expected a transformers model or a path"):
+        stars_kernels.decode(lm, 3, [1], **SET)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="rope_type 'dynamic', whose frequencies depend on the longest row"):
+        stars_kernels.decode(tiny_language_model(rope_parameters=rope), rm, [1], **SET)
+
+
+def test_reward_models(tmp_path, lm, rm):
+    with pytest.raises(ValueError, match="has 3 labels, expected 1; say which one is the reward with RewardModel"):
+        stars_kernels.decode(lm, tiny_reward_model(num_labels=3), [1], **SET)
+    with pytest.raises(ValueError, match=r"label is 1, but rm .* has 1 labels, expected 0 to 0"):
+        stars_kernels.decode(lm, RewardModel(rm, label=1), [1], **SET)
+    with pytest.raises(ValueError, match="has a vocabulary of 300 tokens and the language model one of 260"):
+        stars_kernels.decode(lm, tiny_reward_model(vocab_size=300), [1], **SET)
+    lm.save_pretrained(tmp_path / "lm")
+    newly = "head score.weight is not in the checkpoint and was newly initialised"
+    with pytest.raises(ValueError, match=newly):  # a language model's checkpoint has no head; by path ...
+        stars_kernels.decode(lm, tmp_path / "lm", [1], **SET)
+    loaded = type(rm).from_pretrained(tmp_path / "lm", num_labels=1)
+    with pytest.raises(ValueError, match=newly):  # ... and in memory
+        stars_kernels.decode(lm, loaded, [1], **SET)
+
+
+def test_a_reward_model_with_another_tokenizer_of_the_same_size(lm, rm):
+    other = byte_tokenizer()
+    names = other.get_vocab()
+    swapped = byte_tokenizer()
+    swapped.get_vocab = lambda: {**names, "a": names["b"], "b": names["a"]}
+    with pytest.raises(ValueError, match="another tokenizer than the language model: 2 tokens differ"):
+        stars_kernels.decode(lm, RewardModel(rm, tokenizer=swapped), "hi", tokenizer=other, **SET)
+
+
+def test_needs_a_tokenizer(lm, rm):
+    with pytest.raises(ValueError, match="rm is a function of texts, which needs a tokenizer: pass tokenizer="):
+        stars_kernels.decode(lm, lambda prompts, answers: [0.0] * len(answers), [1], **SET)
+    with pytest.raises(ValueError, match=r"stop_strings .* need a tokenizer: pass tokenizer="):
+        stars_kernels.decode(lm, rm, [1], stop_strings="x", **SET)
+
+
+def broken_at(value):
+    """A language model whose logits hold `value` after token 7 and nowhere else."""
+    model = tiny_language_model()
+
+    def spoil(module, args, kwargs, output):
+        ids = kwargs["input_ids"][0]
+        if ids.shape[-1] > 1:  # prefill, packed: logits [1, prompts, V], one row for the last token of each
+            return output
+        output.logits[kwargs["input_ids"][:, -1] == 7] = value
+        return output
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_unusable_logits(lm, rm, value):
+    settings = dict(SET, top_k=None, max_new_tokens=40, eos_token_id=(), temperature=5.0)
+
+    def answers(model, seed):
+        return stars_kernels.decode(model, rm, [[1, 2], [3]], request_ids=[1, 2], **{**settings, "seed": seed})
+
+    for seed in range(100):  # until only the first answer goes on after a token 7
+        first, second = answers(lm, seed)
+        if 7 in first.token_ids[:-1] and 7 not in second.token_ids:
+            break
+    with pytest.raises(StarsError) as failed:
+        answers(broken_at(value), seed)
+    message = str(failed.value.results[0])
+    assert "prompt 0 (request 1), segment " in message
+    assert "the logits hold nan or +inf, or are all -inf, expected finite numbers" in message
+    assert failed.value.results[1].token_ids == second.token_ids
+
+
+def test_nan_reward_names_prompt_segment_and_attempt(lm):
+    tokenizer = byte_tokenizer()
+
+    def rm(prompts, answers):
+        return [float("nan") if p == "b" and len(a) > 3 else 5.0 for p, a in zip(prompts, answers, strict=True)]
+
+    settings = dict(SET, tokenizer=tokenizer, eos_token_id=(), max_new_tokens=24)
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(lm, rm, ["a", "b"], request_ids=["A", "B"], **settings)
+    assert isinstance(failed.value.results[0], stars_kernels.StarsOutput)
+    message = str(failed.value.results[1])
+    assert "prompt 1 (request B), segment " in message and "the reward is nan, expected finite numbers" in message
+    with pytest.raises(RuntimeError, match=r"prompt 0 .* the reward of the empty answer is nan"):
+        stars_kernels.decode(lm, lambda p, a: [float("nan")] * len(a), "a", **settings)
+
+
+def test_nan_beyond_the_winner_is_never_seen(lm):
+    """An attempt that the sequential algorithm would not have judged cannot fail a prompt."""
+    tokenizer = byte_tokenizer()
+
+    def rm(prompts, answers):
+        return [9.0, *[float("nan")] * (len(answers) - 1)]
+
+    output = stars_kernels.decode(lm, rm, "a", tokenizer=tokenizer, width=5, **SET)
+    assert output.counts.attempts == len(output.segments)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: [0.0] * (n + 1), r"returned shape \[2\], expected 1 floats"),
+        (lambda n: torch.zeros(n, 1), r"returned shape \[1, 1\], expected 1 floats"),
+        (lambda n: 0.0, r"returned shape \[\], expected 1 floats"),
+        (lambda n: ["x"] * n, r"returned list \['x'\], expected 1 floats"),
+        (lambda n: None, "returned NoneType None, expected 1 floats"),
+    ],
+)
+def test_a_callable_that_returns_something_else(lm, returned, message):
+    with pytest.raises(RuntimeError, match="the reward model failed on the empty answer") as failed:
+        stars_kernels.decode(lm, lambda p, a: returned(len(a)), "a", tokenizer=byte_tokenizer(), **SET)
+    with pytest.raises(ValueError, match=message):
+        raise failed.value.__cause__
+
+
+def test_a_callable_that_raises_fails_only_its_prompt(lm):
+    def rm(prompts, answers):
+        if "bad" in prompts:
+            raise OSError("the reward server is gone")
+        return [5.0] * len(answers)
+
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(lm, rm, ["a", "bad", "c"], tokenizer=byte_tokenizer(), **SET)
+    results = failed.value.results
+    assert [type(r).__name__ for r in results] == ["StarsOutput", "RuntimeError", "StarsOutput"]
+    assert isinstance(results[1].__cause__, OSError)
+    assert "the reward server is gone" in str(results[1])
+
+
+def test_calibration_that_finds_no_reward(lm):
+    def rm(prompts, answers):
+        raise OSError("the reward server is gone")
+
+    with pytest.raises(RuntimeError, match=r"calibration found no reward, .*the reward server is gone"):
+        stars_kernels.decode(lm, rm, "a", tokenizer=byte_tokenizer(), seed=0)
+
+
+def test_a_config_object_is_checked_when_it_is_made():
+    with pytest.raises(ValueError, match="segment_size is True"):
+        StarsConfig(segment_size=True)
+    with pytest.raises(ValueError, match="alpha is 2"):
+        StarsConfig().replace(alpha=2)

