@@ -1,0 +1,1 @@
+"""python -m bench: check that all contestants give the same answers, then time them."""

@@ -1,0 +1,63 @@
+"""The loop of someone who knows caches: nothing is read twice, but attempts still go one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from bench.common import Decision, Judge, Result, append, cached_rewards, check_plain, prefill, sampler, tail
+from stars_kernels import StarsConfig
+
+
+@torch.inference_mode()
+def cached_decode(
+    model: PreTrainedModel,
+    rm: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    config: StarsConfig,
+    key: int | None = None,
+    judge: Judge | None = None,
+) -> Result:
+    """STARS with a DynamicCache for each model, cropped after an attempt; arguments as in `naive_decode`.
+
+    Answers do not end on a token: config.eos_token_id must be ().
+    """
+    check_plain(config)
+    draw = sampler(config, None if key is None else [key])
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
+    cache, prefix_logits, rm_cache, rewards = prefill(model, rm, ids)
+    prompt_reward = float(rewards)
+    result = Result(reward=prompt_reward)
+    while (position := len(result.token_ids)) < config.max_new_tokens:
+        if position:  # the last accepted token is not read yet
+            ids = torch.tensor([result.token_ids[-1:]], device=model.device)
+            prefix_logits = model(input_ids=ids, past_key_values=cache).logits[:, -1]
+        start, rm_start = cache.get_seq_length(), rm_cache.get_seq_length()
+        size = min(config.segment_size, config.max_new_tokens - position)
+        decision = Decision(config, prompt_reward, position, key, judge)
+        while not decision.done:
+            logits, steps = prefix_logits, []
+            for step in range(size):
+                token = draw(logits, [0], [decision.attempts], position + step)
+                steps.append(token)
+                if step < size - 1:  # nothing follows the last token in this attempt
+                    logits = model(input_ids=token[:, None], past_key_values=cache).logits[:, -1]
+            tokens = torch.stack(steps, dim=1)  # [1, size]
+            reward = float(cached_rewards(rm, rm_cache, tokens))
+            if decision.take(reward, size):
+                best, best_tails = tokens[0].tolist(), (tail(cache, 0, start), tail(rm_cache, 0, rm_start))
+            _crop(cache, start)
+            _crop(rm_cache, rm_start)
+        append(cache, best_tails[:1])
+        append(rm_cache, best_tails[1:])
+        result.token_ids += best
+        result.reward = decision.reward
+        result.attempts.append(decision.attempts)
+    return result
+
+
+def _crop(cache: DynamicCache, length: int) -> None:
+    if cache.get_seq_length() > length:
+        cache.crop(length - cache.get_seq_length())  # a negative number is how many to remove

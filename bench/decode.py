@@ -1,0 +1,281 @@
+"""decode: ours against hand-written loops, for one prompt and for several."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from bench import models
+from bench.batched import batched_decode
+from bench.cached import cached_decode
+from bench.common import Judge, Result, generate_options
+from bench.machine import Forward, Rates
+from bench.naive import naive_decode
+from bench.ours import ours_decode
+from bench.report import CheckError, Row
+from stars_kernels import StarsConfig, decode
+from stars_kernels.ops.philox import request_key
+
+SEGMENT = 15
+SEGMENTS = 8
+MEAN_ATTEMPTS = 4
+ATTEMPTS = (3, 5, 7, 1, 2, 11, 1, 2)
+"""The attempt that is accepted, segment by segment; each prompt starts at another place.
+
+The mean is exactly 4, also over the first two, the first four, and eight prompts of any number of segments.
+The spread is that of a geometric distribution, as for a reward model that takes one attempt in four.
+"""
+BATCHED_ROWS = {1: 8, 8: 24}
+"""Rows a round of the `batched` contestant, by number of prompts: about what `width="auto"` takes."""
+TARGETS = {1: 4.0, 8: 8.0}
+"""Times faster than the naive loop with the model `smol`, by number of prompts."""
+REPEATS = 3
+
+
+def script(prompt: int) -> Judge:
+    """Reward 1 for the attempt that the pattern accepts, 0 for the others, whatever the reward model says."""
+
+    def judge(segment: int, attempt: int, reward: float) -> float:
+        return float(attempt == ATTEMPTS[(prompt + segment) % len(ATTEMPTS)] - 1)
+
+    return judge
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contestant has to do: all prompts, each to the end of the budget."""
+
+    model: PreTrainedModel
+    rm: PreTrainedModel
+    prompts: list[list[int]]
+    config: StarsConfig
+    scripted: bool = True
+    seeded: bool = False
+    """Draw the engine's tokens, for the check; else the contestants draw as transformers does."""
+
+    @property
+    def keys(self) -> list[int]:
+        assert self.config.seed is not None
+        return [request_key(self.config.seed, p) for p in range(len(self.prompts))]
+
+    @property
+    def judges(self) -> list[Judge] | None:
+        return [script(p) for p in range(len(self.prompts))] if self.scripted else None
+
+    @property
+    def segments(self) -> int:
+        """Of all prompts together."""
+        return len(self.prompts) * -(-self.config.max_new_tokens // self.config.segment_size)
+
+    def cut(self, prompts: int, segments: int) -> Job:
+        config = self.config.replace(max_new_tokens=segments * self.config.segment_size)
+        return replace(self, prompts=self.prompts[:prompts], config=config)
+
+
+def make_job(model_name: str, prompts: int) -> Job:
+    loaded = models.load(model_name, prompts)
+    config = StarsConfig(
+        segment_size=SEGMENT, max_new_tokens=SEGMENT * SEGMENTS, temperature=1.0, top_k=40, seed=0,
+        eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0,
+    )  # fmt: skip
+    return Job(loaded.model, loaded.rm, loaded.prompts, config)
+
+
+# The contestants: each does the whole job
+
+
+def ours(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
+    return ours_decode(job.model, job.rm, job.prompts, job.config, job.keys, job.judges, forwards)
+
+
+def naive(job: Job) -> list[Result]:
+    return _one_by_one(naive_decode, job)
+
+
+def cached(job: Job) -> list[Result]:
+    return _one_by_one(cached_decode, job)
+
+
+def batched(job: Job) -> list[Result]:
+    rows = BATCHED_ROWS.get(len(job.prompts), 3 * len(job.prompts))
+    return batched_decode(
+        job.model, job.rm, job.prompts, job.config, rows, job.keys if job.seeded else None, job.judges
+    )
+
+
+def plain(job: Job) -> list[Result]:
+    """`generate` alone: no reward, no rejection."""
+    results = []
+    for prompt in job.prompts:
+        ids = torch.tensor([prompt], device=job.model.device)
+        with torch.inference_mode():
+            output = job.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=job.config.max_new_tokens,
+                eos_token_id=None,
+                **generate_options(job.config),
+            )
+        results.append(Result(output[0, len(prompt) :].tolist()))
+    return results
+
+
+CONTESTANTS: dict[str, Callable[[Job], list[Result]]] = {
+    "naive": naive, "cached": cached, "batched": batched, "ours": ours,
+}  # fmt: skip
+
+
+def _one_by_one(decode_one: Callable[..., Result], job: Job) -> list[Result]:
+    judges: Sequence[Judge | None] = job.judges or [None] * len(job.prompts)
+    return [
+        decode_one(job.model, job.rm, prompt, job.config, key if job.seeded else None, judge)
+        for prompt, key, judge in zip(job.prompts, job.keys, judges, strict=True)
+    ]
+
+
+# Check
+
+
+def check_exact() -> None:
+    """In float64, where rounding cannot tip a choice, all give the same tokens after the same attempts."""
+    loaded = models.load("tiny", prompts=3, dtype=torch.float64)
+    config = StarsConfig(segment_size=5, max_new_tokens=22, eos_token_id=(), seed=7, progress=False)
+    scripted = config.replace(accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0)
+    _compare("scripted", Job(loaded.model, loaded.rm, loaded.prompts, scripted, seeded=True))
+    # Real rewards: soft acceptance at a rising threshold, and few enough attempts for fallbacks.
+    soft = config.replace(
+        max_attempts=5,
+        alpha=0.1,
+        reward_threshold=1.5,
+        beta=0.5,
+        temperature=1.5,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+    )
+    job = Job(loaded.model, loaded.rm, loaded.prompts, soft, scripted=False, seeded=True)
+    expected = _compare("soft", job)
+    outputs = decode(job.model, job.rm, job.prompts, config=soft, request_ids=range(len(job.prompts)))
+    assert isinstance(outputs, list)
+    if [output.token_ids for output in outputs] != [result.token_ids for result in expected]:
+        raise CheckError("soft: stars_kernels.decode and the naive loop give different tokens in float64")
+
+
+def _compare(what: str, job: Job) -> list[Result]:
+    results = {name: contestant(job) for name, contestant in CONTESTANTS.items()}
+    results["ours, width 3"] = ours(replace(job, config=job.config.replace(width=3)))
+    expected = results["naive"]
+    for name, given in results.items():
+        for p, (a, b) in enumerate(zip(given, expected, strict=True)):
+            if (a.token_ids, a.attempts) != (b.token_ids, b.attempts):
+                raise CheckError(f"{what}: {name} and naive differ in float64 at prompt {p}:\n{a}\n{b}")
+    return expected
+
+
+def agreement(job: Job) -> dict[str, float]:
+    """In float32, where rounding may tip a choice: the share of each contestant's tokens that come before its
+    first difference from the naive loop."""
+    job = replace(job, seeded=True)
+    expected = [result.token_ids for result in naive(job)]
+    shares = {}
+    for name in ("ours", "cached", "batched"):
+        given = [result.token_ids for result in CONTESTANTS[name](job)]
+        shares[name] = sum(map(_common_prefix, given, expected)) / sum(map(len, expected))
+        print(f"  {name}: {shares[name]:.0%} of the tokens come before the first difference", flush=True)
+    return shares
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+# Time
+
+
+def timed(name: str, work: Callable[[], list[Result]]) -> tuple[float, list[Result]]:
+    began = time.perf_counter()
+    results = work()
+    seconds = time.perf_counter() - began
+    print(f"  {name}: {seconds:.2f} s", flush=True)
+    return seconds, results
+
+
+def interleaved(job: Job, others: dict[str, Job]) -> tuple[float, dict[str, float]]:
+    """Seconds a segment: ours on `job`, the median of runs before and between the others on their own jobs.
+
+    The naive loop's time is proportional to its attempts: it is charged MEAN_ATTEMPTS of them a segment.
+    """
+    mine: list[float] = []
+    theirs: dict[str, float] = {}
+    waiting = list(others.items())
+    while waiting or len(mine) < REPEATS:
+        mine.append(timed("ours", partial(ours, job))[0] / job.segments)
+        if waiting:
+            name, other = waiting.pop(0)
+            contestant = plain if name == "plain" else CONTESTANTS[name]
+            seconds, results = timed(name, partial(contestant, other))
+            per_segment = seconds / other.segments
+            if name == "naive":
+                per_segment = seconds * MEAN_ATTEMPTS / sum(sum(result.attempts) for result in results)
+            theirs[name] = per_segment
+    return statistics.median(mine), theirs
+
+
+def floor_seconds(job: Job, rates: Rates) -> float:
+    """The least this machine needs for a segment, given the forwards that ours makes on the job."""
+    forwards: list[Forward] = []
+    ours(job, forwards)
+    return rates.floor(forwards) / job.segments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=models.MODELS, default="smol", help="tiny is for smoke tests")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of the batch, 1 for none (8)")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    print("check in float64 ...", flush=True)
+    check_exact()
+    print(f"load {args.model} ...", flush=True)
+    full = make_job(args.model, args.prompts)
+    print("compare with the naive loop in float32 ...", flush=True)
+    shares = agreement(full.cut(prompts=1, segments=1 if args.quick else 2))
+
+    targets = TARGETS if args.model == "smol" else {}
+    segments = 4 if args.quick else SEGMENTS
+    print("time, one prompt ...", flush=True)
+    one = full.cut(1, segments)
+    floor = floor_seconds(one, args.rates)  # also warms up
+    naive_job = full.cut(1, 2) if args.quick else one
+    mine, theirs = interleaved(one, {"naive": naive_job, "cached": one, "batched": one, "plain": one})
+    notes = {
+        "naive": f"seconds a segment of {SEGMENT}; ours has {shares['ours']:.0%} of its tokens in float32",
+        "plain": f"generate, no reward: {SEGMENT / theirs['plain']:.1f} tokens/s; ours {SEGMENT / mine:.1f}",
+    }
+    rows = []
+    for name, seconds in theirs.items():
+        target = targets.get(1) if name == "naive" else None
+        note = notes.get(name, "")
+        rows.append(Row("one prompt", name, seconds / mine, target, mine / floor, mine, seconds, note))
+    if args.prompts == 1:
+        return rows
+
+    name = f"{args.prompts} prompts"
+    print(f"time, {name} ...", flush=True)
+    many = full.cut(args.prompts, segments)
+    floor = floor_seconds(many, args.rates)
+    rate = theirs["naive"]
+    mine, theirs = interleaved(many, {"batched": many})
+    note = "it cannot batch: its rate from one prompt"
+    rows += [
+        Row(name, "naive", rate / mine, targets.get(args.prompts), mine / floor, mine, rate, note),
+        Row(name, "batched", theirs["batched"] / mine, None, mine / floor, mine, theirs["batched"]),
+    ]
+    return rows

@@ -1,0 +1,84 @@
+"""stars_kernels' engine on token ids, with a judge in place of the rewards and a count of its forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bench.common import Judge, Result
+from bench.machine import Forward
+from stars_kernels import StarsConfig
+from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
+from stars_kernels.hf.models import view_of
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.scorers import ClassifierScorer
+
+
+class _Judged:
+    """A Scorer whose rewards are computed in full and then replaced by the judges'."""
+
+    def __init__(self, scorer: Scorer, judges: Sequence[Judge], segment_size: int) -> None:
+        self.scorer, self.judges, self.segment_size = scorer, judges, segment_size
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+        return self.scorer.begin(prompts, max_new_tokens, segment_size)
+
+    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
+        scores = self.scorer.score(rows, tokens, lengths)
+        columns = (rows.prompt, rows.position // self.segment_size, rows.attempt, scores.rewards)
+        judged = [self.judges[p](*given) for p, *given in zip(*(c.tolist() for c in columns), strict=True)]
+        scores.rewards = torch.tensor(judged, dtype=torch.float64, device=scores.rewards.device)
+        return scores
+
+    def commit(self, commit: Commit) -> None:
+        self.scorer.commit(commit)
+
+
+@torch.inference_mode()
+def ours_decode(
+    model: PreTrainedModel,
+    rm: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: StarsConfig,
+    keys: Sequence[int],
+    judges: Sequence[Judge] | None = None,
+    forwards: list[Forward] | None = None,
+) -> list[Result]:
+    """What `stars_kernels.decode` does with admitted prompts of known keys, all in one lock-step batch.
+
+    forwards: gets an entry for each forward of either model. Answers do not end on a token.
+    """
+    lm_view, rm_view = view_of(model), view_of(rm)
+    if forwards is not None:
+        _count_forwards(lm_view, lm_view.model.layers, lm_view.lm_head, forwards)
+        _count_forwards(rm_view.model, rm_view.model.layers, None, forwards)
+    scorer: Scorer = ClassifierScorer(rm_view, label=0)
+    if judges is not None:
+        scorer = _Judged(scorer, judges, config.segment_size)
+    answers = [Answer(key, ids, config.max_new_tokens) for key, ids in zip(keys, prompts, strict=True)]
+    Loop(ModelProposer(lm_view), scorer, config, answers).run()
+    for answer in answers:
+        if answer.error is not None:
+            raise answer.error
+    return [Result(a.tokens, a.reward, [segment.attempts for segment in a.segments]) for a in answers]
+
+
+def _count_forwards(
+    module: nn.Module, body: nn.Module, head: nn.Module | None, forwards: list[Forward]
+) -> None:
+    """Append an entry for each call of `module`; body: its layers, head: its output layer if it counts."""
+    body_size = sum(p.numel() for p in body.parameters())
+    head_size = 0 if head is None else sum(p.numel() for p in head.parameters())
+    item = next(body.parameters()).element_size()
+
+    def note(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
+        tokens = given["input_ids"].numel()
+        read = 0 if head is None else output.logits[..., 0].numel()
+        forwards.append(Forward((body_size + head_size) * item, 2 * (body_size * tokens + head_size * read)))
+
+    module.register_forward_hook(note, with_kwargs=True)
