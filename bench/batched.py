@@ -42,9 +42,7 @@ def batched_decode(
     check_plain(config)
     draw = sampler(config, keys)
     count = len(prompts)
-    cache, prefix_logits, rm_cache, prompt_rewards = prefill(
-        model, rm, torch.tensor(prompts, device=model.device)
-    )
+    cache, prefix_logits, rm_cache, prompt_rewards = prefill(model, rm, torch.tensor(prompts, device=model.device))
     results = [Result(reward=reward) for reward in prompt_rewards.tolist()]
     for position in range(0, config.max_new_tokens, config.segment_size):
         if position:  # the last accepted tokens are not read yet

@@ -120,7 +120,7 @@ class Decision:
 
 def check_plain(config: StarsConfig) -> None:
     """The contestants with caches leave out what the benchmark does not use: the ends of answers."""
-    if config.eos_token_id != () or config.stops:
+    if config.eos_token_id != () or config.stop_strings:
         raise ValueError("expected eos_token_id=() and no stop strings")
 
 

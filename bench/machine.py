@@ -40,8 +40,7 @@ class Rates:
         Attention, KV reads, sampling and Python count as free, so the floor is a little too low.
         """
         return sum(
-            max(f.weight_bytes / self.read_bytes_per_second, f.flops / self.gemm_flops_per_second)
-            for f in forwards
+            max(f.weight_bytes / self.read_bytes_per_second, f.flops / self.gemm_flops_per_second) for f in forwards
         )
 
 

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench.common import Decision, Judge, Result, Sampler, generate_options, sampler
 from stars_kernels import StarsConfig
+from stars_kernels.hf.models import eos_ids
 
 
 class _Seeded(LogitsProcessor):
@@ -40,9 +41,9 @@ def naive_decode(
         key: the request's Philox key, for the engine's tokens and decisions; None = torch's own randomness.
         judge: what decides in place of the reward, which is computed all the same.
     """
-    if config.stops:
+    if config.stop_strings:
         raise ValueError("the naive loop knows no stop strings")
-    eos = _eos(model, config)
+    eos = eos_ids(model) if config.eos_token_id is None else config.eos_token_id
     ids = torch.tensor([list(prompt_ids)], device=model.device)  # [1, N]
     prompt_length, limit = ids.shape[1], ids.shape[1] + config.max_new_tokens
     prompt_reward = _reward(rm, ids)
@@ -74,12 +75,3 @@ def naive_decode(
 
 def _reward(rm: PreTrainedModel, ids: Tensor) -> float:
     return float(rm(input_ids=ids, use_cache=False).logits[0, 0])
-
-
-def _eos(model: PreTrainedModel, config: StarsConfig) -> tuple[int, ...]:
-    eos = config.eos_token_id
-    if eos is None:
-        eos = model.generation_config.eos_token_id
-    if isinstance(eos, int):
-        return (eos,)
-    return tuple(eos or ())

@@ -68,9 +68,7 @@ def ours_decode(
     return [Result(a.tokens, a.reward, [segment.attempts for segment in a.segments]) for a in answers]
 
 
-def _count_forwards(
-    module: nn.Module, body: nn.Module, head: nn.Module | None, forwards: list[Forward]
-) -> None:
+def _count_forwards(module: nn.Module, body: nn.Module, head: nn.Module | None, forwards: list[Forward]) -> None:
     """Append an entry for each call of `module`; body: its layers, head: its output layer if it counts."""
     body_size = sum(p.numel() for p in body.parameters())
     head_size = 0 if head is None else sum(p.numel() for p in head.parameters())

@@ -3,7 +3,7 @@
     python -m demo
 
 Three prompts the reward model was not trained on: plain sampling, then STARS, then the naive loop on the same job with
-the same random numbers, so that its answers must be STARS' own.
+the same random numbers, so that its answers must be STARS' own but for rounding.
 """
 
 import argparse

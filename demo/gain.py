@@ -58,7 +58,7 @@ def main() -> None:
     used = stars[0][0].config
     # With a target that no reward meets, a segment is the best of its attempts: one attempt is plain sampling, and
     # N attempts at one segment as long as the answer are best-of-N.
-    never = dict(reward_threshold=UNREACHABLE, beta=1.0, accept="hard")
+    never = dict(reward_threshold=UNREACHABLE, accept="hard")
     plain = [answers(args.seed + 1 + k, max_attempts=1, **never) for k in range(args.plain_samples)]
     plain_tokens = sum(judged(p[0]) for p in plain) / len(plain)
     n = max(1, round(judged(stars[0]) / plain_tokens))

@@ -69,3 +69,14 @@ def test_bad_value_is_named(install):
     done, _ = install(STARS_BUILD_EXT="yes")
     assert done.returncode != 0
     assert "STARS_BUILD_EXT: expected auto, 0 or 1, found 'yes'" in done.stdout + done.stderr
+
+
+def test_1_installs_the_extension(install):
+    """What a wheel carries: the compiled module, its record, and a package that finds both."""
+    done, package = install(STARS_BUILD_EXT="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((package / "_build_info.json").read_text())["extension"] is True
+    code = "import stars_kernels as s; from stars_kernels import _C; print(s.__file__, s.backends()['accept']['cpu'])"
+    env = os.environ | {"PYTHONPATH": str(package.parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=package.parent, capture_output=True, text=True)
+    assert run.stdout.split() == [str(package / "__init__.py"), "cpp"], run.stderr

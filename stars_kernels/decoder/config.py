@@ -14,7 +14,7 @@ from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, never the answer."""
+    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer."""
 
     segment_size: int = 15
     """Tokens of a segment."""
@@ -43,10 +43,10 @@ class StarsConfig:
     """Attempts of a prompt decoded side by side in a round."""
     batch_size: int = 8
     """Prompts decoded in lock-step."""
-    eos_token_id: int | tuple[int, ...] | None = None
-    """None = the model's own; () = never end on a token."""
-    stop_strings: str | tuple[str, ...] = ()
-    """An answer ends with the token that completes one of these; its text ends before it."""
+    eos_token_id: tuple[int, ...] | None = None
+    """An id or several; None = the model's own, () = never end on a token."""
+    stop_strings: tuple[str, ...] = ()
+    """One or several; an answer ends with the token that completes one, and its text ends before it."""
     calibration_samples: int = 16
     """Plain continuations sampled when r* or beta is not given."""
     calibration_quantile: float = 0.9
@@ -57,10 +57,12 @@ class StarsConfig:
     """Show a bar on runs longer than a few seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop_strings"):  # lists are admitted, tuples are kept
+        for name in ("eos_token_id", "stop_strings"):  # one or a list are admitted, a tuple is kept
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+            elif value is not None and not isinstance(value, tuple):
+                object.__setattr__(self, name, (value,))
         for name in ("segment_size", "max_attempts", "max_new_tokens", "batch_size", "calibration_samples"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
         self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
@@ -92,10 +94,10 @@ class StarsConfig:
         self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
         self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
-        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        valid = self.eos_token_id is None or all(_is_int(i) for i in eos)
-        self._check("eos_token_id", valid, "an id, a tuple of ids, or None")
-        valid = isinstance(self.stop_strings, str | tuple) and all(isinstance(s, str) and s for s in self.stops)
+        eos, stops = self.eos_token_id, self.stop_strings
+        valid = eos is None or (isinstance(eos, tuple) and all(_is_int(i) for i in eos))
+        self._check("eos_token_id", valid, "an id, a list of ids, or None")
+        valid = isinstance(stops, tuple) and all(isinstance(s, str) and s for s in stops)
         self._check("stop_strings", valid, "non-empty strings")
         for name in ("calibration_quantile", "calibration_acceptance"):
             self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) < 1, "in (0, 1)")
@@ -113,13 +115,6 @@ class StarsConfig:
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "min_p": self.min_p or 0.0,
         }
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings as a tuple."""
-        if isinstance(self.stop_strings, tuple):
-            return self.stop_strings
-        return (self.stop_strings,) if self.stop_strings else ()
 
     def replace(self, **changes: Any) -> StarsConfig:
         return dataclasses.replace(self, **changes)

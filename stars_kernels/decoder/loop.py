@@ -44,8 +44,8 @@ class Answer:
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
-    candidate: list[int] = field(default_factory=list)
-    """The best rejected attempt of the current segment."""
+    kept: list[int] = field(default_factory=list)
+    """Tokens of the attempt to keep so far: the winner, or the best of those rejected."""
 
     @property
     def active(self) -> bool:
@@ -78,7 +78,8 @@ class _Trial:
     outcome: int
     chosen: int
     """The column to keep: the winner, the best so far, the one that is NaN; -1 = none of this round."""
-    error: Exception | None
+    errors: dict[int, Exception]
+    """Why a column has no reward, where the reward model raised."""
     rewards: list[float]
     thresholds: list[float]
     tokens: list[list[int]]
@@ -97,7 +98,7 @@ class Loop:
 
     proposer: Proposer
     scorer: Scorer
-    config: StarsConfig  # r* and beta given
+    config: StarsConfig  # with r*, and beta for soft acceptance
     answers: list[Answer]
     eos: tuple[int, ...] = ()
     find_stop: FindStop | None = None
@@ -127,8 +128,8 @@ class Loop:
             answer.counts.rm_scored += 0 if scores.tokens is None else int(scores.tokens[p])
             if p in scores.errors:
                 answer.fail("the reward model failed on the empty answer", scores.errors[p])
-            elif math.isnan(rewards[p]):
-                answer.fail("the reward of the empty answer is nan, expected a number")
+            elif not math.isfinite(rewards[p]):
+                answer.fail(f"the reward of the empty answer is {rewards[p]}, expected a finite number")
 
     def _round(self, active: list[int], width: int, history: AcceptanceHistory) -> None:
         config = self.config
@@ -154,7 +155,8 @@ class Loop:
             kept: list[tuple[int, _Trial]] = []
             for i, p in enumerate(active):
                 mine = [column[head : head + widths[i]] for column in columns]
-                trial = _Trial(head, outcome[i], chosen[i], scores.errors.get(p), *mine)
+                errors = {row - head: error for row, error in scores.errors.items()}
+                trial = _Trial(head, outcome[i], chosen[i], errors, *mine)
                 if self._book(self.answers[p], trial, history):
                     kept.append((p, trial))
                 head += widths[i]
@@ -203,7 +205,7 @@ class Loop:
         """The threshold of each row [R]; outcome and chosen column of each prompt."""
         config, device = self.config, rewards.device
         target, beta = config.reward_threshold, config.beta
-        assert target is not None and beta is not None
+        assert target is not None
         r0 = [start_reward(a.prompt_reward, target, config.alpha) for a in self.answers]
         start = torch.tensor(r0, dtype=torch.float64, device=device)[rows.prompt]
         thresholds = threshold((rows.position + lengths).double(), start, target, config.max_new_tokens)
@@ -222,7 +224,7 @@ class Loop:
             rows.attempt[head],
             *self._best(active, device),
             max_attempts=config.max_attempts,
-            beta=beta,
+            beta=1.0 if beta is None else beta,  # hard acceptance needs none
             hard=config.accept == "hard",
         )
         return thresholds, outcome.tolist(), chosen.tolist()
@@ -241,12 +243,14 @@ class Loop:
         segment, counts, column = answer.segment, answer.counts, trial.chosen
         counts.sampled += sum(len(tokens) for tokens in trial.tokens)
         counts.rm_scored += sum(trial.rm_scored)
-        if trial.error is not None:
-            answer.fail("the reward model failed", trial.error)
-            return False
         if trial.outcome == NAN:
-            what = "the logits hold nan or +inf, or are all -inf" if trial.broken[column] else "the reward is nan"
-            answer.fail(f"attempt {segment.attempts + column}: {what}, expected finite numbers")
+            attempt = f"attempt {segment.attempts + column}"
+            if trial.broken[column]:
+                answer.fail(f"{attempt}: the logits hold nan or +inf, or are all -inf, expected finite numbers")
+            elif column in trial.errors:
+                answer.fail(f"{attempt}: the reward model failed", trial.errors[column])
+            else:
+                answer.fail(f"{attempt}: the reward is nan, expected a number")
             return False
 
         before, width = segment.attempts, len(trial.rewards)
@@ -260,7 +264,7 @@ class Loop:
         history.judged += judged
         if column >= 0:
             segment.chosen = before + column
-            answer.candidate = trial.tokens[column][: trial.lengths[column]]
+            answer.kept = trial.tokens[column][: trial.lengths[column]]
         if trial.decided:
             self._take(answer, segment, trial.outcome == ACCEPTED, history)
         return column >= 0 or trial.decided
@@ -269,7 +273,7 @@ class Loop:
         def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.proposer.device)
 
-        candidates = [self.answers[p].candidate for p, _ in kept]
+        candidates = [self.answers[p].kept for p, _ in kept]
         return Commit(
             prompt=column([p for p, _ in kept]),
             row=column([-1 if trial.chosen < 0 else trial.head + trial.chosen for _, trial in kept]),
@@ -287,7 +291,7 @@ class Loop:
         counts.rejections += segment.attempts - 1
         counts.rejected += sum(segment.lengths) - segment.length
         before = len(answer.tokens)
-        answer.tokens += answer.candidate
+        answer.tokens += answer.kept
         answer.reward = segment.reward
         stopped = self.find_stop is not None and self.find_stop(answer.tokens, before) is not None
         if stopped:
@@ -296,7 +300,7 @@ class Loop:
             answer.finish_reason = "eos"
         elif answer.room == 0:
             answer.finish_reason = "length" if answer.limit == config.max_new_tokens else "context"
-        self.on_tokens(len(answer.candidate))
+        self.on_tokens(len(answer.kept))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

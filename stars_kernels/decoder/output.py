@@ -12,7 +12,7 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 @dataclass
 class Segment:
-    """One decided segment. The lists have one entry a judged attempt, in order."""
+    """One segment; the last of an interrupted answer may be undecided. The lists have one entry a judged attempt."""
 
     rewards: list[float] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)

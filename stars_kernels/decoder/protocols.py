@@ -50,7 +50,7 @@ class Scores:
     tokens: Tensor | None = None
     """[R] tokens the reward model read for each; None where it reads text."""
     errors: dict[int, Exception] = field(default_factory=dict)
-    """The prompts the scorer failed on, with the exception; their rewards mean nothing."""
+    """The rows the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
 
 
 class Proposer(Protocol):

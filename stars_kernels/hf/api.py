@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -37,6 +38,8 @@ from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_ke
 
 PROGRESS_DELAY = 3.0
 """Seconds before a progress bar appears."""
+CALIBRATION_WIDTH = 32
+"""Continuations of a prompt decoded side by side, at most; as everywhere, it changes memory and speed only."""
 
 
 def decode(
@@ -55,7 +58,8 @@ def decode(
     Args:
         model: a causal language model of transformers, or a path to one (a folder, or a .gguf file).
         rm: a causal sequence classifier with the same tokenizer, a path to one, a `RewardModel`, or a function
-            rm(prompts, answers) -> one float each, called with texts (answers without prompt and special tokens).
+            rm(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its template renders
+            it, special tokens included), answers without prompt and special tokens.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
             a list of these.
         tokenizer: for a model in memory that gets text, or whose answers should come as text.
@@ -63,7 +67,8 @@ def decode(
             or `beta`, they are calibrated once per call from plain continuations of the given prompts.
         request_ids: one int or str per prompt, distinct; the random numbers of an answer depend on (seed, request id).
             Default: a hash of the prompt's token ids and how many equal prompts came before it.
-        trust_remote_code: passed on when `model` or `rm` is a path.
+        trust_remote_code: passed on when `model` or `rm` is a path; only tested classes of transformers are decoded,
+            so it can matter to a tokenizer alone.
 
     Returns:
         A `StarsOutput`, or for a list of prompts a list of them.
@@ -125,10 +130,8 @@ class _Engine:
             self.limit = min(self.limit, context_limit(self.rm))
             if self.rm.device != self.lm.device:
                 raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
-        given = config.eos_token_id
-        eos = eos_ids(language_model) if given is None else (given,) if isinstance(given, int) else given
-        self.eos = eos
-        self.codec = Codec(tokenizer, config.stops, eos)
+        self.eos = eos_ids(language_model) if config.eos_token_id is None else tuple(config.eos_token_id)
+        self.codec = Codec(tokenizer, config.stop_strings, self.eos)
 
     @torch.inference_mode()
     def run(self, prompts: list[Any], request_ids: Any) -> list[StarsOutput | Exception]:
@@ -136,7 +139,8 @@ class _Engine:
         results: list[StarsOutput | Exception | None] = [None] * len(prompts)
         try:
             requests = self._admit(prompts, request_ids, results)
-            if self.config.reward_threshold is None or self.config.beta is None:
+            beta_needed = self.config.beta is None and self.config.accept == "soft"
+            if self.config.reward_threshold is None or beta_needed:
                 requests = self._calibrate(requests, results)
             size = self.config.batch_size
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
@@ -155,8 +159,10 @@ class _Engine:
         for index, prompt in enumerate(prompts):
             try:
                 encoded[index] = self._check(self.codec.encode(prompt))
-            except (ValueError, TypeError) as error:
-                results[index] = type(error)(f"prompt {index}: {error}")
+            except Exception as error:  # a tokenizer's and a chat template's errors are of many kinds
+                failed = (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}")
+                failed.__cause__ = error
+                results[index] = failed
         ids = _request_ids(request_ids, len(prompts), encoded)
         return [_Request(index, ids[index], prompt) for index, prompt in encoded.items()]
 
@@ -182,9 +188,8 @@ class _Engine:
         plain = config.replace(
             segment_size=config.max_new_tokens,
             max_attempts=samples,
-            width=samples,
+            width=min(samples, CALIBRATION_WIDTH),
             accept="hard",
-            beta=1.0,
             reward_threshold=UNREACHABLE,
         )
         answers: list[Answer] = []
@@ -193,18 +198,19 @@ class _Engine:
                 loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
                 loop.run()
                 answers += loop.answers
-        rewards = [reward for answer in answers if answer.error is None for reward in answer.segments[0].rewards]
+        done = [answer for answer in answers if answer.error is None]
+        rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
             for request in requests:
                 results[request.index] = RuntimeError(
-                    f"prompt {request.index}: calibration found no reward, since each continuation failed; "
-                    f"the first: {answers[0].error}"
+                    f"prompt {request.index}: calibration found no finite reward among its plain continuations; "
+                    f"the first: {answers[0].error or answers[0].segments[0].rewards}"
                 )
             return []
         target, beta = config.reward_threshold, config.beta
         if target is None:
             target = calibrate_target(rewards, config.calibration_quantile)
-        if beta is None:
+        if beta is None and config.accept == "soft":
             beta = calibrate_beta(rewards, target, config.calibration_acceptance)
         self.config = config.replace(reward_threshold=target, beta=beta)
         self.calibration = Calibration(
@@ -231,7 +237,7 @@ class _Engine:
         if isinstance(self.rm, PreTrainedModel):
             scorer = ClassifierScorer(self.rm, self.label)
         else:
-            texts = [r.prompt.text or "" for r in requests]
+            texts = [self.codec.prompt_text(r.prompt) for r in requests]
             scorer = CallableScorer(self.rm, texts, self.codec.decode, self.lm.device)
         find_stop = self.codec.find_stop if self.codec.stops else None
         return Loop(ModelProposer(self.lm), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
@@ -247,6 +253,10 @@ class _Engine:
                 if answer.active:
                     answer.finish_reason = "interrupted"
             raise
+        except Exception as error:  # of a model's forward, say; the other batches go on
+            for answer in loop.answers:
+                if answer.active:
+                    answer.fail("the batch failed", error)
         finally:
             for request, answer in zip(requests, loop.answers, strict=True):
                 if answer.error is not None:
@@ -270,7 +280,7 @@ class _Engine:
             prompt_reward=answer.prompt_reward,
             segments=[segment for segment in answer.segments if segment.attempts],
             counts=answer.counts,
-            seconds=seconds if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
+            seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
             calibration=self.calibration,
             backends={op: served[self.lm.device.type] for op, served in backends().items()},
         )

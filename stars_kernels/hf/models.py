@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stars_kernels import ops
 from stars_kernels.hf.cache import ATTENTION
 
 LANGUAGE_MODELS = ("LlamaForCausalLM",)
@@ -34,8 +35,9 @@ ModelOrPath = PreTrainedModel | str | os.PathLike[str]
 class RewardModel:
     """A reward model and what the engine needs to know of it.
 
-    model: a sequence classifier or a path to one. tokenizer: its tokenizer, compared with the language model's (a model
-    loaded from a path brings its own). label: the output that is the reward, for models with several.
+    model: a sequence classifier or a path to one. tokenizer: its tokenizer, compared with the language model's. (A
+    model loaded from a path brings its own; without one, a model in memory is compared by the size of its vocabulary.)
+    label: the output that is the reward, for models with several.
     """
 
     model: ModelOrPath
@@ -154,8 +156,10 @@ def _check_model(model: object, argument: str, known: tuple[str, ...]) -> None:
             "batch, so other prompts would change an answer; expected another rope_type"
         )
     devices = {p.device for p in model.parameters()}
-    if len(devices) != 1 or torch.device("meta") in devices:
-        raise ValueError(f"{argument} {_name(model)} lies on {sorted(map(str, devices))}, expected one device")
+    if len(devices) != 1 or next(iter(devices)).type not in ops.DEVICES:
+        raise ValueError(
+            f"{argument} {_name(model)} lies on {sorted(map(str, devices))}, expected one device of {ops.DEVICES}"
+        )
 
 
 def _check_same_tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the engine takes it; text is None without a tokenizer."""
+    """One prompt as the engine takes it; text is None where token ids were given."""
 
     ids: list[int]
-    text: str | None
+    text: str | None = None
 
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
@@ -46,6 +47,9 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: tuple[str, ...], eos: tuple[int, ...]) -> None:
         if stops and tokenizer is None:
             raise ValueError(f"stop_strings {stops} need a tokenizer: pass tokenizer=")
+        special = [stop for stop in stops if tokenizer is not None and stop in tokenizer.all_special_tokens]
+        if special:
+            raise ValueError(f"stop string {special[0]!r} is a special token, which is no text: pass eos_token_id=")
         self.tokenizer, self.stops, self.eos = tokenizer, stops, eos
 
     def encode(self, prompt: Any) -> Prompt:
@@ -53,8 +57,7 @@ class Codec:
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(_is_id(item) for item in prompt):
-            ids = [int(item) for item in prompt]
-            return Prompt(ids, None if self.tokenizer is None else str(self.tokenizer.decode(ids)))
+            return Prompt([int(item) for item in prompt])
         if self.tokenizer is None:
             raise ValueError(
                 f"the prompt is a {type(prompt).__name__}, and a model in memory has no tokenizer: pass tokenizer=, "
@@ -68,29 +71,32 @@ class Codec:
             return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
         raise TypeError(f"the prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
 
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The prompt as a callable reward sees it: as given, or its token ids as text, special tokens included."""
+        return self._text(prompt.ids, skip_special=False) if prompt.text is None else prompt.text
+
     def decode(self, ids: list[int]) -> str:
         """The text of an answer: no special tokens, only whole characters, up to its stop string."""
-        if self.tokenizer is None:
-            raise ValueError("text is needed but there is no tokenizer: pass tokenizer=")
         # Half a character decodes to U+FFFD; it is not a character yet.
-        text = str(self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=True))
-        text = text.rstrip(REPLACEMENT)
+        text = self._text([i for i in ids if i not in self.eos]).rstrip(REPLACEMENT)
         cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
     def find_stop(self, tokens: list[int], accepted: int) -> int | None:
         """How many of `tokens` it takes to complete a stop string, given that the first `accepted` complete none."""
-        assert self.tokenizer is not None
 
         def complete(count: int) -> bool:
-            assert self.tokenizer is not None
-            text = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            text = self._text(tokens[:count])
             return any(stop in text for stop in self.stops)
 
         if not complete(len(tokens)):
             return None
         return next(count for count in range(accepted + 1, len(tokens) + 1) if complete(count))
 
+    def _text(self, ids: list[int], skip_special: bool = True) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special))
+
 
 def _is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+    return isinstance(item, Integral) and not isinstance(item, bool)

@@ -58,7 +58,7 @@ class ClassifierScorer:
 
 
 class CallableScorer:
-    """A function of texts; it sees the whole answer each time. One prompt's failure does not touch the others."""
+    """A function of texts; it sees the whole answer each time. Where it fails for one row, the others go on."""
 
     def __init__(
         self,
@@ -89,22 +89,21 @@ class CallableScorer:
                 self.accepted[p] += self.tail[p]
 
     def _call(self, owners: list[int], answers: list[str]) -> Scores:
-        """One call for all; where it raises, one call a prompt, so that only the prompts at fault fail."""
+        """One call for all rows; where it fails, one call a row, so that only the rows at fault have no reward."""
         rewards = torch.full((len(owners),), torch.nan, dtype=torch.float64)
         errors: dict[int, Exception] = {}
         try:
             rewards[:] = self._rewards(owners, answers)
         except Exception:
-            for p in dict.fromkeys(owners):
-                rows = [r for r, owner in enumerate(owners) if owner == p]
+            for row, (owner, answer) in enumerate(zip(owners, answers, strict=True)):
                 try:
-                    rewards[rows] = self._rewards([p] * len(rows), [answers[r] for r in rows])
+                    rewards[row] = self._rewards([owner], [answer])[0]
                 except Exception as error:
-                    errors[p] = error
+                    errors[row] = error
         return Scores(rewards.to(self.device), errors=errors)
 
     def _rewards(self, owners: list[int], answers: list[str]) -> Tensor:
-        returned = self.function([self.prompts[p] for p in owners], answers)
+        returned = self.function([self.prompts[p] for p in owners], list(answers))
         expected = f"expected {len(answers)} floats, one for each answer"
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)

@@ -1,10 +1,10 @@
 """The kernels: one file an op, each with its schema, its PyTorch definition, its fake and its public function."""
 
-from stars_kernels.ops._registry import backends, reference
+from stars_kernels.ops._registry import DEVICES, backends, reference
 from stars_kernels.ops.accept import accept
 from stars_kernels.ops.fork_attention import fork_attention
 from stars_kernels.ops.kv_commit import kv_commit
 from stars_kernels.ops.reward_head import reward_head
 from stars_kernels.ops.segment_sample import segment_sample
 
-__all__ = ["accept", "backends", "fork_attention", "kv_commit", "reference", "reward_head", "segment_sample"]
+__all__ = ["DEVICES", "accept", "backends", "fork_attention", "kv_commit", "reference", "reward_head", "segment_sample"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stars_kernels.ops._registry import call_op, define_op
 from stars_kernels.ops._validate import check_device, check_dtype, check_shape
-from stars_kernels.ops.philox import accept_uniform
+from stars_kernels.ops.philox import MAX_ATTEMPTS, accept_uniform
 
 RETRY, ACCEPTED, FALLBACK, NAN = 0, 1, 2, 3
 
@@ -64,8 +64,8 @@ def accept(
     )  # fmt: skip
     if not hard and not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta is {beta}, expected a finite number > 0")
-    if max_attempts < 1:
-        raise ValueError(f"max_attempts is {max_attempts}, expected >= 1")
+    if not 1 <= max_attempts <= MAX_ATTEMPTS:
+        raise ValueError(f"max_attempts is {max_attempts}, expected 1 to {MAX_ATTEMPTS}")
     return call_op(
         _NAME, rewards, valid, thresholds, beta, hard, keys, position, first_attempt, max_attempts, best_reward,
         best_attempt,

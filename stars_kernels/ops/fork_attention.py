@@ -55,6 +55,8 @@ def fork_attention(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, expected a multiple of the {kv_heads} key/value heads")
     check_shape("lengths", lengths, offsets.shape[0])
+    check_dtype("offsets", offsets, torch.int64)
+    check_dtype("lengths", lengths, torch.int64)
     for name, tensor in (("suffix_len", suffix_len), ("query_len", query_len), ("prompt", prompt)):
         check_shape(name, tensor, rows)
         check_dtype(name, tensor, torch.int64)

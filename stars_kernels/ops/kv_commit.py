@@ -35,7 +35,9 @@ def kv_commit(
     check_dtype("advance", advance, torch.bool)
     for name, tensor in (("row", row), ("count", count), ("advance", advance)):
         check_shape(name, tensor, prompt.shape[0])
-    check_device(arena, suffix=suffix, lengths=lengths, offsets=offsets, prompt=prompt, row=row, count=count)
+    check_device(
+        arena, suffix=suffix, lengths=lengths, offsets=offsets, prompt=prompt, row=row, count=count, advance=advance
+    )
     call_op(_NAME, suffix, arena, lengths, offsets, prompt, row, count, advance)
 
 

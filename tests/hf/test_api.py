@@ -1,6 +1,7 @@
 """What users pass and what they get back."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,8 +51,9 @@ def test_calibration_is_what_it_says(lm, rm):
     tokenizer = byte_tokenizer()
     settings = dict(calibration_samples=40, max_new_tokens=6, seed=1, tokenizer=tokenizer)
     output = stars_kernels.decode(lm, rm_text, "ab", **settings)
-    rewards = torch.tensor([r for _, r in seen[1]], dtype=torch.float64)  # after the empty answer's
-    assert len(rewards) == 40
+    rewards = [r for _, r in seen[1] + seen[2]]  # after the empty answer's, in two rounds
+    assert rewards == output.calibration.rewards and len(rewards) == 40
+    rewards = torch.tensor(rewards, dtype=torch.float64)
     target = output.config.reward_threshold
     assert target == pytest.approx(rewards.quantile(0.9).item())
     share = ((rewards - target) / output.config.beta).exp().clamp(max=1).mean().item()
@@ -325,3 +327,30 @@ def test_bad_prompts_fail_alone(lm, rm):
     assert "prompt 1: it has no tokens" in str(results[1])
     assert "token id 9999 is outside the vocabulary, expected 0 to 259" in str(results[2])
     assert "it has 200 tokens, expected less than the context limit of 160" in str(results[3])
+
+
+def test_hard_acceptance_with_a_target_needs_no_beta(lm, rm):
+    settings = {key: value for key, value in SET.items() if key != "beta"}
+    output = stars_kernels.decode(lm, rm, [1, 2], accept="hard", **settings)
+    assert output.calibration is None and output.config.beta is None
+
+
+def test_numpy_token_ids(lm, rm):
+    import numpy as np
+
+    output = stars_kernels.decode(lm, rm, list(np.array([1, 2, 3])), **SET)
+    assert output.token_ids == stars_kernels.decode(lm, rm, [1, 2, 3], **SET).token_ids
+
+
+def test_threads_share_a_model(lm, rm):
+    """Two decodes and the model's own generate at once: each result is as when it runs alone."""
+    prompts = [[1, 2, 3], [40, 41]]
+    expected = [stars_kernels.decode(lm, rm, prompt, **SET).token_ids for prompt in prompts]
+    ids = torch.tensor([[5, 6, 7]])
+    own = lm.generate(ids, max_new_tokens=10, do_sample=False)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            decodes = [pool.submit(stars_kernels.decode, lm, rm, prompt, **SET) for prompt in prompts]
+            generated = pool.submit(lm.generate, ids, max_new_tokens=10, do_sample=False)
+            assert [decode.result().token_ids for decode in decodes] == expected
+            assert torch.equal(generated.result(), own)

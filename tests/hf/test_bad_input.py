@@ -1,5 +1,7 @@
 """Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
 
+import math
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -33,8 +35,8 @@ SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_siz
         ("accept", "softly", 'accept is \'softly\', expected "soft" or "hard"'),
         ("width", 0, 'width is 0, expected >= 1 or "auto"'),
         ("seed", 1.5, "seed is 1.5, expected an integer or None"),
-        ("eos_token_id", "x", "eos_token_id is 'x', expected an id"),
-        ("stop_strings", [""], r"stop_strings is \(''?,\), expected non-empty strings"),
+        ("eos_token_id", "x", r"eos_token_id is \('x',\), expected an id"),
+        ("stop_strings", [""], r"stop_strings is \('',\), expected non-empty strings"),
         ("calibration_quantile", 1.0, r"calibration_quantile is 1.0, expected in \(0, 1\)"),
     ],
 )
@@ -174,8 +176,8 @@ def test_nan_reward_names_prompt_segment_and_attempt(lm):
         stars_kernels.decode(lm, rm, ["a", "b"], request_ids=["A", "B"], **settings)
     assert isinstance(failed.value.results[0], stars_kernels.StarsOutput)
     message = str(failed.value.results[1])
-    assert "prompt 1 (request B), segment " in message and "the reward is nan, expected finite numbers" in message
-    with pytest.raises(RuntimeError, match=r"prompt 0 .* the reward of the empty answer is nan"):
+    assert "prompt 1 (request B), segment " in message and "the reward is nan, expected a number" in message
+    with pytest.raises(RuntimeError, match=r"prompt 0 .* the reward of the empty answer is nan, expected a finite"):
         stars_kernels.decode(lm, lambda p, a: [float("nan")] * len(a), "a", **settings)
 
 
@@ -221,11 +223,96 @@ def test_a_callable_that_raises_fails_only_its_prompt(lm):
     assert "the reward server is gone" in str(results[1])
 
 
+def test_a_callable_that_raises_beyond_the_winner_changes_nothing(lm):
+    """What width 1 would never have asked for cannot fail a prompt at width 5; what it asks for does at both."""
+    calls = []
+
+    def rm(prompts, answers):
+        calls.append(answers)
+        if len(answers) > 1:
+            raise OSError("one at a time, please")
+        return [9.0]
+
+    settings = dict(SET, tokenizer=byte_tokenizer(), eos_token_id=())
+    wide = stars_kernels.decode(lm, rm, "a", width=5, **settings)
+    assert wide.token_ids == stars_kernels.decode(lm, rm, "a", width=1, **settings).token_ids
+
+    def later(prompts, answers):
+        if any(len(answer) > 4 for answer in answers):
+            return []
+        return [9.0] * len(answers)
+
+    for width in (1, 5):
+        with pytest.raises(
+            RuntimeError, match=r"segment \d+: attempt 0: the reward model failed: ValueError: .* \[0\]"
+        ):
+            stars_kernels.decode(lm, later, "a", width=width, **dict(settings, max_new_tokens=40))
+
+
+@pytest.mark.parametrize("reward", [float("inf"), float("-inf")])
+def test_infinite_reward_of_the_empty_answer(lm, reward):
+    with pytest.raises(RuntimeError, match=f"the reward of the empty answer is {reward}, expected a finite number"):
+        stars_kernels.decode(lm, lambda p, a: [reward] * len(a), "a", tokenizer=byte_tokenizer(), **SET)
+
+
+def test_vetoed_continuations_do_not_spoil_calibration(lm):
+    def rm(prompts, answers):
+        return [float("-inf") if len(a) % 3 == 1 else float(len(a)) for a in answers]
+
+    output = stars_kernels.decode(lm, rm, "a", tokenizer=byte_tokenizer(), seed=0, max_new_tokens=20)
+    assert all(map(math.isfinite, (output.config.reward_threshold, output.config.beta, output.reward)))
+
+
+def test_prompts_that_a_tokenizer_or_template_refuses_fail_alone(lm, rm):
+    tokenizer = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
+    prompts = [[1], [-1], [2**40], [{"role": "user", "content": "hi"}], "", 3.5]
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(lm, rm, prompts, tokenizer=tokenizer, **SET)
+    results = failed.value.results
+    assert isinstance(results[0], stars_kernels.StarsOutput)
+    for result, message in zip(
+        results[1:],
+        ["token id -1 is outside", "is outside the vocabulary", "roles must alternate", "no tokens", "is a float"],
+        strict=True,
+    ):
+        assert message in str(result)
+
+
+def test_a_failing_forward_fails_its_batch_alone(rm):
+    model = tiny_language_model()
+
+    def fail(module, args, kwargs):
+        if (kwargs["input_ids"] == 99).any():
+            raise MemoryError("no memory for this one")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    settings = dict(SET, batch_size=1, top_k=2, request_ids=[1, 2, 3])
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(model, rm, [[1], [99], [2]], **settings)
+    assert list(failed.value.errors) == [1]
+    assert "the batch failed: MemoryError: no memory for this one" in str(failed.value.results[1])
+
+
+def test_special_tokens_are_no_stop_strings(lm, rm):
+    with pytest.raises(ValueError, match="stop string '</s>' is a special token, which is no text: pass eos_token_id="):
+        stars_kernels.decode(lm, rm, "a", tokenizer=byte_tokenizer(), stop_strings=["</s>"], **SET)
+
+
+def test_nan_logits_after_the_prompt(rm):
+    model = tiny_language_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = torch.nan
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(model, rm, [[50], [1]], **dict(SET, eos_token_id=(), top_k=2, request_ids=[1, 2]))
+    assert "prompt 0 (request 1), segment 0: attempt 0: the logits hold nan" in str(failed.value.results[0])
+    assert list(failed.value.errors) == [0]
+
+
 def test_calibration_that_finds_no_reward(lm):
     def rm(prompts, answers):
         raise OSError("the reward server is gone")
 
-    with pytest.raises(RuntimeError, match=r"calibration found no reward, .*the reward server is gone"):
+    with pytest.raises(RuntimeError, match=r"calibration found no finite reward .*the reward server is gone"):
         stars_kernels.decode(lm, rm, "a", tokenizer=byte_tokenizer(), seed=0)
 
 
@@ -234,3 +321,33 @@ def test_a_config_object_is_checked_when_it_is_made():
         StarsConfig(segment_size=True)
     with pytest.raises(ValueError, match="alpha is 2"):
         StarsConfig().replace(alpha=2)
+
+
+def test_no_pickle_is_loaded(tmp_path, lm, rm):
+    """A checkpoint that is only there as a pickle is not read."""
+    lm.config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        stars_kernels.decode(tmp_path, rm, "hi", **SET)
+    rm.config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        stars_kernels.decode(lm, tmp_path, "hi", tokenizer=byte_tokenizer(), **SET)
+
+
+def test_remote_code_runs_only_when_asked(monkeypatch, lm, rm):
+    from stars_kernels.hf import models
+
+    asked = []
+
+    class Loader:
+        def from_pretrained(self, path, **options):
+            asked.append(options["trust_remote_code"])
+            return lm
+
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(models, name, Loader())
+    for trust in (False, True):
+        with pytest.raises(TypeError):  # the stand-in is no tokenizer
+            stars_kernels.decode("somewhere", rm, "hi", **SET, **({"trust_remote_code": True} if trust else {}))
+    assert asked == [False, False, True, True]

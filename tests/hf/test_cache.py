@@ -11,7 +11,7 @@ from stars_kernels.hf.models import view_of
 from stars_kernels.hf.proposer import PREFILL_TOKENS, ModelProposer, packed_chunks
 from stars_kernels.hf.scorers import ClassifierScorer
 from stars_kernels.ops.philox import request_key
-from tests.tiny import tiny_language_model
+from tests.tiny import tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
 
@@ -53,14 +53,19 @@ def test_logits_equal_the_models_own(lm, cache):
 
 
 @torch.no_grad()
-def test_prompts_longer_than_a_packed_forward(monkeypatch, rm):
+def test_prompts_longer_than_a_packed_forward():
+    """Logits and rewards do not depend on how the prompts were cut and packed."""
     lm = tiny_language_model(max_position_embeddings=4096)
+    rm = tiny_reward_model(max_position_embeddings=4096)
     prompts = [torch.arange(n).remainder(250).tolist() for n in (PREFILL_TOKENS - 3, 2 * PREFILL_TOKENS + 5, 7)]
     proposer = ModelProposer(view_of(lm))
     proposer.begin(prompts, 4, 2)
     for p, prompt in enumerate(prompts):
         own = lm(torch.tensor([prompt])).logits[0, -1]
         torch.testing.assert_close(proposer.logits[p], own, rtol=0, atol=1e-6)
+    rewards = ClassifierScorer(view_of(rm), 0).begin(prompts, 4, 2).rewards
+    for reward, prompt in zip(rewards, prompts, strict=True):
+        assert reward.item() == pytest.approx(rm(torch.tensor([prompt])).logits.item(), abs=1e-6)
 
 
 def loop_of(lm, rm, config, prompts=PROMPTS):

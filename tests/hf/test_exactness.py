@@ -1,11 +1,12 @@
 """Token-for-token equality with the sequential algorithm, in float64, for every width, batch and order."""
 
 import pytest
+import torch
 
 import stars_kernels
 from stars_kernels.decoder.config import StarsConfig
 from tests.sequential import sequential_decode
-from tests.tiny import EOS
+from tests.tiny import EOS, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]
 IDS = [10, 11, "twelve", 13, 14]
@@ -70,12 +71,10 @@ def test_definitions_give_the_same_answer(truth, lm, rm):
     check(outputs, IDS, expected)
 
 
-def test_two_calls_are_bit_identical(lm, rm):
-    lm, rm = lm.float(), rm.float()
-    try:
-        first, second = (stars_kernels.decode(lm, rm, PROMPTS, seed=9, max_new_tokens=30) for _ in range(2))
-    finally:
-        lm.double(), rm.double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_two_calls_are_bit_identical(dtype):
+    lm, rm = tiny_language_model(dtype), tiny_reward_model(dtype)
+    first, second = (stars_kernels.decode(lm, rm, PROMPTS, seed=9, max_new_tokens=30) for _ in range(2))
     assert [o.token_ids for o in first] == [o.token_ids for o in second]
     assert [o.reward for o in first] == [o.reward for o in second]
     assert [o.config for o in first] == [o.config for o in second]

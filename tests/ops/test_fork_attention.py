@@ -1,0 +1,264 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stars_kernels.ops import fork_attention
+from tests.ops.helpers import DTYPES, assert_no_worse, dtype_name, generator, longs, strided
+
+# heads, key/value heads, Dk, Dv
+SHAPES = [(9, 3, 16, 16), (4, 1, 8, 24), (4, 4, 24, 8), (1, 1, 1, 1)]
+VARIANTS = {
+    "plain": {},
+    "window": {"window": 4},
+    "window 1": {"window": 1},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "together": {"window": 6, "softcap": 1.5, "sinks": True},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+steps_1_5 = pytest.mark.parametrize("steps", [1, 5], ids=["S=1", "S=5"])
+
+LENGTHS = (7, 0, 33, 1)  # the second prompt's prefix is empty
+PROMPT = (2, 0, 1, 2, 3, 0, 2, 1)  # in no order
+
+
+def make_case(
+    steps=1,
+    shape=SHAPES[0],
+    dtype=torch.float64,
+    lengths=LENGTHS,
+    prompt=PROMPT,
+    suffix_len=None,
+    query_len=None,
+    seed=0,
+    **variant,
+):
+    """Arguments of fork_attention. Prefixes lie out of order; whatever must not be read is NaN."""
+    heads, kv_heads, key_size, value_size = shape
+    rows, slots, g = len(prompt), max(steps, 6), generator(seed)
+
+    def noise(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    if suffix_len is None:
+        suffix_len = torch.randint(1, slots + 1, (rows,), generator=g).tolist()
+        suffix_len[:2] = [1, slots]
+    if query_len is None:
+        query_len = [min(steps, s) for s in suffix_len]
+        query_len[2:5] = [0, 1, min(2, query_len[4])]
+    offsets, at = [0] * len(lengths), 2
+    for p in reversed(range(len(lengths))):
+        offsets[p], at = at, at + lengths[p] + 3
+    query = noise(rows, steps, heads, key_size)
+    keys, values = noise(rows, slots, kv_heads, key_size), noise(rows, slots, kv_heads, value_size)
+    arena_key, arena_value = noise(at, kv_heads, key_size), noise(at, kv_heads, value_size)
+    unused = torch.ones(at, dtype=torch.bool)
+    for offset, length in zip(offsets, lengths, strict=True):
+        unused[offset : offset + length] = False
+    arena_key[unused] = arena_value[unused] = torch.nan
+    for r in range(rows):
+        query[r, query_len[r] :] = torch.nan
+        keys[r, suffix_len[r] :] = values[r, suffix_len[r] :] = torch.nan
+    if variant.get("sinks"):
+        variant["sinks"] = noise(heads) + 1
+    return {
+        "query": query,
+        "suffix_key": keys,
+        "suffix_value": values,
+        "suffix_len": longs(*suffix_len),
+        "query_len": longs(*query_len),
+        "arena_key": arena_key,
+        "arena_value": arena_value,
+        "offsets": longs(*offsets),
+        "lengths": longs(*lengths),
+        "prompt": longs(*prompt),
+        "scale": 1.3 * key_size**-0.5,
+        **variant,
+    }
+
+
+def row_tensors(case, r, dtype):
+    """Row r alone: its queries [Hq, S, Dk], all its keys [Hq, n, Dk] and values [Hq, n, Dv]."""
+    p, used = case["prompt"][r], case["suffix_len"][r]
+    prefix = slice(case["offsets"][p], case["offsets"][p] + case["lengths"][p])
+    query = case["query"][r, : case["query_len"][r]]
+    keys = torch.cat((case["arena_key"][prefix], case["suffix_key"][r, :used]))
+    values = torch.cat((case["arena_value"][prefix], case["suffix_value"][r, :used]))
+    group = query.shape[1] // keys.shape[1]
+    return (
+        query.to(dtype).transpose(0, 1),
+        keys.to(dtype).transpose(0, 1).repeat_interleave(group, dim=0),
+        values.to(dtype).transpose(0, 1).repeat_interleave(group, dim=0),
+    )
+
+
+def causal(queries, keys, window=0):
+    back = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    return (back >= 0) & (back < window) if window else back >= 0
+
+
+def eager(case, dtype):
+    """Ordinary attention, a row at a time: in `dtype`, its softmax in fp32 or better, as in transformers."""
+    query = case["query"]
+    out = torch.zeros(*query.shape[:3], case["suffix_value"].shape[3], dtype=dtype)
+    softmax_dtype = torch.promote_types(dtype, torch.float32)
+    for r in range(query.shape[0]):
+        q, k, v = row_tensors(case, r, dtype)
+        scores = (q @ k.transpose(1, 2)).to(softmax_dtype) * case["scale"]
+        if case.get("softcap"):
+            scores = case["softcap"] * torch.tanh(scores / case["softcap"])
+        mask = causal(q.shape[1], k.shape[1], case.get("window", 0))
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if case.get("sinks") is not None:
+            sinks = case["sinks"].to(softmax_dtype)[:, None, None].expand(-1, q.shape[1], 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : k.shape[1]].to(dtype)
+        out[r, : q.shape[1]] = (weights @ v).transpose(0, 1)
+    return out
+
+
+def assert_right(case):
+    out = fork_attention(**case)
+    assert out.dtype == case["query"].dtype
+    assert_no_worse(out, eager(case, out.dtype), eager(case, torch.float64))
+    padded = torch.arange(out.shape[1]) >= case["query_len"][:, None]
+    assert (out[padded] == 0).all()
+
+
+def test_the_truth_is_torch_attention():
+    case = make_case(steps=5)
+    truth = eager(case, torch.float64)
+    for r in range(len(PROMPT)):
+        q, k, v = row_tensors(case, r, torch.float64)
+        mask = causal(q.shape[1], k.shape[1])
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=case["scale"])
+        torch.testing.assert_close(truth[r, : q.shape[1]], expected.transpose(0, 1))
+
+
+@variants
+@steps_1_5
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_variants(impl, dtype, steps, variant):
+    assert_right(make_case(steps=steps, dtype=dtype, **variant))
+
+
+@variants
+@shapes
+@steps_1_5
+def test_head_shapes(impl, steps, shape, variant):
+    assert_right(make_case(steps=steps, shape=shape, seed=1, **variant))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_long_prefix(impl, dtype):
+    assert_right(
+        make_case(dtype=dtype, shape=(6, 2, 64, 64), lengths=(700, 65), prompt=(0, 1, 0, 0, 1), seed=2)
+    )
+
+
+LAYOUTS = [
+    pytest.param({"prompt": (0,) * 8}, id="rows of one prompt"),
+    pytest.param({"prompt": (2,), "suffix_len": [3], "query_len": [1]}, id="one row"),
+    pytest.param({"prompt": (1, 1), "suffix_len": [1, 1], "query_len": [1, 1]}, id="no prefix, one token"),
+    pytest.param({"prompt": (0, 1), "suffix_len": [4, 2], "query_len": [0, 0]}, id="no queries"),
+    pytest.param({"prompt": (0, 1), "suffix_len": [0, 0], "query_len": [0, 0]}, id="no suffix"),
+    pytest.param({"prompt": (0, 2), "suffix_len": [0, 3], "query_len": [0, 2]}, id="one without suffix"),
+    pytest.param({"lengths": (0, 0, 0, 0)}, id="no prefixes"),
+    pytest.param({"prompt": (3, 2, 1, 0, 3, 2, 1, 0)}, id="prompts descending"),
+]
+
+
+@variants
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(impl, layout, variant):
+    assert_right(make_case(steps=2, **({"seed": 3} | layout), **variant))
+
+
+def test_a_call_in_steps_equals_one_call(impl):
+    """Feeding a suffix token by token gives what scoring it whole gives."""
+    case = make_case(steps=6, suffix_len=[6] * 8, query_len=[6] * 8, window=5)
+    whole = fork_attention(**case)
+    for s in range(6):
+        step = case | {
+            "query": case["query"][:, s : s + 1],
+            "suffix_len": torch.full((8,), s + 1),
+            "query_len": torch.ones(8, dtype=torch.int64),
+        }
+        torch.testing.assert_close(fork_attention(**step)[:, 0], whole[:, s])
+
+
+def test_a_wide_window_and_a_high_cap_change_nothing(impl):
+    case = make_case(steps=3)
+    expected = fork_attention(**case)
+    torch.testing.assert_close(fork_attention(**case, window=10_000), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(fork_attention(**case, softcap=1e9), expected, rtol=0, atol=1e-6)
+    low = torch.full((9,), -1e9, dtype=torch.float64)
+    torch.testing.assert_close(fork_attention(**case, sinks=low), expected, rtol=0, atol=1e-14)
+
+
+def test_zero_rows(impl):
+    case = make_case(steps=2, prompt=(), suffix_len=[], query_len=[])
+    assert fork_attention(**case).shape == (0, 2, 9, 16)
+
+
+@variants
+def test_strided_inputs(impl, variant):
+    case = make_case(steps=3, **variant)
+    expected = fork_attention(**case)
+    views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    torch.testing.assert_close(fork_attention(**views), expected)
+
+
+def test_layers_of_one_arena(impl):
+    """As the engine calls it: one layer of the arena [L, 2, N, ..] and of the suffixes [L, 2, R, T, ..]."""
+    case = make_case(steps=2, shape=(4, 2, 8, 8))
+    arena = torch.full((3, 2, *case["arena_key"].shape), torch.nan, dtype=torch.float64)
+    suffix = torch.full((3, 2, *case["suffix_key"].shape), torch.nan, dtype=torch.float64)
+    arena[1, 0], arena[1, 1] = case["arena_key"], case["arena_value"]
+    suffix[1, 0], suffix[1, 1] = case["suffix_key"], case["suffix_value"]
+    sliced = {
+        "arena_key": arena[1, 0],
+        "arena_value": arena[1, 1],
+        "suffix_key": suffix[1, 0],
+        "suffix_value": suffix[1, 1],
+    }
+    assert torch.equal(fork_attention(**(case | sliced)), fork_attention(**case))
+
+
+ERRORS = [
+    ("query", lambda t: t[0], r"query has shape \[1, 9, 16\], expected \[\*, \*, \*, \*\]"),
+    ("query", lambda t: t[:, :, :8], "query has 8 heads, expected a multiple of the 3"),
+    ("query", lambda t: t.float(), "suffix_key has dtype torch.float64, expected torch.float32"),
+    ("suffix_key", lambda t: t[:3], r"suffix_key has shape \[3, 6, 3, 16\], expected \[8, \*, \*, 16\]"),
+    ("suffix_value", lambda t: t[:, :2], r"suffix_value has shape \[8, 2, 3, 16\], expected \[8, 6, 3, \*\]"),
+    ("suffix_value", lambda t: t.half(), "suffix_value has dtype torch.float16, expected torch.float64"),
+    ("arena_key", lambda t: t[..., :4], r"arena_key has shape \[\d+, 3, 4\], expected \[\*, 3, 16\]"),
+    ("arena_value", lambda t: t[:-1], r"arena_value has shape \[\d+, 3, 16\], expected \[\d+, 3, 16\]"),
+    ("arena_value", lambda t: t.float(), "arena_value has dtype torch.float32, expected torch.float64"),
+    ("suffix_len", lambda t: t[:2], r"suffix_len has shape \[2\], expected \[8\]"),
+    ("query_len", lambda t: t.int(), "query_len has dtype torch.int32, expected torch.int64"),
+    ("prompt", lambda t: t[None], r"prompt has shape \[1, 8\], expected \[8\]"),
+    ("lengths", lambda t: t[:2], r"lengths has shape \[2\], expected \[4\]"),
+    ("sinks", lambda t: t[:2], r"sinks has shape \[2\], expected \[9\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), ERRORS, ids=[f"{e[0]}-{i}" for i, e in enumerate(ERRORS)]
+)
+def test_errors(impl, name, change, message):
+    case = make_case(sinks=True)
+    fork_attention(**case)
+    with pytest.raises(ValueError, match=message):
+        fork_attention(**(case | {name: change(case[name])}))
+
+
+@variants
+def test_opcheck(variant):
+    case = {"window": 0, "softcap": 0.0, "sinks": None} | make_case(steps=2, shape=(4, 2, 8, 6), **variant)
+    order = (
+        "query suffix_key suffix_value suffix_len query_len arena_key arena_value offsets lengths prompt "
+        "scale window softcap sinks"
+    )
+    torch.library.opcheck(torch.ops.stars.fork_attention.default, [case[name] for name in order.split()])
