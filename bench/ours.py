@@ -15,6 +15,7 @@ from stars_kernels import StarsConfig
 from stars_kernels.decoder.loop import Answer, Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
 from stars_kernels.hf.models import view_of
+from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.scorers import ClassifierScorer
 
@@ -54,6 +55,8 @@ def ours_decode(
     forwards: gets an entry for each forward of either model. Answers do not end on a token.
     """
     lm_view, rm_view = view_of(model), view_of(rm)
+    for view in (lm_view, rm_view):
+        pack_linears(view)  # as `decode` does by default
     if forwards is not None:
         _count_forwards(lm_view, lm_view.model.layers, lm_view.lm_head, forwards)
         _count_forwards(rm_view.model, rm_view.model.layers, None, forwards)

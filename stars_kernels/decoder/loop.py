@@ -108,6 +108,15 @@ class Loop:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Bring every answer to its end or its error; an exception (of a model's forward, say) ends the unfinished."""
+        try:
+            self._run()
+        except Exception as error:
+            for answer in self.answers:
+                if answer.active:
+                    answer.fail("the batch failed", error)
+
+    def _run(self) -> None:
         self._begin()
         history = AcceptanceHistory()
         while active := [p for p, answer in enumerate(self.answers) if answer.active]:

@@ -111,7 +111,7 @@ class StarsOutput:
     calibration: Calibration | None
     """None where r* and beta were given."""
     backends: dict[str, str]
-    """Which implementation of each op ran."""
+    """Which implementation of each op ran, and of the models' linear layers ("linear")."""
 
     def __repr__(self) -> str:
         return (

@@ -30,6 +30,7 @@ from stars_kernels.hf.models import (
     load_reward_model,
     view_of,
 )
+from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.prompts import Codec, Prompt, split_prompts
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.scorers import CallableScorer, ClassifierScorer, RewardFunction
@@ -130,6 +131,8 @@ class _Engine:
             self.limit = min(self.limit, context_limit(self.rm))
             if self.rm.device != self.lm.device:
                 raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
+        views = [self.lm, self.rm] if isinstance(self.rm, PreTrainedModel) else [self.lm]
+        self.packed_bytes = sum(map(pack_linears, views)) if config.pack else 0
         self.eos = eos_ids(language_model) if config.eos_token_id is None else tuple(config.eos_token_id)
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
 
@@ -253,10 +256,6 @@ class _Engine:
                 if answer.active:
                     answer.finish_reason = "interrupted"
             raise
-        except Exception as error:  # of a model's forward, say; the other batches go on
-            for answer in loop.answers:
-                if answer.active:
-                    answer.fail("the batch failed", error)
         finally:
             for request, answer in zip(requests, loop.answers, strict=True):
                 if answer.error is not None:
@@ -282,8 +281,13 @@ class _Engine:
             counts=answer.counts,
             seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
             calibration=self.calibration,
-            backends={op: served[self.lm.device.type] for op, served in backends().items()},
+            backends=self._backends(),
         )
+
+    def _backends(self) -> dict[str, str]:
+        """What ran: each op's implementation on this device, and the models' linear layers."""
+        linear = f"onednn: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
+        return {**{op: served[self.lm.device.type] for op, served in backends().items()}, "linear": linear}
 
     def _progress(self, total: int, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)

@@ -36,7 +36,8 @@ def accept(
 
     Args:
         rewards: [P, W] float32 or float64. valid: [P, W] bool, other columns do not exist. thresholds: [P, W] float64.
-        keys, position, first_attempt: [P] int64; position is the answer's length where the segment starts.
+        keys, position, first_attempt: [P] int64; position is the answer's length where the segment starts, and
+            first_attempt is less than max_attempts.
         best_reward: [P] float64 and best_attempt: [P] int64 (-1 = none), the best rejected so far; updated in place.
         beta: acceptance temperature in the RM's units, > 0 (not used when hard).
 

@@ -54,6 +54,7 @@ def fork_attention(
     check_shape("arena_value", arena_value, arena_key.shape[0], kv_heads, suffix_value.shape[3])
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, expected a multiple of the {kv_heads} key/value heads")
+    check_shape("offsets", offsets, None)
     check_shape("lengths", lengths, offsets.shape[0])
     check_dtype("offsets", offsets, torch.int64)
     check_dtype("lengths", lengths, torch.int64)
@@ -67,6 +68,8 @@ def fork_attention(
         check_dtype(name, tensor, query.dtype)
     if sinks is not None:
         check_shape("sinks", sinks, heads)
+    if window < 0 or softcap < 0:
+        raise ValueError(f"{window=} {softcap=}, expected both >= 0")
     check_device(
         query, suffix_key=suffix_key, suffix_value=suffix_value, suffix_len=suffix_len, query_len=query_len,
         arena_key=arena_key, arena_value=arena_value, offsets=offsets, lengths=lengths, prompt=prompt, sinks=sinks,

@@ -23,14 +23,22 @@ def kv_commit(
         suffix: [L, 2, R, T, Hkv, D]. arena: [L, 2, N, Hkv, D], written in place.
         lengths: [P] int64, moved by count[i] in place where advance[i]. offsets: [P] int64.
         prompt: [C] int64, distinct. row: [C] int64, -1 = nothing to write (its tokens already lie in the tail).
-        count: [C] int64 tokens. advance: [C] bool.
+        count: [C] int64 tokens, at most T. advance: [C] bool.
     """
-    check_shape("suffix", suffix, *([None] * 6))
+    check_shape("suffix", suffix, None, 2, None, None, None, None)
     layers, two, _, _, heads, size = suffix.shape
     check_shape("arena", arena, layers, two, None, heads, size)
     check_dtype("arena", arena, suffix.dtype)
+    check_shape("lengths", lengths, None)
     check_shape("offsets", offsets, lengths.shape[0])
-    for name, tensor in (("prompt", prompt), ("row", row), ("count", count), ("lengths", lengths)):
+    check_shape("prompt", prompt, None)
+    for name, tensor in (
+        ("prompt", prompt),
+        ("row", row),
+        ("count", count),
+        ("lengths", lengths),
+        ("offsets", offsets),
+    ):
         check_dtype(name, tensor, torch.int64)
     check_dtype("advance", advance, torch.bool)
     for name, tensor in (("row", row), ("count", count), ("advance", advance)):

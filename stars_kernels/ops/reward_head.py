@@ -21,13 +21,15 @@ def reward_head(
     """reward[r] = weight . norm(hidden[r, last[r]]) + bias
 
     Args:
-        hidden: [R, S, D], any float dtype. last: [R] int64, the index of each row's last token.
+        hidden: [R, S, D], any float dtype. last: [R] int64, the index of each row's last token, >= 0.
         weight: [D]. bias: [1] or None. norm_weight: [D] of an RMSNorm with `eps` before the head, or None.
 
     Returns:
         [R]: float64 for float64 input, else float32.
     """
     check_shape("hidden", hidden, None, None, None)
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden has dtype {hidden.dtype}, expected a float dtype")
     check_shape("last", last, hidden.shape[0])
     check_dtype("last", last, torch.int64)
     check_shape("weight", weight, hidden.shape[2])

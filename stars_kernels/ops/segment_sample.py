@@ -8,6 +8,8 @@ id). That is Gumbel-max with the tail at v -> 0, where fp32 is exact enough.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ def segment_sample(
 
     Args:
         logits: [N, V], any float dtype; the arithmetic is fp32.
-        keys, attempt, position: [R] int64, the row's Philox key, its attempt and the token's position in the answer.
+        keys, attempt, position: [R] int64, the row's Philox key, its attempt (< 2^24) and the token's position in the
+            answer (< 2^32).
         source: [R] int64, the row of `logits` each row draws from (many attempts share one); None when N == R.
         temperature: > 0. top_k: 0 = off. top_p: in (0, 1], 1 = off. min_p: in [0, 1), 0 = off.
 
@@ -41,6 +44,7 @@ def segment_sample(
         token [R] int64, -1 where the row's logits hold NaN or +inf, or no finite value;
         logprob [R] float32 under the filtered distribution, NaN where token is -1.
     """
+    check_shape("keys", keys, None)
     rows = keys.shape[0]
     check_shape("logits", logits, rows if source is None else None, None)
     if logits.shape[1] == 0:
@@ -52,8 +56,10 @@ def segment_sample(
     check_device(logits, keys=keys, attempt=attempt, position=position, source=source)
     if not logits.is_floating_point():
         raise ValueError(f"logits has dtype {logits.dtype}, expected a float dtype")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected > 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a finite number > 0")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream is {stream}, expected 0 to 255")
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(f"{top_k=} {top_p=} {min_p=}, expected top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1")
     return call_op(_NAME, logits, keys, attempt, position, source, temperature, top_k, top_p, min_p, stream)
@@ -80,7 +86,11 @@ def segment_sample_ref(
     if source is not None:
         scores, logprobs, bad = scores[source], logprobs[source], bad[source]  # [R, M]
         ids = None if ids is None else ids[source]
-    bits = token_bits(keys, scores.shape[1] if ids is None else ids, position, attempt, stream)
+    if ids is None or ids.shape[1] > logits.shape[1] // 4:  # four ids share a Philox call: cheaper to make all
+        bits = token_bits(keys, logits.shape[1], position, attempt, stream)
+        bits = bits if ids is None else bits.gather(1, ids)
+    else:
+        bits = token_bits(keys, ids, position, attempt, stream)
     v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     race = torch.log(-torch.log1p(-v)) - scores
     if ids is None:
@@ -115,7 +125,6 @@ def filter_scores(scores: Tensor, top_k: int, top_p: float, min_p: float) -> tup
     if top_p < 1:
         probs = scores.softmax(dim=-1)
         before = probs.cumsum(dim=-1) - probs
-        before[:, :1] = 0.0  # the best candidate always stays
         scores = scores.masked_fill(before >= top_p, -torch.inf)
     if min_p > 0:
         best = scores.amax(dim=-1, keepdim=True)

@@ -9,11 +9,6 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def numbered(cases):
-    """Test ids: the first entry of each case and its place."""
-    return [f"{case[0]}-{i}" for i, case in enumerate(cases)]
-
-
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -46,6 +41,4 @@ def assert_no_worse(out, plain, truth):
     error, plain_error = out.double() - truth, plain.double() - truth
     for factor, size in ((1.25, lambda t: t.square().mean().sqrt()), (3.0, lambda t: t.abs().max())):
         found, allowed = size(error), factor * size(plain_error) + eps * size(truth)
-        assert found <= allowed, (
-            f"error {found:.3g}, plain torch {size(plain_error):.3g}, allowed {allowed:.3g}"
-        )
+        assert found <= allowed, f"error {found:.3g}, plain torch {size(plain_error):.3g}, allowed {allowed:.3g}"

@@ -185,9 +185,7 @@ BY_HAND = [
     pytest.param([inf], {"hard": False}, (0, ACCEPTED, -1), id="inf is accepted"),
     pytest.param([-inf], {"hard": False}, (0, RETRY, 0), id="soft -inf is rejected"),
     pytest.param([1e300], {"hard": False, "beta": 1e-10}, (0, ACCEPTED, -1), id="exp overflows"),
-    pytest.param(
-        [nan, 5, -1], {"valid": torch.tensor([[False, False, True]])}, (2, RETRY, 2), id="invalid columns"
-    ),
+    pytest.param([nan, 5, -1], {"valid": torch.tensor([[False, False, True]])}, (2, RETRY, 2), id="invalid columns"),
     pytest.param([5, nan], {"valid": torch.tensor([[False, False]])}, (-1, RETRY, -1), id="nothing valid"),
     pytest.param(
         [-2, -3],
@@ -301,16 +299,15 @@ ERRORS = [
     ("first_attempt", lambda t: t[None], r"first_attempt has shape \[1, 3\], expected \[3\]"),
     ("best_attempt", lambda t: t.double(), "best_attempt has dtype torch.float64, expected torch.int64"),
     ("best_reward", lambda t: t.float(), "best_reward has dtype torch.float32, expected torch.float64"),
-    ("max_attempts", lambda _: 0, "max_attempts is 0, expected >= 1"),
+    ("max_attempts", lambda _: 0, "max_attempts is 0, expected 1 to 16777216"),
+    ("max_attempts", lambda _: 2**24 + 1, "max_attempts is 16777217, expected 1 to 16777216"),
     ("beta", lambda _: 0.0, "beta is 0.0, expected a finite number > 0"),
     ("beta", lambda _: nan, "beta is nan, expected a finite number > 0"),
     ("beta", lambda _: inf, "beta is inf, expected a finite number > 0"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"), ERRORS, ids=[f"{e[0]}-{i}" for i, e in enumerate(ERRORS)]
-)
+@pytest.mark.parametrize(("name", "change", "message"), ERRORS, ids=[f"{e[0]}-{i}" for i, e in enumerate(ERRORS)])
 def test_errors(impl, name, change, message):
     case = make_case(3, 4)
     with pytest.raises(ValueError, match=message):
@@ -335,7 +332,5 @@ def test_schema_tells_the_mutation():
 def test_opcheck(prompts, width, hard):
     case = make_case(prompts, width, hard=hard)
     case["best_reward"] = torch.zeros(prompts, dtype=torch.float64)  # opcheck compares values: no NaN
-    order = (
-        "rewards valid thresholds beta hard keys position first_attempt max_attempts best_reward best_attempt"
-    )
+    order = "rewards valid thresholds beta hard keys position first_attempt max_attempts best_reward best_attempt"
     torch.library.opcheck(torch.ops.stars.accept.default, tuple(case[name] for name in order.split()))

@@ -114,9 +114,7 @@ def run_without_extension(folder, build_info, extension=None):
 
 
 WITHOUT = [
-    pytest.param(
-        {"extension": False, "reason": "no compiler"}, None, "it was not built: no compiler", id="not built"
-    ),
+    pytest.param({"extension": False, "reason": "no compiler"}, None, "it was not built: no compiler", id="not built"),
     pytest.param(
         {"extension": True, "reason": None, "torch": "1.2.3+other"},
         "raise AssertionError('imported')",

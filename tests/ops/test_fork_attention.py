@@ -152,9 +152,7 @@ def test_head_shapes(impl, steps, shape, variant):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_long_prefix(impl, dtype):
-    assert_right(
-        make_case(dtype=dtype, shape=(6, 2, 64, 64), lengths=(700, 65), prompt=(0, 1, 0, 0, 1), seed=2)
-    )
+    assert_right(make_case(dtype=dtype, shape=(6, 2, 64, 64), lengths=(700, 65), prompt=(0, 1, 0, 0, 1), seed=2))
 
 
 LAYOUTS = [
@@ -244,9 +242,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"), ERRORS, ids=[f"{e[0]}-{i}" for i, e in enumerate(ERRORS)]
-)
+@pytest.mark.parametrize(("name", "change", "message"), ERRORS, ids=[f"{e[0]}-{i}" for i, e in enumerate(ERRORS)])
 def test_errors(impl, name, change, message):
     case = make_case(sinks=True)
     fork_attention(**case)

@@ -63,9 +63,7 @@ def test_cpp_equals_pytorch(extension):
     numbers = torch.randint(2**32, (500, 6), generator=generator(0))
     counter, key = numbers[:, :4], numbers[:, 4:]
     expected = torch.stack(philox4x32(tuple(counter.unbind(1)), tuple(key.unbind(1))), dim=1)
-    assert [
-        cpp_philox(c, k) for c, k in zip(counter.tolist(), key.tolist(), strict=True)
-    ] == expected.tolist()
+    assert [cpp_philox(c, k) for c, k in zip(counter.tolist(), key.tolist(), strict=True)] == expected.tolist()
 
 
 def test_token_bits_counter_layout():
@@ -132,9 +130,7 @@ def test_accept_uniform_is_inside_the_unit_interval(monkeypatch):
     u = accept_uniform(longs(request_key(0, 0)).expand(100_000), longs(0), torch.arange(100_000))
     assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.004 and u.dtype == torch.float64
     for word in (0, 2**32 - 1):
-        monkeypatch.setattr(
-            "stars_kernels.ops.philox.philox4x32", lambda counter, key, word=word: (longs(word),) * 4
-        )
+        monkeypatch.setattr("stars_kernels.ops.philox.philox4x32", lambda counter, key, word=word: (longs(word),) * 4)
         assert 0 < accept_uniform(longs(0), longs(0), longs(0)) < 1
 
 

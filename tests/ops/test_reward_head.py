@@ -54,9 +54,7 @@ def plain(case, dtype):
 
 def test_the_truth_is_llamas_norm():
     case = make_case(torch.float32)
-    torch.testing.assert_close(
-        plain(case, torch.float32).double(), plain(case, torch.float64), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(plain(case, torch.float32).double(), plain(case, torch.float64), rtol=1e-5, atol=1e-4)
 
 
 @options
@@ -105,9 +103,7 @@ def test_strided_inputs(impl):
 
 
 ERRORS = [
-    pytest.param(
-        {"hidden": torch.zeros(6, 64)}, r"hidden has shape \[6, 64\], expected \[\*, \*, \*\]", id="hidden"
-    ),
+    pytest.param({"hidden": torch.zeros(6, 64)}, r"hidden has shape \[6, 64\], expected \[\*, \*, \*\]", id="hidden"),
     pytest.param({"last": longs(0)}, r"last has shape \[1\], expected \[40\]", id="last shape"),
     pytest.param({"last": torch.zeros(40)}, "dtype torch.float32, expected torch.int64", id="last dtype"),
     pytest.param({"weight": torch.zeros(1, 64)}, r"weight has shape \[1, 64\], expected \[64\]", id="weight"),

@@ -123,9 +123,7 @@ def test_support_of_the_definition(filters):
     logits = torch.randn(64, 1003, generator=generator(2)) * 3
     assert not borderline(logits, **filters)
     expected = hf_scores(logits, **filters).isfinite()
-    scores, ids = filter_scores(
-        logits / filters["temperature"], filters["top_k"], filters["top_p"], filters["min_p"]
-    )
+    scores, ids = filter_scores(logits / filters["temperature"], filters["top_k"], filters["top_p"], filters["min_p"])
     if ids is None:
         assert torch.equal(scores.isfinite(), expected)
         return
@@ -431,8 +429,10 @@ ERRORS = [
     pytest.param({"attempt": longs(1)}, r"attempt has shape \[1\], expected \[4\]", id="attempt"),
     pytest.param({"position": longs(1).int()}, r"position has shape \[1\], expected \[4\]", id="position"),
     pytest.param({"source": longs(0)}, r"source has shape \[1\], expected \[4\]", id="source"),
-    pytest.param({"temperature": 0.0}, "temperature is 0.0, expected > 0", id="temperature 0"),
-    pytest.param({"temperature": float("nan")}, "temperature is nan, expected > 0", id="temperature nan"),
+    pytest.param({"temperature": 0.0}, "temperature is 0.0, expected a finite number > 0", id="temperature 0"),
+    pytest.param(
+        {"temperature": float("nan")}, "temperature is nan, expected a finite number > 0", id="temperature nan"
+    ),
     pytest.param({"top_k": -1}, "top_k=-1 .*expected top_k >= 0", id="top_k"),
     pytest.param({"top_p": 0.0}, "top_p=0.0 .*expected .*0 < top_p <= 1", id="top_p 0"),
     pytest.param({"top_p": 1.5}, "top_p=1.5 .*expected .*0 < top_p <= 1", id="top_p above 1"),

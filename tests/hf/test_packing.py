@@ -1,0 +1,71 @@
+"""Packed linears: the same numbers up to rounding, only on the view, one copy, never stale, never in silence."""
+
+import pytest
+import torch
+from torch import nn
+
+import stars_kernels
+from stars_kernels.hf import packing
+from stars_kernels.hf.models import view_of
+from stars_kernels.hf.packing import PackedLinear, pack_linears
+from tests.tiny import tiny_language_model, tiny_reward_model
+
+SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=12, segment_size=4)
+WIDE = dict(hidden_size=96, intermediate_size=160, num_attention_heads=12, num_key_value_heads=12)
+
+
+def wide_model(dtype=torch.float32):
+    return tiny_language_model(dtype, **WIDE)
+
+
+@torch.no_grad()
+def test_equal_up_to_rounding_and_only_on_the_view():
+    model = wide_model()
+    view = view_of(model)
+    size = pack_linears(view)
+    packed = [m for m in view.modules() if isinstance(m, PackedLinear)]
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    assert len(packed) == len(linears) > 0
+    assert size == sum(m.weight.numel() * 4 for m in linears)
+    ids = torch.arange(20)[None]
+    view.set_attn_implementation("sdpa")
+    torch.testing.assert_close(view(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_every_number_of_rows(bias):
+    linear = nn.Linear(96, 130, bias=bias)
+    packed = PackedLinear(linear)
+    for rows in (0, 1, 3, 8, 33):
+        x = torch.randn(rows, 2, 96)
+        torch.testing.assert_close(packed(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_one_copy_that_follows_its_weight():
+    linear = nn.Linear(96, 96)
+    first = PackedLinear(linear)
+    assert PackedLinear(linear).packed is first.packed
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    again = PackedLinear(linear)
+    assert again.packed is not first.packed
+    x = torch.randn(4, 96)
+    torch.testing.assert_close(again(x), linear(x), rtol=1e-5, atol=1e-5)
+    before = len(packing._packed)
+    del linear
+    assert len(packing._packed) == before - 1
+
+
+def test_the_output_says_what_ran(monkeypatch):
+    model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
+    packed = stars_kernels.decode(model, rm, [1, 2], **SET)
+    assert packed.backends["linear"].startswith("onednn: packed, ")
+    plain = stars_kernels.decode(model, rm, [1, 2], pack=False, **SET)
+    assert plain.backends["linear"] == "torch"
+    assert packed.reward == pytest.approx(plain.reward, abs=1e-3)
+    for dtype in (torch.float64, torch.bfloat16):
+        other = stars_kernels.decode(wide_model(dtype), tiny_reward_model(dtype, **WIDE), [1, 2], **SET)
+        assert other.backends["linear"] == "torch"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert stars_kernels.decode(model, rm, [1, 2], **SET).backends["linear"] == "torch"
