@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROWS_PER_STEP_COST = 16
-"""A step of R rows costs about 1 + R / 16 steps of one row (measured with a 135M model on a 2-core CPU)."""
+ROWS_PER_STEP_COST = 24
+"""A round of R rows costs about 1 + R / 24 rounds of one row (a 135M model on a 2-core CPU, weights packed)."""
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32)
 
 

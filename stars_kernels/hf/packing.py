@@ -1,8 +1,8 @@
-"""Linear layers with weights packed once for oneDNN: on a CPU, two to four times a step's matrix products at few rows.
+"""Linear layers with weights packed once for oneDNN: on a CPU a step of 2 to 16 rows gains 1.5x or more.
 
 Only on the engine's view of a model, never on the user's. It costs a second copy of the weights, kept for as long as
-the originals live and shared by all views of them. The ops are private to torch: where they are missing, or do not serve a
-weight (another dtype or device), the plain layer stays.
+the originals live and shared by all views of them. The ops are private to torch: where they are missing, or do not
+serve a weight (another dtype or device), the plain layer stays.
 """
 
 from __future__ import annotations

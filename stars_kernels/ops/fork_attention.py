@@ -134,30 +134,29 @@ def _attend(
     suffix_value = suffix_value.where(stored[:, :, None, None], 0.0)
 
     q = query.unflatten(2, (kv_heads, group)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # [Hkv, w, S*G, Dk]
-    prefix_scores = q.flatten(1, 2) @ prefix_key.permute(1, 2, 0)  # [Hkv, w*S*G, n]
-    suffix_scores = q @ suffix_key.permute(2, 0, 3, 1)  # [Hkv, w, S*G, T]
-    scores = torch.cat((prefix_scores.unflatten(1, (w, steps * group)), suffix_scores), dim=-1)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = (scores * scale).unflatten(2, (steps, group))  # [Hkv, w, S, G, n+T]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    prefix_scores = (q.flatten(1, 2) @ prefix_key.permute(1, 2, 0)).unflatten(1, (w, steps, group))  # [Hkv, w, S, G, n]
+    suffix_scores = (q @ suffix_key.permute(2, 0, 3, 1)).unflatten(2, (steps, group))  # [Hkv, w, S, G, T]
 
     step = torch.arange(steps, device=query.device)
-    real = step < query_len[:, None]  # [w, S]
     at = suffix_len[:, None] - query_len[:, None] + step  # [w, S] place of each query in its suffix
-    back = at[:, :, None] - torch.cat((torch.arange(-n, 0, device=query.device), columns))  # [w, S, n+T] tokens back
-    seen = (back >= 0) & real[:, :, None]
+    back = at[:, :, None] - columns  # [w, S, T] tokens between query and key
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    suffix_scores = suffix_scores.masked_fill(hidden[:, :, None], -torch.inf)
     if window:
-        seen &= back < window
-    scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
+        back = at[:, :, None] + torch.arange(n, 0, -1, device=query.device)  # [w, S, n]
+        prefix_scores = prefix_scores.masked_fill((back >= window)[:, :, None], -torch.inf)
+    scores = torch.cat((prefix_scores, suffix_scores), dim=-1)
+    scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+    if softcap:  # a score of -inf must stay one
+        scores = torch.where(scores == -torch.inf, scores, softcap * torch.tanh(scores / softcap))
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(kv_heads, 1, 1, group, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sink), dim=-1)
-    weights = scores.softmax(dim=-1)[..., : n + used].where(real[:, :, None, None], 0.0).to(query.dtype)
-    weights = weights.flatten(2, 3)  # [Hkv, w, S*G, n+T]
+    weights = scores.softmax(dim=-1)[..., : n + used].to(query.dtype).flatten(2, 3)  # [Hkv, w, S*G, n+T]
     from_prefix = weights[..., :n].flatten(1, 2) @ prefix_value.transpose(0, 1)  # [Hkv, w*S*G, Dv]
     out = from_prefix.unflatten(1, (w, -1)) + weights[..., n:] @ suffix_value.permute(2, 0, 1, 3)
-    return out.unflatten(2, (steps, group)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    out = out.unflatten(2, (steps, group)).permute(1, 2, 0, 3, 4).flatten(2, 3)  # [w, S, Hq, Dv]
+    return out.where((step < query_len[:, None])[:, :, None, None], 0.0)
 
 
 def _fake(query: Tensor, suffix_key: Tensor, suffix_value: Tensor, *rest: object) -> Tensor:
