@@ -96,17 +96,19 @@ def fork_attention_ref(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The definition: one prompt at a time, its rows' queries stacked."""
+    """The definition: each run of rows of one prompt at a time, their queries stacked."""
     rows, steps, heads, _ = query.shape
-    out = query.new_zeros(rows, steps, heads, suffix_value.shape[3])
-    order = prompt.argsort(stable=True)
-    owners, counts = prompt[order].unique_consecutive(return_counts=True)
-    for owner, members in zip(owners.tolist(), order.split(counts.tolist()), strict=True):
-        start, length = int(offsets[owner]), int(lengths[owner])
-        out[members] = _attend(
-            query[members], suffix_key[members], suffix_value[members], suffix_len[members], query_len[members],
-            arena_key[start : start + length], arena_value[start : start + length], scale, window, softcap, sinks,
+    out = query.new_empty(rows, steps, heads, suffix_value.shape[3])
+    owners, counts = prompt.unique_consecutive(return_counts=True)
+    slots, sizes, stop = offsets.tolist(), lengths.tolist(), 0
+    for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
+        run = slice(stop, stop + count)
+        prefix = slice(slots[owner], slots[owner] + sizes[owner])
+        out[run] = _attend(
+            query[run], suffix_key[run], suffix_value[run], suffix_len[run], query_len[run],
+            arena_key[prefix], arena_value[prefix], scale, window, softcap, sinks,
         )  # fmt: skip
+        stop += count
     return out
 
 
@@ -128,10 +130,10 @@ def _attend(
     group = heads // kv_heads
     used = int(suffix_len.max())
     columns = torch.arange(used, device=query.device)
-    stored = columns < suffix_len[:, None]  # [w, T]
     suffix_key, suffix_value = suffix_key[:, :used], suffix_value[:, :used]
-    # What lies past suffix_len may be anything, NaN too, and 0 * NaN is NaN: such values must be replaced.
-    suffix_value = suffix_value.where(stored[:, :, None, None], 0.0)
+    if int(suffix_len.min()) < used:
+        # What lies past suffix_len may be anything, NaN too, and 0 * NaN is NaN: such values must be replaced.
+        suffix_value = suffix_value.where((columns < suffix_len[:, None])[:, :, None, None], 0.0)
 
     q = query.unflatten(2, (kv_heads, group)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # [Hkv, w, S*G, Dk]
     prefix_scores = (q.flatten(1, 2) @ prefix_key.permute(1, 2, 0)).unflatten(1, (w, steps, group))  # [Hkv, w, S, G, n]
@@ -156,7 +158,9 @@ def _attend(
     from_prefix = weights[..., :n].flatten(1, 2) @ prefix_value.transpose(0, 1)  # [Hkv, w*S*G, Dv]
     out = from_prefix.unflatten(1, (w, -1)) + weights[..., n:] @ suffix_value.permute(2, 0, 1, 3)
     out = out.unflatten(2, (steps, group)).permute(1, 2, 0, 3, 4).flatten(2, 3)  # [w, S, Hq, Dv]
-    return out.where((step < query_len[:, None])[:, :, None, None], 0.0)
+    if int(query_len.min()) < steps:
+        out = out.where((step < query_len[:, None])[:, :, None, None], 0.0)
+    return out
 
 
 def _fake(query: Tensor, suffix_key: Tensor, suffix_value: Tensor, *rest: object) -> Tensor:
