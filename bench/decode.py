@@ -16,7 +16,7 @@ from bench import models
 from bench.batched import batched_decode
 from bench.cached import cached_decode
 from bench.common import Judge, Result, generate_options
-from bench.machine import Forward, Rates
+from bench.machine import Forward
 from bench.naive import naive_decode
 from bench.ours import ours_decode
 from bench.report import CheckError, Row
@@ -36,7 +36,6 @@ BATCHED_ROWS = {1: 8, 8: 24}
 """Rows a round of the `batched` contestant, by number of prompts: about what `width="auto"` takes."""
 TARGETS = {1: 4.0, 8: 8.0}
 """Times faster than the naive loop with the model `smol`, by number of prompts."""
-REPEATS = 3
 
 
 def script(prompt: int) -> Judge:
@@ -207,32 +206,30 @@ def timed(name: str, work: Callable[[], list[Result]]) -> tuple[float, list[Resu
     return seconds, results
 
 
-def interleaved(job: Job, others: dict[str, Job]) -> tuple[float, dict[str, float]]:
-    """Seconds a segment: ours on `job`, the median of runs before and between the others on their own jobs.
+@dataclass(frozen=True)
+class Pair:
+    """Seconds a segment of one prompt."""
 
-    The naive loop's time is proportional to its attempts: it is charged MEAN_ATTEMPTS of them a segment.
+    mine: float
+    theirs: float
+
+
+def interleaved(job: Job, others: dict[str, Job], forwards: list[Forward]) -> dict[str, Pair]:
+    """Each of the others on its own job, between two runs of ours on `job`, whose mean it is compared with.
+
+    A shared machine drifts, so only neighbours in time are compared. The naive loop's time is proportional to its
+    attempts: it is charged MEAN_ATTEMPTS of them a segment. forwards: gets those of our first run.
     """
-    mine: list[float] = []
-    theirs: dict[str, float] = {}
-    waiting = list(others.items())
-    while waiting or len(mine) < REPEATS:
+    mine = [timed("ours", partial(ours, job, forwards))[0] / job.segments]
+    pairs = {}
+    for name, other in others.items():
+        seconds, results = timed(name, partial(plain if name == "plain" else CONTESTANTS[name], other))
+        theirs = seconds / other.segments
+        if name == "naive":
+            theirs = seconds * MEAN_ATTEMPTS / sum(sum(result.attempts) for result in results)
         mine.append(timed("ours", partial(ours, job))[0] / job.segments)
-        if waiting:
-            name, other = waiting.pop(0)
-            contestant = plain if name == "plain" else CONTESTANTS[name]
-            seconds, results = timed(name, partial(contestant, other))
-            per_segment = seconds / other.segments
-            if name == "naive":
-                per_segment = seconds * MEAN_ATTEMPTS / sum(sum(result.attempts) for result in results)
-            theirs[name] = per_segment
-    return statistics.median(mine), theirs
-
-
-def floor_seconds(job: Job, rates: Rates) -> float:
-    """The least this machine needs for a segment, given the forwards that ours makes on the job."""
-    forwards: list[Forward] = []
-    ours(job, forwards)
-    return rates.floor(forwards) / job.segments
+        pairs[name] = Pair(statistics.mean(mine[-2:]), theirs)
+    return pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,32 +247,34 @@ def run(args: argparse.Namespace) -> list[Row]:
 
     targets = TARGETS if args.model == "smol" else {}
     segments = 4 if args.quick else SEGMENTS
-    print("time, one prompt ...", flush=True)
     one = full.cut(1, segments)
-    floor = floor_seconds(one, args.rates)  # also warms up
     naive_job = full.cut(1, 2) if args.quick else one
-    mine, theirs = interleaved(one, {"naive": naive_job, "cached": one, "batched": one, "plain": one})
+    ours(full.cut(1, 1))  # warms up
+    print("time, one prompt ...", flush=True)
+    forwards: list[Forward] = []
+    pairs = interleaved(one, {"naive": naive_job, "cached": one, "batched": one, "plain": one}, forwards)
+    speed = pairs["plain"]
     notes = {
         "naive": f"seconds a segment of {SEGMENT}; ours has {shares['ours']:.0%} of its tokens in float32",
-        "plain": f"generate, no reward: {SEGMENT / theirs['plain']:.1f} tokens/s; ours {SEGMENT / mine:.1f}",
+        "plain": f"generate, no reward: {SEGMENT / speed.theirs:.1f} tokens/s; ours {SEGMENT / speed.mine:.1f}",
     }
-    rows = []
-    for name, seconds in theirs.items():
-        target = targets.get(1) if name == "naive" else None
-        note = notes.get(name, "")
-        rows.append(Row("one prompt", name, seconds / mine, target, mine / floor, mine, seconds, note))
+    floor = args.rates.floor(forwards) / one.segments
+    rows = [_row("one prompt", name, pair, floor, targets.get(1), notes.get(name, "")) for name, pair in pairs.items()]
     if args.prompts == 1:
         return rows
 
     name = f"{args.prompts} prompts"
     print(f"time, {name} ...", flush=True)
     many = full.cut(args.prompts, segments)
-    floor = floor_seconds(many, args.rates)
-    rate = theirs["naive"]
-    mine, theirs = interleaved(many, {"batched": many})
-    note = "it cannot batch: its rate from one prompt"
-    rows += [
-        Row(name, "naive", rate / mine, targets.get(args.prompts), mine / floor, mine, rate, note),
-        Row(name, "batched", theirs["batched"] / mine, None, mine / floor, mine, theirs["batched"]),
-    ]
-    return rows
+    others = {"naive": naive_job} if args.quick else {"naive": naive_job, "batched": many}
+    forwards = []
+    pairs = interleaved(many, others, forwards)
+    floor = args.rates.floor(forwards) / many.segments
+    notes = {"naive": "it cannot batch: its rate from one prompt"}
+    target = targets.get(args.prompts)
+    return rows + [_row(name, other, pair, floor, target, notes.get(other, "")) for other, pair in pairs.items()]
+
+
+def _row(name: str, against: str, pair: Pair, floor: float, target: float | None, note: str) -> Row:
+    target = target if against == "naive" else None
+    return Row(name, against, pair.theirs / pair.mine, target, pair.mine / floor, pair.mine, pair.theirs, note)

@@ -55,11 +55,11 @@ def ours_decode(
     forwards: gets an entry for each forward of either model. Answers do not end on a token.
     """
     lm_view, rm_view = view_of(model), view_of(rm)
-    for view in (lm_view, rm_view):
-        pack_linears(view)  # as `decode` does by default
-    if forwards is not None:
+    if forwards is not None:  # before packing, which takes the weights out of sight
         _count_forwards(lm_view, lm_view.model.layers, lm_view.lm_head, forwards)
         _count_forwards(rm_view.model, rm_view.model.layers, None, forwards)
+    for view in (lm_view, rm_view):
+        pack_linears(view)  # as `decode` does by default
     scorer: Scorer = ClassifierScorer(rm_view, label=0)
     if judges is not None:
         scorer = _Judged(scorer, judges, config.segment_size)
