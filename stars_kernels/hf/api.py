@@ -235,7 +235,7 @@ class _Engine:
                 limit=min(config.max_new_tokens, self.limit - len(r.prompt.ids)),
             )
             for r in requests
-        ]  # fmt: skip
+        ]
         scorer: Scorer
         if isinstance(self.rm, PreTrainedModel):
             scorer = ClassifierScorer(self.rm, self.label)

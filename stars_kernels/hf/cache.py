@@ -67,8 +67,6 @@ class ForkCache(Cache):
         self._plan: _Prefill | _Suffix | None = None
         self._layers_seen = 0
 
-    # Rows ------------------------------------------------------------------------------------------------------------
-
     @property
     def kv_tokens(self) -> int:
         """Tokens of KV this cache takes: the prompts' arena slots, and rows * segment_size of suffix."""
@@ -97,8 +95,6 @@ class ForkCache(Cache):
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
         ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)
         self.rollback()
-
-    # Forwards --------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[Tensor]:
@@ -177,7 +173,7 @@ class ForkCache(Cache):
             keys[slot : slot + count], values[slot : slot + count] = key[0, start:stop], value[0, start:stop]
         return out
 
-    # What transformers asks of a cache; the mask is ours, so the sizes do not matter -------------------------------
+    # What transformers asks of a cache; the mask is ours, so the sizes do not matter.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,28 +18,38 @@ PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
 
 
-def packed_chunks(
-    prompts: Sequence[Sequence[int]],
-) -> Iterator[tuple[list[int], list[int], list[int], list[bool]]]:
-    """Cut the prompts' tokens into packed forwards: (prompt indices, counts, ids, whether each ends its prompt)."""
-    owners: list[int] = []
-    counts: list[int] = []
-    ids: list[int] = []
-    ends: list[bool] = []
+@dataclass
+class Chunk:
+    """One packed forward: counts[i] next tokens of prompt owners[i], one after the other in `ids`."""
+
+    owners: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
+    """The prompts whose last token is in here."""
+    last: list[int] = field(default_factory=list)
+    """Where in `ids` that token is."""
+
+
+def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
+    """Cut the prompts' tokens into packed forwards of at most PREFILL_TOKENS."""
+    chunk = Chunk()
     for p, prompt in enumerate(prompts):
         done = 0
         while done < len(prompt):
-            take = min(len(prompt) - done, PREFILL_TOKENS - len(ids))
-            owners.append(p)
-            counts.append(take)
-            ids += prompt[done : done + take]
+            take = min(len(prompt) - done, PREFILL_TOKENS - len(chunk.ids))
+            chunk.owners.append(p)
+            chunk.counts.append(take)
+            chunk.ids += prompt[done : done + take]
             done += take
-            ends.append(done == len(prompt))
-            if len(ids) == PREFILL_TOKENS:
-                yield owners, counts, ids, ends
-                owners, counts, ids, ends = [], [], [], []
-    if ids:
-        yield owners, counts, ids, ends
+            if done == len(prompt):
+                chunk.finished.append(p)
+                chunk.last.append(len(chunk.ids) - 1)
+            if len(chunk.ids) == PREFILL_TOKENS:
+                yield chunk
+                chunk = Chunk()
+    if chunk.ids:
+        yield chunk
 
 
 class ModelProposer:
@@ -54,11 +65,11 @@ class ModelProposer:
         vocabulary = self.model.config.vocab_size
         self.logits = torch.empty(len(prompts), vocabulary, dtype=self.model.dtype, device=self.device)
         self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
-        for owners, counts, ids, ends in packed_chunks(prompts):
-            last = torch.tensor(counts).cumsum(0).sub(1)[torch.tensor(ends)]
-            with self.cache.prefill(owners, counts) as positions:
-                logits = self._logits(torch.tensor([ids], device=self.device), positions, last.to(self.device))
-            self.logits[[p for p, end in zip(owners, ends, strict=True) if end]] = logits[0]
+        for chunk in packed_chunks(prompts):
+            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
+            with self.cache.prefill(chunk.owners, chunk.counts) as positions:
+                logits = self._logits(torch.tensor([chunk.ids], device=self.device), positions, last)
+            self.logits[chunk.finished] = logits[0]
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())

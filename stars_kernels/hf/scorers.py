@@ -35,12 +35,11 @@ class ClassifierScorer:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = ForkCache(self.config, capacities, segment_size, self.dtype, self.device)
         rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
-        for owners, counts, ids, ends in packed_chunks(prompts):
-            last = torch.tensor(counts).cumsum(0).sub(1)[torch.tensor(ends)].to(self.device)
-            with self.cache.prefill(owners, counts) as positions:
-                hidden = self._hidden(torch.tensor([ids], device=self.device), positions)
-            read = ops.reward_head(hidden.expand(len(last), -1, -1), last, self.weight)
-            rewards[[p for p, end in zip(owners, ends, strict=True) if end]] = read.double()
+        for chunk in packed_chunks(prompts):
+            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
+            with self.cache.prefill(chunk.owners, chunk.counts) as positions:
+                hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), positions)
+            rewards[chunk.finished] = ops.reward_head(hidden.expand(len(last), -1, -1), last, self.weight).double()
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:

@@ -24,9 +24,9 @@ def cache(lm):
 
 
 def fill(view, cache, prompts=PROMPTS):
-    for owners, counts, ids, _ in packed_chunks(prompts):
-        with cache.prefill(owners, counts) as positions:
-            view(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache)
+    for chunk in packed_chunks(prompts):
+        with cache.prefill(chunk.owners, chunk.counts) as positions:
+            view(input_ids=torch.tensor([chunk.ids]), position_ids=positions, past_key_values=cache)
 
 
 def forward(view, cache, tokens, query_len=None):
