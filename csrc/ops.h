@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace stars {
@@ -14,5 +15,12 @@ std::tuple<at::Tensor, at::Tensor> accept_cpu(const at::Tensor& rewards, const a
                                               const at::Tensor& keys, const at::Tensor& position,
                                               const at::Tensor& first_attempt, int64_t max_attempts,
                                               const at::Tensor& best_reward, const at::Tensor& best_attempt);
+
+// fork_attention.cpp: [R, S, Hq, Dv]
+at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_key, const at::Tensor& suffix_value,
+                              const at::Tensor& suffix_len, const at::Tensor& query_len, const at::Tensor& arena_key,
+                              const at::Tensor& arena_value, const at::Tensor& offsets, const at::Tensor& lengths,
+                              const at::Tensor& prompt, double scale, int64_t window, double softcap,
+                              const std::optional<at::Tensor>& sinks);
 
 }  // namespace stars

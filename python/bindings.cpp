@@ -6,6 +6,7 @@
 #include <array>
 
 #include "accept.h"
+#include "isa_name.h"
 #include "ops.h"
 #include "philox.h"
 
@@ -13,21 +14,9 @@ namespace py = pybind11;
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr const char* kIsa = "avx512";
-#elif defined(__AVX2__)
-constexpr const char* kIsa = "avx2";
-#elif defined(__x86_64__)
-constexpr const char* kIsa = "x86-64";
-#elif defined(__aarch64__)
-constexpr const char* kIsa = "aarch64";
-#else
-constexpr const char* kIsa = "generic";
-#endif
-
 py::dict build_info() {
   using namespace py::literals;
-  return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = kIsa,
+  return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = stars::isa_name(),
                   "cuda"_a = false, "cuda_archs"_a = py::list());
 }
 
@@ -49,4 +38,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 // The schemas are defined in Python, beside each op's definition, and exist without this file.
 TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("accept", &stars::accept_cpu);
+  m.impl("fork_attention", &stars::fork_attention_cpu);
 }
