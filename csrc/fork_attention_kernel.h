@@ -90,31 +90,6 @@ struct Scratch {
         values(keys + kTileKeys * key_size) {}
 };
 
-STARS_INLINE float widen(const float& x) { return x; }
-STARS_INLINE double widen(const double& x) { return x; }
-STARS_INLINE float widen(const c10::BFloat16& x) { return bits_as<float>(static_cast<uint32_t>(x.x) << 16); }
-STARS_INLINE float widen(const c10::Half& x) {
-#if STARS_VECTOR_BYTES > 16
-  return _cvtsh_ss(x.x);
-#else
-  return x;
-#endif
-}
-
-STARS_INLINE void narrow(float x, float& to) { to = x; }
-STARS_INLINE void narrow(double x, double& to) { to = x; }
-STARS_INLINE void narrow(float x, c10::BFloat16& to) {  // to nearest, ties to even; NaN stays NaN
-  const auto bits = bits_as<uint32_t>(x);
-  to.x = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-STARS_INLINE void narrow(float x, c10::Half& to) {
-#if STARS_VECTOR_BYTES > 16
-  to.x = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  to = x;
-#endif
-}
-
 // A tile's rows as A: in place where T is A, else widened into `to`. Sets the stride of the rows.
 template <typename A>
 STARS_INLINE const A* widen_rows(const A* from, int64_t, int64_t, A*, int64_t&) {

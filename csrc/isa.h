@@ -7,10 +7,10 @@
 //
 // The kernel header has no include guard and no #include, and puts its code into namespace stars::STARS_ISA. It calls
 // nothing inline from outside that namespace: the linker keeps one copy of such a function, maybe that of a wider ISA.
-#include <ATen/Version.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstdint>
-#include <string>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

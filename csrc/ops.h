@@ -23,4 +23,20 @@ at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_
                               const at::Tensor& prompt, double scale, int64_t window, double softcap,
                               const std::optional<at::Tensor>& sinks);
 
+// kv_commit.cpp: arena and lengths are written in place.
+void kv_commit_cpu(const at::Tensor& suffix, const at::Tensor& arena, const at::Tensor& lengths,
+                   const at::Tensor& offsets, const at::Tensor& prompt, const at::Tensor& row, const at::Tensor& count,
+                   const at::Tensor& advance);
+
+// reward_head.cpp: [R]
+at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& norm_weight,
+                           double eps);
+
+// segment_sample.cpp: (token int64, logprob float32), both [R]
+std::tuple<at::Tensor, at::Tensor> segment_sample_cpu(const at::Tensor& logits, const at::Tensor& keys,
+                                                      const at::Tensor& attempt, const at::Tensor& position,
+                                                      const std::optional<at::Tensor>& source, double temperature,
+                                                      int64_t top_k, double top_p, double min_p, int64_t stream);
+
 }  // namespace stars

@@ -113,5 +113,60 @@ STARS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return x;
 }
 
+STARS_INLINE bool any(Vec<int32_t> mask) {  // of a comparison: whether it holds in some lane
+#if STARS_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif STARS_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__ARM_NEON)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+  for (int i = 0; i < kLanes<int32_t>; ++i)
+    if (mask[i]) return true;
+  return false;
+#endif
+}
+
+// 64-bit products of the low halves of each lane.
+STARS_INLINE Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
+#if STARS_VECTOR_BYTES == 64
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif STARS_VECTOR_BYTES == 32
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Storage types and the arithmetic's: exact one way, to nearest (ties to even) the other.
+STARS_INLINE float widen(const float& x) { return x; }
+STARS_INLINE double widen(const double& x) { return x; }
+STARS_INLINE float widen(const c10::BFloat16& x) { return bits_as<float>(static_cast<uint32_t>(x.x) << 16); }
+STARS_INLINE float widen(const c10::Half& x) {
+#if STARS_VECTOR_BYTES > 16
+  return _cvtsh_ss(x.x);
+#else
+  return x;
+#endif
+}
+
+STARS_INLINE void narrow(float x, float& to) { to = x; }
+STARS_INLINE void narrow(double x, double& to) { to = x; }
+STARS_INLINE void narrow(float x, c10::BFloat16& to) {  // to nearest, ties to even; NaN stays NaN
+  const auto bits = bits_as<uint32_t>(x);
+  to.x = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+STARS_INLINE void narrow(float x, c10::Half& to) {
+#if STARS_VECTOR_BYTES > 16
+  to.x = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  to = x;
+#endif
+}
+
 }  // namespace STARS_ISA
 }  // namespace stars
