@@ -7,7 +7,7 @@ BUILT = $(VENV)/built-$(STARS_BUILD_EXT)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench clean
+.PHONY: help build demo test asan lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,17 @@ demo: build  ## align a small model at decode time and show what changed
 test: export HF_HUB_OFFLINE := 1
 test: build  ## all tests that this machine can run; skips print their reasons
 	$(BIN)/python -m pytest
+
+# The sanitizers' own copy of the package; gcc's runtimes come first, as python itself is built without them.
+ASAN := build/asan
+asan: build  ## the op tests on an extension built with AddressSanitizer and UBSan
+	@echo "== extension with sanitizers in $(ASAN)"
+	@CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" \
+		LDFLAGS="-fsanitize=address,undefined" STARS_BUILD_EXT=1 \
+		$(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 STARS_EXPECT_SANITIZED=1 \
+		$(BIN)/python -m pytest tests/ops -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
 
 lint: build  ## ruff, mypy and the house's own bans
 	$(BIN)/ruff check .

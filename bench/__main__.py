@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from bench import decode, machine
+from bench import decode, machine, ops
 from bench.report import CheckError, missed_targets, table, write_json
 
-SUITES = {"decode": decode}
+SUITES = {"decode": decode, "ops": ops}
 """A module with `add_arguments(parser)` and `run(args) -> list[Row]`; args.rates: of the machine."""
 
 

@@ -36,9 +36,9 @@ class Row:
 def table(rows: Sequence[Row]) -> str:
     lines = [("job", "against", "ratio", "target", "over floor", "ours s", "theirs s", "note")]
     for row in rows:
-        target = "" if row.target is None else f"{row.target:.0f}x"
+        target = "" if row.target is None else f"{row.target:g}x"
         floor = "" if row.floor is None else f"{row.floor:.1f}x"
-        seconds = (f"{row.ours_seconds:.3f}", f"{row.against_seconds:.3f}")
+        seconds = (f"{row.ours_seconds:.3g}", f"{row.against_seconds:.3g}")
         lines.append((row.name, row.against, f"{row.ratio:.2f}x", target, floor, *seconds, row.note))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -47,7 +47,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def missed_targets(rows: Sequence[Row]) -> list[str]:
     return [
-        f"MISSED: {row.name} against {row.against}: {row.ratio:.2f}x, target {row.target:.0f}x"
+        f"MISSED: {row.name} against {row.against}: {row.ratio:.2f}x, target {row.target:g}x"
         for row in rows
         if row.missed
     ]

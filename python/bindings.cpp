@@ -14,10 +14,16 @@ namespace py = pybind11;
 
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 py::dict build_info() {
   using namespace py::literals;
   return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = stars::isa_name(),
-                  "cuda"_a = false, "cuda_archs"_a = py::list());
+                  "sanitized"_a = kSanitized, "cuda"_a = false, "cuda_archs"_a = py::list());
 }
 
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

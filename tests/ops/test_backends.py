@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def test_what_serves_each_op():
                 assert found == f"definition: no compiled extension ({reason})"
             else:
                 assert found == f"definition: this release has no {op} kernel for {device}"
+
+
+def test_make_asan_tests_a_sanitized_extension():
+    expected = "STARS_EXPECT_SANITIZED" in os.environ
+    if load_extension() is not None:
+        assert not expected
+        return
+    from stars_kernels import _C
+
+    assert _C.build_info()["sanitized"] == expected
 
 
 def test_reference_forces_the_definitions():

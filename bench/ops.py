@@ -1,0 +1,278 @@
+"""ops: each compiled op against what transformers or plain torch would do in its place.
+
+Each case holds several layers' worth of data, more than the caches hold, and a call takes the next one: in a decode, an
+op finds its data in memory, not in a cache that the last call warmed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import stars_kernels
+from bench.machine import Rates
+from bench.report import CheckError, Row
+from stars_kernels import ops
+
+ROWS = 16
+DATA_BYTES = 96 * 2**20
+"""Of a case's layers together, counted on our side: three times the last-level cache of a desktop CPU."""
+MAX_LAYERS = 30
+SEED = 0
+
+
+@dataclass
+class Case:
+    """One comparison. ours and theirs take the number of a layer; check(layer) raises where ours is wrong."""
+
+    name: str
+    against: str
+    layers: int
+    ours: Callable[[int], Any]
+    theirs: Callable[[int], Any]
+    check: Callable[[int], None]
+    bytes_moved: int
+    """That no implementation can avoid reading or writing."""
+    flops: int = 0
+    target: float | None = None
+    note: str = ""
+
+
+def layers_for(layer_bytes: int) -> int:
+    return max(2, min(MAX_LAYERS, -(-DATA_BYTES // layer_bytes)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+# fork_attention
+
+
+def attention_case(heads: int, kv_heads: int, size: int, prefix: int, steps: int, dtype: torch.dtype) -> Case:
+    """ROWS rows of one prompt, `steps` new tokens each, against scaled_dot_product_attention on a cache that already
+    holds the prefix ROWS times."""
+    g = torch.Generator().manual_seed(SEED)
+    held, slots = (8, 16) if steps == 1 else (steps, steps)
+    layers = layers_for(2 * prefix * kv_heads * size * dtype.itemsize)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    query = noise(ROWS, steps, heads, size)
+    arena, suffix = noise(layers, 2, prefix, kv_heads, size), noise(layers, 2, ROWS, slots, kv_heads, size)
+    rows = torch.arange(ROWS)
+    arguments = {
+        "suffix_len": torch.full((ROWS,), held), "query_len": torch.full((ROWS,), steps),
+        "offsets": torch.tensor([0]), "lengths": torch.tensor([prefix]), "prompt": torch.zeros_like(rows),
+    }  # fmt: skip
+    shared = arena.unsqueeze(2).expand(-1, -1, ROWS, -1, -1, -1)
+    repeated = torch.cat((shared, suffix[:, :, :, :held]), dim=3).transpose(3, 4).contiguous()
+    mask = None if steps == 1 else torch.ones(steps, prefix + steps, dtype=torch.bool).tril(prefix)
+
+    def ours(layer: int) -> Tensor:
+        keys, values = suffix[layer]
+        return ops.fork_attention(
+            query, keys, values, arena_key=arena[layer, 0], arena_value=arena[layer, 1], **arguments
+        )
+
+    def theirs(layer: int) -> Tensor:
+        return sdpa(query, *repeated[layer])
+
+    def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
+
+    def check(layer: int) -> None:
+        truth = sdpa(query.double(), *repeated[layer].double())
+        assert_no_worse(ours(layer).transpose(1, 2), theirs(layer), truth)
+
+    what = "decode" if steps == 1 else f"score {steps}"
+    return Case(
+        f"fork_attention {what} {heads}/{kv_heads}x{size} prefix {prefix} {dtype_name(dtype)}",
+        "sdpa, cache repeated", layers, ours, theirs, check,
+        bytes_moved=2 * kv_heads * size * (prefix + ROWS * held) * dtype.itemsize,
+        flops=4 * ROWS * steps * heads * size * (prefix + held),
+        target={128: 1.0, 1024: 3.0, 4096: 5.0}[prefix] if steps == 1 else None,
+    )  # fmt: skip
+
+
+def assert_no_worse(found: Tensor, rival: Tensor, truth: Tensor) -> None:
+    """`found` is about as near `truth`, in float64, as the rival's result is (root mean square)."""
+    error, theirs = ((x.double() - truth).square().mean().sqrt().item() for x in (found, rival))
+    allowed = 1.5 * theirs + torch.finfo(found.dtype).eps * truth.square().mean().sqrt().item()
+    if not error <= allowed:
+        raise CheckError(f"error {error:.3g}, theirs {theirs:.3g}, allowed {allowed:.3g}")
+
+
+# segment_sample
+
+FILTERS: dict[str, tuple[dict[str, Any], float]] = {
+    "temperature": ({"temperature": 0.8}, 1.5),
+    "temperature, top-k": ({"temperature": 0.8, "top_k": 40}, 2.0),
+    "temperature, top-k, top-p": ({"temperature": 0.8, "top_k": 40, "top_p": 0.95}, 10.0),
+}
+
+
+def sampling_case(vocabulary: int, filters: str, dtype: torch.dtype) -> Case:
+    """ROWS rows of logits, against transformers' warpers, softmax and torch.multinomial."""
+    options, target = FILTERS[filters]
+    g = torch.Generator().manual_seed(SEED)
+    layers = layers_for(ROWS * vocabulary * dtype.itemsize)
+    logits = (torch.randn(layers, ROWS, vocabulary, generator=g) * 2.5).to(dtype)
+    keys = torch.randint(2**62, (ROWS,), generator=g)
+    rows = torch.arange(ROWS)
+    warpers: list[Any] = [TemperatureLogitsWarper(options["temperature"])]
+    if "top_k" in options:
+        warpers.append(TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        warpers.append(TopPLogitsWarper(options["top_p"]))
+
+    def ours(layer: int) -> tuple[Tensor, Tensor]:
+        return ops.segment_sample(logits[layer], keys, rows, rows + layer, **options)
+
+    def theirs(layer: int) -> Tensor:
+        scores = logits[layer].float()  # as `generate` does
+        for warper in warpers:
+            scores = warper(None, scores)
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+
+    def check(layer: int) -> None:
+        token, logprob = ours(layer)
+        with stars_kernels.reference():
+            expected, expected_logprob = ours(layer)
+        if not torch.equal(token, expected):
+            raise CheckError(f"tokens {token.tolist()}, by the definition {expected.tolist()}")
+        torch.testing.assert_close(logprob, expected_logprob, rtol=0, atol=1e-5)
+
+    return Case(
+        f"segment_sample {filters}, {vocabulary} {dtype_name(dtype)}", "warpers + multinomial", layers,
+        ours, theirs, check, bytes_moved=ROWS * vocabulary * dtype.itemsize, target=target,
+    )  # fmt: skip
+
+
+# kv_commit
+
+
+def commit_case(dtype: torch.dtype, prompts: int = 8, depth: int = 30, heads: int = 3, size: int = 64) -> Case:
+    """A segment of each prompt into the arena, against index_copy_ layer by layer with indices made before."""
+    segment, length, width = 15, 200, 3
+    g = torch.Generator().manual_seed(SEED)
+    capacity = length + segment
+    suffix = torch.randn(depth, 2, prompts * width, segment, heads, size, generator=g).to(dtype)
+    arena = torch.zeros(depth, 2, prompts * capacity, heads, size, dtype=dtype)
+    lengths, offsets = torch.full((prompts,), length), torch.arange(prompts) * capacity
+    prompt, count, advance = torch.arange(prompts), torch.full((prompts,), segment), torch.zeros(prompts).bool()
+    row = prompt * width + 1
+    slots = (offsets[:, None] + length + torch.arange(segment)).flatten()
+
+    def ours(_: int) -> None:
+        ops.kv_commit(suffix, arena, lengths, offsets, prompt, row, count, advance)
+
+    def theirs(_: int) -> None:
+        for layer in range(depth):
+            arena[layer].index_copy_(1, slots, suffix[layer, :, row].flatten(1, 2))
+
+    def check(_: int) -> None:
+        theirs(0)
+        expected = arena.clone()
+        arena.zero_()
+        ours(0)
+        if not torch.equal(arena, expected):
+            raise CheckError("kv_commit and index_copy_ wrote different arenas")
+
+    moved = 2 * depth * 2 * prompts * segment * heads * size * dtype.itemsize
+    return Case(
+        f"kv_commit {depth} layers, {prompts} prompts {dtype_name(dtype)}", "index_copy_ by layer", 1,
+        ours, theirs, check, bytes_moved=moved, target=3.0,
+    )  # fmt: skip
+
+
+# reward_head
+
+
+def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576) -> Case:
+    """The reward at each row's last token, against transformers' head on every token and a pick."""
+    g = torch.Generator().manual_seed(SEED)
+    layers = layers_for(ROWS * steps * size * dtype.itemsize)
+    hidden = torch.randn(layers, ROWS, steps, size, generator=g).to(dtype)
+    weight = (torch.randn(1, size, generator=g) / size**0.5).to(dtype)
+    last, rows = torch.full((ROWS,), steps - 1), torch.arange(ROWS)
+
+    def ours(layer: int) -> Tensor:
+        return ops.reward_head(hidden[layer], last, weight[0])
+
+    def theirs(layer: int) -> Tensor:
+        return F.linear(hidden[layer], weight)[rows, last, 0]
+
+    def check(layer: int) -> None:
+        truth = hidden[layer, :, -1].double() @ weight[0].double()
+        assert_no_worse(ours(layer).to(dtype), theirs(layer), truth)
+
+    return Case(
+        f"reward_head {steps} tokens of {size} {dtype_name(dtype)}", "head on every token", layers,
+        ours, theirs, check, bytes_moved=ROWS * size * dtype.itemsize,
+    )  # fmt: skip
+
+
+def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
+    """One at a time: a case's data is gone before the next is made."""
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, prefix, dtype in itertools.product(((9, 3, 64), (32, 8, 128)), prefixes, dtypes):
+        yield attention_case(*shape, prefix, 1, dtype)
+    yield attention_case(9, 3, 64, 1024, 15, torch.float32)
+    for vocabulary, filters in itertools.product((49_152, 128_256), FILTERS):
+        yield sampling_case(vocabulary, filters, torch.float32)
+    yield sampling_case(128_256, "temperature, top-k, top-p", torch.bfloat16)
+    for dtype in dtypes:
+        yield commit_case(dtype)
+    for dtype in dtypes:
+        yield head_case(dtype)
+
+
+def measure(case: Case, rates: Rates, seconds: float) -> Row:
+    """Alternate calls of both for about `seconds`; the medians."""
+    layer = itertools.cycle(range(case.layers))
+    times: tuple[list[float], list[float]] = ([], [])
+    for work in (case.ours, case.theirs):  # warm up
+        work(next(layer))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        n = next(layer)
+        for work, found in zip((case.ours, case.theirs), times, strict=True):
+            began = time.perf_counter()
+            work(n)
+            found.append(time.perf_counter() - began)
+    ours, theirs = map(statistics.median, times)
+    dtype_rate = rates.gemm_flops_per_second
+    floor = max(case.bytes_moved / rates.read_bytes_per_second, case.flops / dtype_rate)
+    return Row(case.name, case.against, theirs / ours, case.target, ours / floor, ours, theirs, case.note)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    rows = []
+    for case in cases((128, 1024) if args.quick else (128, 1024, 4096)):
+        if args.only not in case.name:
+            continue
+        try:
+            case.check(0)
+        except CheckError as error:
+            raise CheckError(f"{case.name}: {error}") from error
+        rows.append(measure(case, args.rates, seconds=0.5 if args.quick else 3.0))
+        print(f"  {case.name}: {rows[-1].ratio:.2f}x", flush=True)
+    if not rows:
+        raise CheckError(f"no case has {args.only!r} in its name")
+    return rows
