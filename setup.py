@@ -23,6 +23,10 @@ MODE = os.environ.get("STARS_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"STARS_BUILD_EXT: expected auto, 0 or 1, found {MODE!r}")
 
+# Without it at::parallel_for is a plain loop. For the compiler alone: the linker would bring a second OpenMP runtime,
+# with threads of its own, beside the one that torch has loaded.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
 
 class BuildExt(BuildExtension):
     def run(self):
@@ -51,6 +55,6 @@ extension = CppExtension(
     define_macros=[("STARS_TORCH_VERSION", f'"{torch.__version__}"')],
     # torch adds the -std its headers need. No contraction: it would change the race and the decisions. gcc's own
     # headers of AVX-512 leave a register uninitialized on purpose.
-    extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", *OPENMP],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -81,9 +81,9 @@ def attention_case(heads: int, kv_heads: int, size: int, prefix: int, steps: int
     mask = None if steps == 1 else torch.ones(steps, prefix + steps, dtype=torch.bool).tril(prefix)
 
     def ours(layer: int) -> Tensor:
-        keys, values = suffix[layer]
+        own, shared = suffix[layer], arena[layer]
         return ops.fork_attention(
-            query, keys, values, arena_key=arena[layer, 0], arena_value=arena[layer, 1], **arguments
+            query, own[0], own[1], arena_key=shared[0], arena_value=shared[1], scale=size**-0.5, **arguments
         )
 
     def theirs(layer: int) -> Tensor:

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -16,6 +17,8 @@
 
 namespace stars {
 namespace {
+
+constexpr size_t kAlign = 64;  // a cache line: no load of a vector needs two
 
 // Columns of the rows of one prompt, which share every read of its prefix, in blocks: small ones where there would be
 // too few for the threads.
@@ -130,8 +133,11 @@ at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_
     const auto attend = STARS_PICK(attend_block<scalar_t, sum_t>);
     const auto scratch_size = STARS_PICK(Scratch<sum_t>::size)(key_size, value_size);
     at::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<sum_t> memory(scratch_size);
-      for (int64_t b = begin; b < end; ++b) attend(args, blocks[b], memory.data());
+      std::vector<sum_t> memory(scratch_size + kAlign / sizeof(sum_t));
+      void* start = memory.data();
+      size_t room = memory.size() * sizeof(sum_t);
+      std::align(kAlign, scratch_size * sizeof(sum_t), start, room);
+      for (int64_t b = begin; b < end; ++b) attend(args, blocks[b], static_cast<sum_t*>(start));
     });
   });
   return out;

@@ -19,11 +19,16 @@ constexpr bool kSanitized = true;
 #else
 constexpr bool kSanitized = false;
 #endif
+#if defined(_OPENMP)
+constexpr bool kOpenMp = true;
+#else
+constexpr bool kOpenMp = false;
+#endif
 
 py::dict build_info() {
   using namespace py::literals;
   return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = stars::isa_name(),
-                  "sanitized"_a = kSanitized, "cuda"_a = false, "cuda_archs"_a = py::list());
+                  "openmp"_a = kOpenMp, "sanitized"_a = kSanitized, "cuda"_a = false, "cuda_archs"_a = py::list());
 }
 
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

@@ -5,6 +5,7 @@ class BuildInfo(TypedDict):
     torch: str
     compiler: str
     isa: str
+    openmp: bool
     sanitized: bool
     cuda: bool
     cuda_archs: list[str]

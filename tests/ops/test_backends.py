@@ -33,6 +33,18 @@ def test_what_serves_each_op():
                 assert found == f"definition: this release has no {op} kernel for {device}"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only built with OpenMP on Linux")
+def test_the_kernels_use_torchs_threads():
+    """at::parallel_for is a plain loop where its caller is compiled without OpenMP, and a second runtime competes."""
+    if load_extension() is not None:
+        pytest.skip(f"no compiled extension: {load_extension()}")
+    from stars_kernels import _C
+
+    assert _C.build_info()["openmp"]
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(loaded) <= 1, loaded
+
+
 def test_make_asan_tests_a_sanitized_extension():
     expected = "STARS_EXPECT_SANITIZED" in os.environ
     if load_extension() is not None:
