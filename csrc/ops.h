@@ -28,6 +28,10 @@ void kv_commit_cpu(const at::Tensor& suffix, const at::Tensor& arena, const at::
                    const at::Tensor& offsets, const at::Tensor& prompt, const at::Tensor& row, const at::Tensor& count,
                    const at::Tensor& advance);
 
+// packed_linear.cpp: [.., columns]
+at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t columns,
+                             const std::optional<at::Tensor>& bias);
+
 // reward_head.cpp: [R]
 at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& norm_weight,

@@ -132,7 +132,10 @@ class _Engine:
             if self.rm.device != self.lm.device:
                 raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
         views = [self.lm, self.rm] if isinstance(self.rm, PreTrainedModel) else [self.lm]
-        self.packed_bytes = sum(map(pack_linears, views)) if config.pack else 0
+        self.packed_bytes = 0
+        if config.pack:
+            dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
+            self.packed_bytes = sum(pack_linears(view, dtype) for view in views)
         self.eos = eos_ids(language_model) if config.eos_token_id is None else tuple(config.eos_token_id)
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
 
@@ -286,8 +289,10 @@ class _Engine:
 
     def _backends(self) -> dict[str, str]:
         """What ran: each op's implementation on this device, and the models' linear layers."""
-        linear = f"onednn: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
-        return {**{op: served[self.lm.device.type] for op, served in backends().items()}, "linear": linear}
+        served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
+        packed = served.pop("packed_linear")
+        linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
+        return {**served, "linear": linear}
 
     def _progress(self, total: int, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)

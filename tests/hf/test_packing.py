@@ -26,7 +26,10 @@ def test_equal_up_to_rounding_and_only_on_the_view():
     packed = [m for m in view.modules() if isinstance(m, PackedLinear)]
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     assert len(packed) == len(linears) > 0
-    assert size == sum(m.weight.numel() * 4 for m in linears)
+    outputs = {m.out_features for m in linears}
+    assert {n % 16 for n in outputs} != {0}, "one layer is padded"
+    assert size == sum(-(-m.out_features // 16) * 16 * m.in_features * 4 for m in linears)
+    assert size == 2 * pack_linears(view_of(model), torch.bfloat16)
     ids = torch.arange(20)[None]
     view.set_attn_implementation("sdpa")
     torch.testing.assert_close(view(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -36,7 +39,7 @@ def test_equal_up_to_rounding_and_only_on_the_view():
 @torch.no_grad()
 def test_every_number_of_rows(bias):
     linear = nn.Linear(96, 130, bias=bias)
-    packed = PackedLinear(linear)
+    packed = PackedLinear(linear, torch.float32)
     for rows in (0, 1, 3, 8, 33):
         x = torch.randn(rows, 2, 96)
         torch.testing.assert_close(packed(x), linear(x), rtol=1e-5, atol=1e-5)
@@ -44,11 +47,11 @@ def test_every_number_of_rows(bias):
 
 def test_one_copy_that_follows_its_weight():
     linear = nn.Linear(96, 96)
-    first = PackedLinear(linear)
-    assert PackedLinear(linear).packed is first.packed
+    first = PackedLinear(linear, torch.float32)
+    assert PackedLinear(linear, torch.float32).packed is first.packed
     with torch.no_grad():
         linear.weight.mul_(2)
-    again = PackedLinear(linear)
+    again = PackedLinear(linear, torch.float32)
     assert again.packed is not first.packed
     x = torch.randn(4, 96)
     torch.testing.assert_close(again(x), linear(x), rtol=1e-5, atol=1e-5)
@@ -57,15 +60,39 @@ def test_one_copy_that_follows_its_weight():
     assert len(packing._packed) == before - 1
 
 
-def test_the_output_says_what_ran(monkeypatch):
+def test_the_output_says_what_ran():
     model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
     packed = stars_kernels.decode(model, rm, [1, 2], **SET)
-    assert packed.backends["linear"].startswith("onednn: packed, ")
+    assert packed.backends["linear"].startswith("cpp: packed, ")
     plain = stars_kernels.decode(model, rm, [1, 2], pack=False, **SET)
     assert plain.backends["linear"] == "torch"
     assert packed.reward == pytest.approx(plain.reward, abs=1e-3)
     for dtype in (torch.float64, torch.bfloat16):
         other = stars_kernels.decode(wide_model(dtype), tiny_reward_model(dtype, **WIDE), [1, 2], **SET)
         assert other.backends["linear"] == "torch"
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert stars_kernels.decode(model, rm, [1, 2], **SET).backends["linear"] == "torch"
+    with stars_kernels.reference():
+        assert stars_kernels.decode(model, rm, [1, 2], **SET).backends["linear"] == "torch"
+
+
+def test_bfloat16_on_request():
+    model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
+    output = stars_kernels.decode(model, rm, [1, 2], pack="bfloat16", **SET)
+    assert output.config.pack == "bfloat16" and output.backends["linear"].startswith("cpp: packed, ")
+    with pytest.raises(ValueError, match="pack is 'half', expected True, False or 'bfloat16'"):
+        stars_kernels.decode(model, rm, [1, 2], pack="half", **SET)
+    x = torch.randn(5, 576)
+    linear = nn.Linear(576, 100)
+    packed = PackedLinear(linear, torch.bfloat16)
+    assert packed.packed.dtype == torch.bfloat16
+    expected = torch.nn.functional.linear(x, linear.weight.bfloat16().float(), linear.bias)
+    torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_rows_bits_do_not_depend_on_its_batch():
+    packed = PackedLinear(nn.Linear(576, 200), torch.float32)
+    x = torch.randn(37, 576)
+    alone = torch.cat([packed(row[None]) for row in x])
+    assert torch.equal(packed(x), alone)
+    assert torch.equal(packed(x.view(37, 1, 576))[:, 0], alone)
+    assert torch.equal(packed(x.flip(0)), alone.flip(0))

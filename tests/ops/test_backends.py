@@ -10,7 +10,7 @@ import pytest
 import stars_kernels
 from stars_kernels.ops._registry import load_extension
 
-OPS = {"accept", "fork_attention", "kv_commit", "reward_head", "segment_sample"}
+OPS = {"accept", "fork_attention", "kv_commit", "packed_linear", "reward_head", "segment_sample"}
 COMPILED = {(op, "cpu"): "cpp" for op in OPS}
 
 
