@@ -30,19 +30,22 @@ _current = threading.local()
 
 
 @dataclass(frozen=True)
-class _Prefill:
-    """A packed forward: consecutive spans of one row, each the next tokens of a prompt."""
+class _Span:
+    """A part of a packed forward: the next tokens of one prompt, and where they go."""
 
-    prompts: list[int]
-    counts: list[int]
+    tokens: slice
+    slots: slice
+    prompt: Tensor  # [1]
+    count: Tensor  # [1]
 
 
 @dataclass(frozen=True)
 class _Suffix:
-    """A forward of `steps` tokens a row, stored from suffix slot `start` on."""
+    """A forward of a few tokens a row, stored in the suffixes' `slots`."""
 
-    start: int
+    slots: slice
     query_len: Tensor  # [R]
+    suffix_len: Tensor  # [R]
 
 
 class ForkCache(Cache):
@@ -58,13 +61,15 @@ class ForkCache(Cache):
         self.num_layers = config.num_hidden_layers
         self.segment_size = segment_size
         self.arena = torch.empty(self.num_layers, 2, sum(capacities), heads, size, dtype=dtype, device=device)
+        self._arena_layers = [layer.unbind() for layer in self.arena.unbind()]
         self.suffix = self.arena.new_empty(self.num_layers, 2, 0, segment_size, heads, size)
+        self._suffix_layers: list[tuple[Tensor, ...]] = []  # keys and values of the open rows
         sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
         self.offsets = sizes.cumsum(0)[:-1]  # [P]
         self.lengths = torch.zeros_like(self.offsets)  # [P]
         self.prompt = self.lengths[:0]  # [R] the prompt of each open row
         self.held = 0  # suffix tokens every open row holds
-        self._plan: _Prefill | _Suffix | None = None
+        self._plan: list[_Span] | _Suffix | None = None
         self._layers_seen = 0
 
     @property
@@ -83,6 +88,7 @@ class ForkCache(Cache):
             shape = list(self.suffix.shape)
             shape[2] = rows
             self.suffix = self.suffix.new_empty(shape)
+        self._suffix_layers = [layer.unbind() for layer in self.suffix[:, :, :rows].unbind()]
         self.prompt, self.held = prompt, 0
 
     def rollback(self, held: int = 0) -> None:
@@ -99,11 +105,16 @@ class ForkCache(Cache):
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[Tensor]:
         """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields their position ids."""
-        starts = self.lengths.tolist()
-        spans = [torch.arange(starts[p], starts[p] + n) for p, n in zip(prompts, counts, strict=True)]
-        with self._forward(_Prefill(prompts, counts)):
-            yield torch.cat(spans).to(self.lengths.device)[None]
-        self.lengths[prompts] += torch.tensor(counts, device=self.lengths.device)
+        device, starts, offsets = self.lengths.device, self.lengths.tolist(), self.offsets.tolist()
+        spans, positions, end = [], [], 0
+        for p, count in zip(prompts, counts, strict=True):
+            slot, begin, end = offsets[p] + starts[p], end, end + count
+            one, length = torch.tensor([p], device=device), torch.tensor([count], device=device)
+            spans.append(_Span(slice(begin, end), slice(slot, slot + count), one, length))
+            positions.append(torch.arange(starts[p], starts[p] + count, device=device))
+        with self._forward(spans):
+            yield torch.cat(positions)[None]
+        self.lengths[prompts] += torch.tensor(counts, device=device)
 
     @contextmanager
     def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[Tensor]:
@@ -114,12 +125,12 @@ class ForkCache(Cache):
         if query_len is None:
             query_len = torch.full_like(self.prompt, steps)
         positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
-        with self._forward(_Suffix(start, query_len)):
+        with self._forward(_Suffix(slice(start, start + steps), query_len, query_len + start)):
             yield positions
         self.held = start + steps
 
     @contextmanager
-    def _forward(self, plan: _Prefill | _Suffix) -> Iterator[None]:
+    def _forward(self, plan: list[_Span] | _Suffix) -> Iterator[None]:
         self._plan, self._layers_seen = plan, 0
         try:
             yield
@@ -141,36 +152,25 @@ class ForkCache(Cache):
         """query [B, Hq, S, D], key and value [B, Hkv, S, D] of the new tokens, which are stored -> [B, S, Hq, D]."""
         self._layers_seen += 1
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if isinstance(self._plan, _Prefill):
-            return self._attend_prefill(self._plan, layer, query, key, value, scale)
-        if self._plan is None:
-            raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
-        rows, steps = query.shape[:2]
-        end = self._plan.start + steps
-        keys, values = self.suffix[layer, :, :rows]  # [R, T, Hkv, D]
-        keys[:, self._plan.start : end], values[:, self._plan.start : end] = key, value
-        suffix_len = self._plan.query_len + self._plan.start
-        arena_keys, arena_values = self.arena[layer]
-        return ops.fork_attention(
-            query, keys, values, suffix_len, self._plan.query_len, arena_keys, arena_values, self.offsets, self.lengths,
-            self.prompt, scale=scale,
-        )  # fmt: skip
-
-    def _attend_prefill(
-        self, plan: _Prefill, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        out = torch.empty_like(query)  # [1, N, Hq, D]
-        keys, values = self.arena[layer]
-        stop = 0
-        for p, count in zip(plan.prompts, plan.counts, strict=True):
-            start, stop = stop, stop + count
-            slot = int(self.offsets[p] + self.lengths[p])
-            length = torch.tensor([count], device=query.device)
-            out[:, start:stop] = ops.fork_attention(
-                query[:, start:stop], key[:, start:stop], value[:, start:stop], length, length, keys, values,
-                self.offsets, self.lengths, torch.tensor([p], device=query.device), scale=scale,
+        arena_keys, arena_values = self._arena_layers[layer]
+        plan = self._plan
+        if isinstance(plan, _Suffix):
+            keys, values = self._suffix_layers[layer]  # [R, T, Hkv, D]
+            keys[:, plan.slots], values[:, plan.slots] = key, value
+            return ops.fork_attention(
+                query, keys, values, plan.suffix_len, plan.query_len, arena_keys, arena_values, self.offsets,
+                self.lengths, self.prompt, scale=scale,
             )  # fmt: skip
-            keys[slot : slot + count], values[slot : slot + count] = key[0, start:stop], value[0, start:stop]
+        if plan is None:
+            raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
+        out = torch.empty_like(query)  # [1, N, Hq, D]
+        for span in plan:
+            new = span.tokens
+            out[:, new] = ops.fork_attention(
+                query[:, new], key[:, new], value[:, new], span.count, span.count, arena_keys, arena_values,
+                self.offsets, self.lengths, span.prompt, scale=scale,
+            )  # fmt: skip
+            arena_keys[span.slots], arena_values[span.slots] = key[0, new], value[0, new]
         return out
 
     # What transformers asks of a cache; the mask is ours, so the sizes do not matter.

@@ -32,22 +32,22 @@ class Chunk:
 
 
 def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
-    """Cut the prompts' tokens into packed forwards of at most PREFILL_TOKENS."""
+    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS.
+
+    A prompt is cut by its own length alone, so that its rounding does not depend on what it is packed with.
+    """
     chunk = Chunk()
     for p, prompt in enumerate(prompts):
-        done = 0
-        while done < len(prompt):
-            take = min(len(prompt) - done, PREFILL_TOKENS - len(chunk.ids))
-            chunk.owners.append(p)
-            chunk.counts.append(take)
-            chunk.ids += prompt[done : done + take]
-            done += take
-            if done == len(prompt):
-                chunk.finished.append(p)
-                chunk.last.append(len(chunk.ids) - 1)
-            if len(chunk.ids) == PREFILL_TOKENS:
+        for begin in range(0, len(prompt), PREFILL_TOKENS):
+            piece = prompt[begin : begin + PREFILL_TOKENS]
+            if len(chunk.ids) + len(piece) > PREFILL_TOKENS:
                 yield chunk
                 chunk = Chunk()
+            chunk.owners.append(p)
+            chunk.counts.append(len(piece))
+            chunk.ids += piece
+        chunk.finished.append(p)
+        chunk.last.append(len(chunk.ids) - 1)
     if chunk.ids:
         yield chunk
 

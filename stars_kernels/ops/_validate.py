@@ -7,10 +7,15 @@ from torch import Tensor, dtype
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
     """`expected` has one entry a dimension; None admits any size."""
-    found = tuple(tensor.shape)
-    if len(found) != len(expected) or any(e is not None and e != f for f, e in zip(found, expected, strict=True)):
-        wanted = ", ".join("*" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
+    found = tensor.shape
+    if len(found) == len(expected):
+        for size, wanted in zip(found, expected, strict=True):  # a plain loop: ops run thousands of times a second
+            if wanted is not None and size != wanted:
+                break
+        else:
+            return
+    sizes = ", ".join("*" if e is None else str(e) for e in expected)
+    raise ValueError(f"{name} has shape {list(found)}, expected [{sizes}]")
 
 
 def check_dtype(name: str, tensor: Tensor, *expected: dtype) -> None:

@@ -96,3 +96,26 @@ def test_a_rows_bits_do_not_depend_on_its_batch():
     assert torch.equal(packed(x), alone)
     assert torch.equal(packed(x.view(37, 1, 576))[:, 0], alone)
     assert torch.equal(packed(x.flip(0)), alone.flip(0))
+
+
+def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch():
+    """Every kernel of a packed decode works row by row, in one order: no rounding can tip a choice."""
+    if stars_kernels.backends()["packed_linear"]["cpu"] != "cpp":
+        pytest.skip("needs the compiled extension")
+    model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
+    prompts = [[1, 2, 3], list(range(40, 120)), [7], list(range(5, 25))]
+    common = dict(SET, reward_threshold=2.0, max_attempts=9, max_new_tokens=17, temperature=1.5, eos_token_id=())
+
+    def answers(ids, **config):
+        outputs = stars_kernels.decode(model, rm, [prompts[i] for i in ids], request_ids=ids, **(common | config))
+        return {
+            i: (o.token_ids, o.reward, [s.rewards[: s.attempts] for s in o.segments])
+            for i, o in zip(ids, outputs, strict=True)
+        }
+
+    expected = answers([0, 1, 2, 3], width=1, batch_size=1)
+    assert any(len(rewards) > 1 for _, _, segments in expected.values() for rewards in segments)
+    for width in (2, 5, 20, "auto"):
+        assert answers([0, 1, 2, 3], width=width) == expected
+        assert answers([2, 0, 3, 1], width=width, batch_size=3) == expected
+    assert answers([1], width=4)[1] == expected[1]
