@@ -27,6 +27,8 @@ class Forward:
     """Every weight that takes part is read once."""
     flops: int
     """2 x weights x tokens; of the output layer, only the tokens whose logits are asked for."""
+    seconds: float = 0.0
+    """It took."""
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ class Models:
     """Token ids, all of one length and all different."""
 
 
-def load(name: str, prompts: int, dtype: torch.dtype = torch.float32) -> Models:
+def load(name: str, prompts: int, dtype: torch.dtype = torch.float32, prompt_tokens: int = PROMPT_TOKENS) -> Models:
     """`smol` is the demo's language model, `tiny` a random one of two layers; the reward model is as deep."""
     words = TEXT.split()
-    texts = [" ".join(words[7 * p :] + words * 3) for p in range(prompts)]  # each starts at another word
+    repeats = 3 + prompt_tokens // len(words)
+    texts = [" ".join(words[7 * p :] + words * repeats) for p in range(prompts)]  # each starts at another word
     if name == "smol":
         from demo.models import load_language_model  # what it needs, `tiny` does not
 
@@ -42,7 +43,7 @@ def load(name: str, prompts: int, dtype: torch.dtype = torch.float32) -> Models:
     else:
         model = _tiny_language_model().to(dtype)
         ids = [list(text.encode()) for text in texts]
-    return Models(model, reward_model(model), [one[:PROMPT_TOKENS] for one in ids])
+    return Models(model, reward_model(model), [one[:prompt_tokens] for one in ids])
 
 
 def reward_model(model: LlamaForCausalLM) -> LlamaForSequenceClassification:

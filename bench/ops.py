@@ -224,6 +224,37 @@ def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576) -> Case:
     )  # fmt: skip
 
 
+# packed_linear
+
+
+def linear_case(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Case:
+    """A linear layer of a decoding step in fp32, its weights packed in `dtype`, against torch's own."""
+    g = torch.Generator().manual_seed(SEED)
+    layers = layers_for(columns * depth * 4)
+    weights = torch.randn(layers, columns, depth, generator=g)
+    packed = [ops.pack_linear(weight, dtype) for weight in weights]
+    x = torch.randn(rows, depth, generator=g)
+
+    def ours(layer: int) -> Tensor:
+        return ops.packed_linear(x, packed[layer], columns)
+
+    def theirs(layer: int) -> Tensor:
+        return F.linear(x, weights[layer])
+
+    def check(layer: int) -> None:
+        rounded = weights[layer].to(dtype)
+        truth = F.linear(x.double(), rounded.double())
+        error = (ours(layer).double() - truth).abs()
+        terms = F.linear(x.double().abs(), rounded.double().abs())
+        if not (error <= torch.finfo(torch.float32).eps * depth**0.5 * terms).all():
+            raise CheckError(f"error {error.max():.3g}")
+
+    return Case(
+        f"packed_linear {rows} rows, {depth} to {columns}, {dtype_name(dtype)} weights", "linear, fp32", layers,
+        ours, theirs, check, bytes_moved=columns * depth * dtype.itemsize, flops=2 * rows * columns * depth,
+    )  # fmt: skip
+
+
 def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
     """One at a time: a case's data is gone before the next is made."""
     dtypes = (torch.float32, torch.bfloat16)
@@ -237,6 +268,9 @@ def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
         yield commit_case(dtype)
     for dtype in dtypes:
         yield head_case(dtype)
+    for rows, (columns, depth) in itertools.product((8, 24), ((576, 576), (1536, 576), (49_152, 576))):
+        yield linear_case(rows, columns, depth, torch.float32)
+    yield linear_case(8, 1536, 576, torch.bfloat16)
 
 
 def measure(case: Case, rates: Rates, seconds: float) -> Row:

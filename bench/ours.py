@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,18 @@ def _count_forwards(module: nn.Module, body: nn.Module, head: nn.Module | None, 
     head_size = 0 if head is None else sum(p.numel() for p in head.parameters())
     item = next(body.parameters()).element_size()
 
+    began = 0.0
+
+    def start(module: nn.Module, args: Any) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
     def note(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
+        seconds = time.perf_counter() - began
         tokens = given["input_ids"].numel()
         read = 0 if head is None else output.logits[..., 0].numel()
-        forwards.append(Forward((body_size + head_size) * item, 2 * (body_size * tokens + head_size * read)))
+        flops = 2 * (body_size * tokens + head_size * read)
+        forwards.append(Forward((body_size + head_size) * item, flops, seconds))
 
+    module.register_forward_pre_hook(start)
     module.register_forward_hook(note, with_kwargs=True)

@@ -23,14 +23,20 @@ SMALL = {  # command: a smaller run of the same entry point
     ],
     "python -m demo.train_reward_model": [*PYTHON, "demo.train_reward_model", "--help"],
     "python -m bench": [*PYTHON, "bench", "--help"],
+    "python -m bench ops": [*PYTHON, *"bench ops --quick --only reward_head".split()],
     "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
     "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
-SAME_ENTRY = {"python -m bench decode --prompts 4", "python -m bench decode --quick --model tiny", "make bench"}
+SAME_ENTRY = {
+    "python -m bench decode --prompts 4",
+    "python -m bench decode --quick --model tiny",
+    "python -m bench ops --only fork_attention",
+    "make bench",
+}
 """Other arguments of one of these."""
-BY_CI = {"make demo", "make test", "make lint", "make build", ".ci/run"}
+BY_CI = {"make demo", "make test", "make lint", "make build", "make asan", ".ci/run"}
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install --no-build-isolation ."}
 """Run by tests/test_build.py."""
@@ -68,7 +74,7 @@ def test_every_command_in_the_documents_is_run_somewhere():
     unknown = [(name, command) for name, command in commands() if not known(command)]
     assert not unknown
     ci = (ROOT / ".ci/run").read_text()
-    assert all(command in ci for command in ("make lint", "make test", "make demo"))
+    assert all(command in ci for command in ("make lint", "make test", "make asan", "make demo"))
     assert "--no-build-isolation" in (ROOT / "tests/test_build.py").read_text()
 
 
