@@ -268,9 +268,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         "naive": f"seconds a segment of {SEGMENT}; ours has {shares['ours']:.0%} of its tokens in float32",
         "plain": f"generate, no reward: {SEGMENT / speed.theirs:.1f} tokens/s; ours {SEGMENT / speed.mine:.1f}",
     }
-    rows = _rows(args, "one prompt", one, pairs, forwards, notes) + _overhead_row(
-        args, "one prompt", one, overhead, speed
-    )
+    rows = _rows(args, "one prompt", one, pairs, forwards, notes)
+    rows.append(_overhead_row(args, "one prompt", overhead, speed))
     if args.prompts == 1:
         return rows
 
