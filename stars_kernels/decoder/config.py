@@ -14,50 +14,53 @@ from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer."""
+    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer.
+
+    segment_size: tokens of a segment.
+    max_attempts: candidates judged for a segment, at most; then the best of them is taken.
+    alpha: where the threshold starts between the prompt's own reward (0) and reward_threshold (1).
+    beta: acceptance temperature in the reward model's units; None = calibrated.
+    reward_threshold: r*, the target reward in the reward model's units; None = calibrated.
+    max_new_tokens: token budget of an answer; also the denominator of the rising threshold.
+    accept: "soft" accepts with probability min(1, exp((r - tau) / beta)), "hard" accepts iff r >= tau.
+    temperature, top_k, top_p, min_p: of sampling, as in transformers; None, or 0 for top_k, = off. (top_k is 40 as in
+        the code of CARDS, which STARS builds on.)
+    do_sample: transformers' switch; STARS needs different attempts, so only True is accepted.
+    seed: of every random number; None draws one and records it in the output's config.
+    width: attempts of a prompt decoded side by side in a round, or "auto".
+    batch_size: prompts decoded in lock-step.
+    pack: on a CPU in fp32, keep a copy of the weights that is packed for oneDNN: faster, as much memory again, and
+        rounded a little differently.
+    eos_token_id: an id or several; None = the model's own, () = never end on a token.
+    stop_strings: one or several; an answer ends with the token that completes one, and its text ends before it.
+    calibration_samples: plain continuations sampled when r* or beta is not given.
+    calibration_quantile: r* = this quantile of their rewards.
+    calibration_acceptance: beta such that this share of them would be accepted at r*.
+    progress: show a bar on runs longer than a few seconds.
+    """
 
     segment_size: int = 15
-    """Tokens of a segment."""
     max_attempts: int = 20
-    """Candidates judged for a segment, at most; then the best of them is taken."""
     alpha: float = 0.5
-    """Where the threshold starts between the prompt's own reward (0) and reward_threshold (1)."""
     beta: float | None = None
-    """Acceptance temperature in the reward model's units; None = calibrated."""
     reward_threshold: float | None = None
-    """r*, the target reward in the reward model's units; None = calibrated."""
     max_new_tokens: int = 128
-    """Token budget of an answer; also the denominator of the rising threshold."""
     accept: Literal["soft", "hard"] = "soft"
-    """soft: accept with probability min(1, exp((r - tau) / beta)); hard: accept iff r >= tau."""
     temperature: float = 1.0
     top_k: int | None = 40
-    """As in the code of CARDS, which STARS builds on; None or 0 = off."""
     top_p: float | None = None
     min_p: float | None = None
     do_sample: bool = True
-    """transformers' switch; STARS needs different attempts, so only True is accepted."""
     seed: int | None = None
-    """None draws one and records it in the output's config."""
     width: int | Literal["auto"] = "auto"
-    """Attempts of a prompt decoded side by side in a round."""
     batch_size: int = 8
-    """Prompts decoded in lock-step."""
     pack: bool = True
-    """On a CPU in fp32, keep a copy of the weights that is packed for oneDNN: faster, as much memory again, and rounded
-    a little differently."""
     eos_token_id: tuple[int, ...] | None = None
-    """An id or several; None = the model's own, () = never end on a token."""
     stop_strings: tuple[str, ...] = ()
-    """One or several; an answer ends with the token that completes one, and its text ends before it."""
     calibration_samples: int = 16
-    """Plain continuations sampled when r* or beta is not given."""
     calibration_quantile: float = 0.9
-    """r* = this quantile of their rewards."""
     calibration_acceptance: float = 0.25
-    """beta such that this share of them would be accepted at r*."""
     progress: bool = True
-    """Show a bar on runs longer than a few seconds."""
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop_strings"):  # one or a list are admitted, a tuple is kept
