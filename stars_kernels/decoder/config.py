@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,12 +64,11 @@ class StarsConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop_strings"):  # one or a list are admitted, a tuple is kept
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-            elif value is not None and not isinstance(value, tuple):
-                object.__setattr__(self, name, (value,))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("eos_token_id", "stop_strings") and value is not None:  # one or a list are admitted
+                value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
+            object.__setattr__(self, field.name, _plain(value))
         for name in ("segment_size", "max_attempts", "max_new_tokens", "batch_size", "calibration_samples"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
         self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
@@ -98,7 +98,8 @@ class StarsConfig:
         )
         self._check("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "in (0, 1]")
         self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
-        self._check("pack", isinstance(self.pack, bool), "True or False")
+        for name in ("pack", "progress"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
@@ -139,6 +140,13 @@ def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Ma
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
             raise TypeError(f"unknown setting {name!r}{hint}")
     return config.replace(**given) if isinstance(config, StarsConfig) else StarsConfig(**given)
+
+
+def _plain(value: Any) -> Any:
+    """Any library's integer or real number, as Python's own; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: object) -> bool:

@@ -133,7 +133,8 @@ class _Engine:
                 raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
         views = [self.lm, self.rm] if isinstance(self.rm, PreTrainedModel) else [self.lm]
         self.packed_bytes = sum(map(pack_linears, views)) if config.pack else 0
-        self.eos = eos_ids(language_model) if config.eos_token_id is None else tuple(config.eos_token_id)
+        self._check_ids("eos_token_id", config.eos_token_id or ())
+        self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
 
     @torch.inference_mode()
@@ -170,15 +171,18 @@ class _Engine:
         return [_Request(index, ids[index], prompt) for index, prompt in encoded.items()]
 
     def _check(self, prompt: Prompt) -> Prompt:
-        vocabulary = self.lm.config.vocab_size
-        wrong = next((i for i in prompt.ids if not 0 <= i < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+        self._check_ids("token id", prompt.ids)
         if not prompt.ids:
             raise ValueError("it has no tokens, expected at least one")
         if len(prompt.ids) >= self.limit:
             raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {self.limit}")
         return prompt
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        vocabulary = self.lm.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
 
     def _calibrate(self, requests: list[_Request], results: list[StarsOutput | Exception | None]) -> list[_Request]:
         """Find what is not given of r* and beta; the requests that can go on (all, or none where it failed)."""

@@ -342,6 +342,15 @@ def test_numpy_token_ids(lm, rm):
     assert output.token_ids == stars_kernels.decode(lm, rm, [1, 2, 3], **SET).token_ids
 
 
+def test_numpy_settings():
+    import numpy as np
+
+    config = StarsConfig(seed=np.int64(3), beta=np.float32(0.5), eos_token_id=[np.int32(2), 3], width=np.int64(4))
+    assert config == StarsConfig(seed=3, beta=0.5, eos_token_id=(2, 3), width=4)
+    plain = [type(value) for value in (config.seed, config.beta, config.eos_token_id[0], config.width)]
+    assert plain == [int, float, int, int]
+
+
 def test_threads_share_a_model(lm, rm):
     """Two decodes and the model's own generate at once: each result is as when it runs alone."""
     prompts = [[1, 2, 3], [40, 41]]
