@@ -131,7 +131,7 @@ class StarsConfig:
 def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> StarsConfig:
     """One config from `config` (an object, a mapping, or None for the defaults) and keyword overrides."""
     if config is not None and not isinstance(config, StarsConfig | Mapping):
-        raise TypeError(f"config is a {type(config).__name__}, expected a StarsConfig, a mapping or None")
+        raise TypeError(f"config is of type {type(config).__name__}, expected a StarsConfig, a mapping or None")
     names = [field.name for field in dataclasses.fields(StarsConfig)]
     given = {**(config if isinstance(config, Mapping) else {}), **overrides}
     for name in given:

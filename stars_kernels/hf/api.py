@@ -62,7 +62,7 @@ def decode(
             rm(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its template renders
             it, special tokens included), answers without prompt and special tokens.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
-            a list of these.
+            a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.
         config: a `StarsConfig` or a mapping of its keys; every key is also a keyword here. Without `reward_threshold`
             or `beta`, they are calibrated once per call from plain continuations of the given prompts.
@@ -72,7 +72,7 @@ def decode(
             so it can matter to a tokenizer alone.
 
     Returns:
-        A `StarsOutput`, or for a list of prompts a list of them.
+        A `StarsOutput`, or for a list of prompts a list of them ([] for []).
 
     Raises:
         ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
@@ -312,12 +312,12 @@ def _request_ids(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Seque
             seen[digest] += 1
         return ids
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"request_ids is a {type(given).__name__}, expected a list of int or str")
+        raise TypeError(f"request_ids is of type {type(given).__name__}, expected a list of int or str")
     if len(given) != count:
         raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
     for request_id in given:
         if not isinstance(request_id, int | str) or isinstance(request_id, bool):
-            raise TypeError(f"request id {request_id!r} is a {type(request_id).__name__}, expected int or str")
+            raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
     repeated = [i for i, n in Counter(given).items() if n > 1]
     if repeated:
         raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")

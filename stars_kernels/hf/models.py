@@ -142,7 +142,7 @@ def _name(model: PreTrainedModel) -> str:
 
 def _check_model(model: object, argument: str, known: tuple[str, ...]) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument} is a {type(model).__name__}, expected a transformers model or a path to one")
+        raise TypeError(f"{argument} is of type {type(model).__name__}, expected a transformers model or a path to one")
     kind = type(model).__name__
     if kind not in known or not type(model).__module__.startswith("transformers."):
         raise ValueError(

@@ -75,7 +75,7 @@ def test_prompt_forms(lm, rm, tokenizer):
     alone = [stars_kernels.decode(lm, rm, form, request_ids=7, **settings) for form in forms]
     assert len({tuple(o.token_ids) for o in alone}) == 1
     assert stars_kernels.decode(lm, rm, [], **settings) == []
-    with pytest.raises(TypeError, match="prompt is a int, expected a string, chat messages"):
+    with pytest.raises(TypeError, match="prompt is of type int, expected a string, chat messages"):
         stars_kernels.decode(lm, rm, 3, **settings)
 
 

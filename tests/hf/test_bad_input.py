@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
@@ -51,7 +52,7 @@ def test_settings(lm, rm, name, value, message):
 def test_unknown_setting(lm, rm):
     with pytest.raises(TypeError, match="unknown setting 'segment_sise'; did you mean 'segment_size'"):
         stars_kernels.decode(lm, rm, [1, 2], segment_sise=3)
-    with pytest.raises(TypeError, match="config is a list, expected a StarsConfig, a mapping or None"):
+    with pytest.raises(TypeError, match="config is of type list, expected a StarsConfig, a mapping or None"):
         stars_kernels.decode(lm, rm, [1, 2], config=[1])
 
 
@@ -60,9 +61,9 @@ def test_request_ids(lm, rm):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a", "a"], **SET)
     with pytest.raises(ValueError, match="1 request_ids for 2 prompts"):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a"], **SET)
-    with pytest.raises(TypeError, match=r"request id 1.5 is a float, expected int or str"):
+    with pytest.raises(TypeError, match=r"request id 1.5 is of type float, expected int or str"):
         stars_kernels.decode(lm, rm, [[1]], request_ids=[1.5], **SET)
-    with pytest.raises(TypeError, match="request_ids is a int, expected a list"):
+    with pytest.raises(TypeError, match="request_ids is of type int, expected a list"):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=1, **SET)
 
 
@@ -73,13 +74,40 @@ def test_request_ids(lm, rm):
         ([1, 260], "prompt 0: token id 260 is outside the vocabulary, expected 0 to 259"),
         ([-1], "prompt 0: token id -1 is outside the vocabulary"),
         (list(range(160)), "prompt 0: it has 160 tokens, expected less than the context limit of 160"),
-        ("text", "prompt 0: the prompt is a str, and a model in memory has no tokenizer: pass tokenizer="),
+        (b"text", "prompt is of type bytes, expected a string"),
+        ([b"text"], "prompt 0: it is of type bytes, expected a string"),
+        (torch.tensor([[1, 2]]), r"prompt is a tensor of shape \[1, 2\] .*; pass its row \[0\], or its .tolist"),
+        ([torch.tensor([[1, 2]])], r"prompt 0: it is a tensor of shape \[1, 2\] .*; pass its row \[0\]"),
+        (torch.tensor([1.0]), r"prompt is a tensor of shape \[1\] and torch.float32, expected a string"),
+        (np.array([1, 2]), "prompt is of type ndarray, .*; pass its .tolist"),
+        ([np.array([1, 2])], "prompt 0: it is of type ndarray, .*; pass its .tolist"),
+        (BatchEncoding({"input_ids": [1, 2]}), "prompt is of type BatchEncoding, .*; pass its input_ids"),
+        ("text", "prompt 0: it is text, and a model in memory has no tokenizer: pass tokenizer="),
         ([{"role": "user", "content": "hi"}], "and a model in memory has no tokenizer: pass tokenizer="),
     ],
 )
 def test_prompts(lm, rm, prompt, message):
-    with pytest.raises((ValueError, StarsError), match=message):
+    with pytest.raises((ValueError, TypeError, StarsError), match=message):
         stars_kernels.decode(lm, rm, prompt, **SET)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"content": "hi"}, "message 1 has role None, expected a string"),
+        ({"role": "user"}, "message 1 has content None, expected a string"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            r"message 1 has content \[\{.*, expected",
+        ),
+    ],
+)
+def test_messages(lm, rm, message, error):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(TypeError, match=error):
+        stars_kernels.decode(lm, rm, [{"role": "user", "content": "a"}, message], tokenizer=tokenizer, **SET)
+    call = {"role": "assistant", "tool_calls": []}
+    assert stars_kernels.decode(lm, rm, [call], tokenizer=tokenizer, **SET).token_ids
 
 
 def test_over_long_for_the_reward_model_alone(lm):
@@ -93,9 +121,9 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
         stars_kernels.decode(GPT2LMHeadModel(gpt2), rm, [1], **SET)
     with pytest.raises(ValueError, match="rm is a GPT2ForSequenceClassification, not tested"):
         stars_kernels.decode(lm, GPT2ForSequenceClassification(gpt2), [1], **SET)
-    with pytest.raises(TypeError, match="model is a int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
-    with pytest.raises(TypeError, match="rm is a int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
         stars_kernels.decode(lm, 3, [1], **SET)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(ValueError, match="rope_type 'dynamic', whose frequencies depend on the longest row"):
@@ -275,7 +303,13 @@ def test_prompts_that_a_tokenizer_or_template_refuses_fail_alone(lm, rm):
     assert isinstance(results[0], stars_kernels.StarsOutput)
     for result, message in zip(
         results[1:],
-        ["token id -1 is outside", "is outside the vocabulary", "roles must alternate", "no tokens", "is a float"],
+        [
+            "token id -1 is outside",
+            "is outside the vocabulary",
+            "roles must alternate",
+            "no tokens",
+            "of type float",
+        ],
         strict=True,
     ):
         assert message in str(result)
