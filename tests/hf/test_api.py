@@ -1,6 +1,7 @@
 """What users pass and what they get back."""
 
 import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -318,7 +319,7 @@ def test_a_progress_bar_on_long_runs(lm, rm, monkeypatch, capsys):
 
 def test_bad_prompts_fail_alone(lm, rm):
     prompts = [[1, 2], [], [9999], list(range(200)), [3]]
-    with pytest.raises(StarsError, match="3 of 5 prompts failed") as failed:
+    with pytest.raises(StarsError, match=r"3 of 5 prompts failed; .*\n  prompt 1: it has") as failed:
         stars_kernels.decode(lm, rm, prompts, **SET)
     results = failed.value.results
     expected = stars_kernels.decode(lm, rm, [[1, 2], [3]], **SET)
@@ -327,6 +328,9 @@ def test_bad_prompts_fail_alone(lm, rm):
     assert "prompt 1: it has no tokens" in str(results[1])
     assert "token id 9999 is outside the vocabulary, expected 0 to 259" in str(results[2])
     assert "it has 200 tokens, expected less than the context limit of 160" in str(results[3])
+    copied = pickle.loads(pickle.dumps(failed.value))
+    assert str(copied) == str(failed.value)
+    assert copied.results[0] == results[0] and sorted(copied.errors) == [1, 2, 3]
 
 
 def test_hard_acceptance_with_a_target_needs_no_beta(lm, rm):
