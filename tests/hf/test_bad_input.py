@@ -226,11 +226,11 @@ def test_nan_beyond_the_winner_is_never_seen(lm):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: [0.0] * (n + 1), r"returned shape \[2\], expected 1 floats"),
-        (lambda n: torch.zeros(n, 1), r"returned shape \[1, 1\], expected 1 floats"),
-        (lambda n: 0.0, r"returned shape \[\], expected 1 floats"),
-        (lambda n: ["x"] * n, r"returned list \['x'\], expected 1 floats"),
-        (lambda n: None, "returned NoneType None, expected 1 floats"),
+        (lambda n: [0.0] * (n + 1), r"returned shape \[2\], expected floats of shape \[1\], one for each"),
+        (lambda n: torch.zeros(n, 1), r"returned shape \[1, 1\], expected floats of shape \[1\], one for each"),
+        (lambda n: 0.0, r"returned shape \[\], expected floats of shape \[1\], one for each"),
+        (lambda n: ["x"] * n, r"returned list \['x'\], expected floats of shape \[1\], one for each"),
+        (lambda n: None, r"returned NoneType None, expected floats of shape \[1\], one for each"),
     ],
 )
 def test_a_callable_that_returns_something_else(lm, returned, message):
@@ -238,6 +238,19 @@ def test_a_callable_that_returns_something_else(lm, returned, message):
         stars_kernels.decode(lm, lambda p, a: returned(len(a)), "a", tokenizer=byte_tokenizer(), **SET)
     with pytest.raises(ValueError, match=message):
         raise failed.value.__cause__
+
+
+@pytest.mark.parametrize("returned", [[0.0], [[0.0]], None])
+def test_wrong_rewards_for_several_answers_are_no_reason_to_ask_again(lm, returned):
+    calls = []
+
+    def rm(prompts, answers):
+        calls.append(answers)
+        return returned
+
+    with pytest.raises(StarsError, match=r"WrongRewards: .*, expected floats of shape \[2\], one for each answer"):
+        stars_kernels.decode(lm, rm, ["a", "b"], tokenizer=byte_tokenizer(), **SET)
+    assert calls == [["", ""]]
 
 
 def test_a_callable_that_raises_fails_only_its_prompt(lm):
@@ -275,7 +288,7 @@ def test_a_callable_that_raises_beyond_the_winner_changes_nothing(lm):
 
     for width in (1, 5):
         with pytest.raises(
-            RuntimeError, match=r"segment \d+: attempt 0: the reward model failed: ValueError: .* \[0\]"
+            RuntimeError, match=r"segment \d+: attempt 0: the reward model failed: WrongRewards: .* \[0\]"
         ):
             stars_kernels.decode(lm, later, "a", width=width, **dict(settings, max_new_tokens=40))
 
