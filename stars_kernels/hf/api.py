@@ -24,6 +24,9 @@ from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibra
 from stars_kernels.hf.models import (
     ModelOrPath,
     RewardModel,
+    check_path,
+    check_reward_path,
+    check_tokenizer,
     context_limit,
     eos_ids,
     load_language_model,
@@ -57,8 +60,8 @@ def decode(
     """Align `model`'s answer to `prompt` with reward model `rm` while it decodes (STARS, arXiv 2511.03827).
 
     Args:
-        model: a causal language model of transformers, or a path to one (a folder, or a .gguf file).
-        rm: a causal sequence classifier with the same tokenizer, a path to one, a `RewardModel`, or a function
+        model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name.
+        rm: a causal sequence classifier with the same tokenizer, its folder or hub name, a `RewardModel`, or a function
             rm(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its template renders
             it, special tokens included), answers without prompt and special tokens. It is called on the empty answer
             and on unfinished ones, several at a time; where it raises, it is called again for each answer alone, and
@@ -70,13 +73,15 @@ def decode(
             or `beta`, they are calibrated once per call from plain continuations of the given prompts.
         request_ids: one int or str per prompt, distinct; the random numbers of an answer depend on (seed, request id).
             Default: a hash of the prompt's token ids and how many equal prompts came before it.
-        trust_remote_code: passed on when `model` or `rm` is a path; only tested classes of transformers are decoded,
+        trust_remote_code: passed on when `model` or `rm` is loaded; only tested classes of transformers are decoded,
             so it can matter to a tokenizer alone.
 
     Returns:
         A `StarsOutput`, or for a list of prompts a list of them ([] for []).
 
     Raises:
+        FileNotFoundError: `model` or `rm` is a local path (it starts with /, ./, ../ or ~, or ends in .gguf) that does
+            not exist.
         ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
         RuntimeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
         StarsError: some prompts of a list failed; `.results` holds the others.
@@ -118,16 +123,20 @@ class _Engine:
         seed = secrets.randbits(63) if config.seed is None else config.seed
         self.config = config.replace(seed=seed)
         self.calibration: Calibration | None = None
+        described = rm if _is_function(rm) or isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
+        check_tokenizer(tokenizer)
+        check_path("model", model)
+        if isinstance(described, RewardModel):
+            check_reward_path(described.model)
         language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
         self.lm = view_of(language_model)
         self.limit = context_limit(self.lm)
         self.rm: PreTrainedModel | RewardFunction
-        if _is_function(rm):
+        if not isinstance(described, RewardModel):
             if tokenizer is None:
                 raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
-            self.rm, self.label = rm, 0
+            self.rm, self.label = described, 0
         else:
-            described = rm if isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
             reward_model, self.label = load_reward_model(described, language_model, tokenizer, trust_remote_code)
             self.rm = view_of(reward_model)
             self.limit = min(self.limit, context_limit(self.rm))

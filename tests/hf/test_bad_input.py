@@ -1,6 +1,7 @@
 """Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
     gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=260, num_labels=1)
     with pytest.raises(ValueError, match="model is a GPT2LMHeadModel, not tested with STARS decoding; expected"):
         stars_kernels.decode(GPT2LMHeadModel(gpt2), rm, [1], **SET)
-    with pytest.raises(ValueError, match="rm is a GPT2ForSequenceClassification, not tested"):
+    with pytest.raises(ValueError, match=r"rm is a GPT2ForSequenceClassification, .*, or a function of texts"):
         stars_kernels.decode(lm, GPT2ForSequenceClassification(gpt2), [1], **SET)
     with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
@@ -144,6 +145,35 @@ def test_reward_models(tmp_path, lm, rm):
     loaded = type(rm).from_pretrained(tmp_path / "lm", num_labels=1)
     with pytest.raises(ValueError, match=newly):  # ... and in memory
         stars_kernels.decode(lm, loaded, [1], **SET)
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./no/such", "../no/such", "~/no/such", "no/such.gguf", Path("no/such")])
+def test_a_missing_path_is_named_before_anything_is_loaded(lm, rm, path):
+    with pytest.raises(FileNotFoundError, match=f"model is '{path}', which does not exist"):
+        stars_kernels.decode(path, rm, "hi", **SET)
+    error, known = (
+        (ValueError, "a .gguf") if str(path).endswith("gguf") else (FileNotFoundError, "which does not exist")
+    )
+    for given in (path, RewardModel(path)):
+        with pytest.raises(error, match=f"rm is '{path}', .*{known}"):
+            stars_kernels.decode("some/hub-name", given, "hi", **SET)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, lm, rm):
+    lm.save_pretrained(tmp_path / "lm")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = stars_kernels.decode("~/lm", rm, [1], tokenizer=byte_tokenizer(), **SET)
+    assert output.token_ids == stars_kernels.decode(lm, rm, [1], **SET).token_ids
+
+
+def test_no_tokenizer_and_no_label(lm, rm):
+    with pytest.raises(TypeError, match="tokenizer is of type str, expected a transformers tokenizer or None"):
+        stars_kernels.decode(lm, rm, "hi", tokenizer="x", **SET)
+    with pytest.raises(TypeError, match="tokenizer is of type str, expected"):
+        RewardModel(rm, "x")
+    for label in ("x", 1.5, True):
+        with pytest.raises(TypeError, match=f"label is {label!r}, expected an integer or None"):
+            RewardModel(rm, label=label)
 
 
 def test_a_reward_model_with_another_tokenizer_of_the_same_size(lm, rm):
