@@ -211,11 +211,12 @@ class _Engine:
             reward_threshold=UNREACHABLE,
         )
         answers: list[Answer] = []
-        with self._progress(len(chosen) * config.max_new_tokens, "calibrate") as bar:
+        with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
             for start in range(0, len(chosen), config.batch_size):
-                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
+                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE)
                 loop.run()
                 answers += loop.answers
+                bar.update(sum(answer.counts.sampled for answer in loop.answers))
         done = [answer for answer in answers if answer.error is None]
         rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
@@ -240,7 +241,11 @@ class _Engine:
         return requests
 
     def _loop(
-        self, requests: list[_Request], config: StarsConfig, stream: int, on_tokens: Callable[[int], Any]
+        self,
+        requests: list[_Request],
+        config: StarsConfig,
+        stream: int,
+        on_tokens: Callable[[int], Any] = lambda count: None,
     ) -> Loop:
         assert config.seed is not None
         answers = [
@@ -304,7 +309,7 @@ class _Engine:
         linear = f"onednn: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         return {**{op: served[self.lm.device.type] for op, served in backends().items()}, "linear": linear}
 
-    def _progress(self, total: int, what: str) -> tqdm[Any]:
+    def _progress(self, total: int | None, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
 
 

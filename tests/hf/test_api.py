@@ -313,6 +313,9 @@ def test_a_progress_bar_on_long_runs(lm, rm, monkeypatch, capsys):
     monkeypatch.setattr(api, "PROGRESS_DELAY", 0.0)
     stars_kernels.decode(lm, rm, [1, 2], **SET)
     assert "decode" in capsys.readouterr().err
+    calibrated = stars_kernels.decode(lm, rm, [1, 2], seed=0, max_new_tokens=12)
+    shown = capsys.readouterr().err
+    assert f"calibrate: {calibrated.calibration.sampled}tok" in shown and "%" not in shown.partition("decode")[0]
     stars_kernels.decode(lm, rm, [1, 2], progress=False, **SET)
     assert capsys.readouterr().err == ""
 
