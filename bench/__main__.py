@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from bench import decode, machine, ops
+from bench.arguments import output_file
 from bench.report import CheckError, missed_targets, table, write_json
 
 SUITES = {"decode": decode, "ops": ops}
@@ -22,7 +22,7 @@ def main() -> int:
         summary = (suite.__doc__ or "").partition("\n")[0]
         subparser = suites.add_parser(name, help=summary, description=summary)
         subparser.add_argument("--quick", action="store_true", help="less work, for a few minutes in all")
-        subparser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows here")
+        subparser.add_argument("--json", type=output_file, metavar="FILE", help="write machine and rows here")
         suite.add_arguments(subparser)
     args = parser.parse_args()
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench import models
+from bench.arguments import whole
 from bench.batched import batched_decode
 from bench.cached import cached_decode
 from bench.common import Judge, Result, generate_options
@@ -245,7 +246,12 @@ def interleaved(job: Job, others: dict[str, Job], forwards: list[Forward]) -> tu
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=models.MODELS, default="smol", help="tiny is for smoke tests")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of the batch, 1 for none (8)")
+    parser.add_argument(
+        "--prompts",
+        type=whole(1),
+        default=8,
+        help="prompts of the batch (default 8); with 1, one prompt alone is timed",
+    )
 
 
 def run(args: argparse.Namespace) -> list[Row]:

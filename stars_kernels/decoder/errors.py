@@ -17,7 +17,10 @@ class StarsError(RuntimeError):
     def __init__(self, results: list[StarsOutput | Exception]) -> None:
         self.results = results
         self.errors = {i: r for i, r in enumerate(results) if isinstance(r, Exception)}
-        listed = "\n".join(f"  prompt {i}: {error}" for i, error in self.errors.items())
+        listed = "\n".join(f"  {error}" for error in self.errors.values())  # each names its prompt
         super().__init__(
-            f"{len(self.errors)} of {len(results)} prompts failed; the results of the others are in .results:\n{listed}"
+            f"{len(self.errors)} of {len(results)} prompts failed; .results has one entry a prompt:\n{listed}"
         )
+
+    def __reduce__(self) -> tuple[type[StarsError], tuple[list[StarsOutput | Exception]]]:
+        return type(self), (self.results,)  # not the message, as an exception is pickled by default

@@ -12,16 +12,20 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 @dataclass
 class Segment:
-    """One segment; the last of an interrupted answer may be undecided. The lists have one entry a judged attempt."""
+    """One segment; the last of an interrupted answer may be undecided.
+
+    rewards, thresholds, lengths: of each judged attempt, its threshold tau and its tokens.
+    widths: attempts decoded side by side, a round each.
+    chosen: the attempt that was taken.
+    outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken) or "undecided".
+    reward, threshold, length: of the chosen attempt. attempts: how many were judged.
+    """
 
     rewards: list[float] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each judged attempt."""
     widths: list[int] = field(default_factory=list)
-    """Attempts decoded side by side, a round each."""
     chosen: int = -1
-    """The attempt that was taken."""
     outcome: Literal["accepted", "fallback", "undecided"] = "undecided"
 
     @property
@@ -34,7 +38,6 @@ class Segment:
 
     @property
     def threshold(self) -> float:
-        """tau at the length of the chosen attempt."""
         return self.thresholds[self.chosen]
 
     @property
@@ -44,26 +47,29 @@ class Segment:
 
 @dataclass
 class Counts:
-    """Work done for one prompt."""
+    """Work done for one prompt, in tokens or attempts.
+
+    sampled: tokens sampled in all rows, those past a candidate's end included.
+    judged: tokens of the attempts that were judged: what the sequential algorithm would have sampled.
+    rejected: tokens of judged attempts that were not taken.
+    rm_scored: tokens the reward model read, the prompt included; 0 for a function of texts.
+    attempts: judged attempts.
+    accepted: accepted attempts (fallbacks are not).
+    rejections: judged attempts that were not taken.
+    speculated: tokens sampled beyond what the sequential algorithm would have.
+    wasted_per_rejection: rejected / rejections. acceptance_rate: accepted / attempts.
+    """
 
     sampled: int = 0
-    """Tokens sampled in all rows, those past a candidate's end included."""
     judged: int = 0
-    """Tokens of the attempts that were judged: what the sequential algorithm would have sampled."""
     rejected: int = 0
-    """Tokens of judged attempts that were not taken."""
     rm_scored: int = 0
-    """Tokens the reward model read, the prompt included."""
     attempts: int = 0
-    """Judged attempts."""
     accepted: int = 0
-    """Accepted attempts (fallbacks are not)."""
     rejections: int = 0
-    """Judged attempts that were not taken."""
 
     @property
     def speculated(self) -> int:
-        """Tokens sampled beyond what the sequential algorithm would have."""
         return self.sampled - self.judged
 
     @property
@@ -77,41 +83,49 @@ class Counts:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How r* and beta were found, once for all prompts of a call."""
+    """How r* and beta were found, once for all prompts of a call.
+
+    rewards: of the plain continuations. sampled: their tokens. rm_scored: tokens the reward model read for them.
+    seconds: of wall time.
+    """
 
     rewards: list[float]
-    """Of the plain continuations."""
     sampled: int
-    """Their tokens."""
     rm_scored: int
-    """Tokens the reward model read for them."""
     seconds: float
 
 
 @dataclass
 class StarsOutput:
-    """An aligned answer."""
+    """An aligned answer.
+
+    text: whole characters only, without special tokens and stop string; None without a tokenizer.
+    token_ids: the answer's tokens, EOS included.
+    reward: the reward model's reward of the answer.
+    finish_reason: why the answer ended: "eos" (an end-of-sequence token), "stop" (a stop string), "length"
+        (max_new_tokens), "context" (the context limit of a model) or "interrupted" (from the keyboard).
+    config: as resolved: seed, r* and beta as used.
+    request_id: as given, or a hash of the prompt's token ids and how many equal prompts came before it.
+    prompt_reward: r(x), the reward of the empty answer.
+    segments: the trace, a `Segment` each.
+    counts: the work done for this prompt, a `Counts`.
+    seconds: wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
+    calibration: a `Calibration`; None where r* and beta were given.
+    backends: which implementation of each op ran, and of the models' linear layers ("linear").
+    """
 
     text: str | None
-    """None without a tokenizer. Whole characters only; without special tokens and stop string."""
     token_ids: list[int]
-    """The answer's tokens, EOS included."""
     reward: float
-    """The reward model's reward of the answer."""
     finish_reason: FinishReason
     config: StarsConfig
-    """Resolved: seed, r* and beta as used."""
     request_id: int | str
     prompt_reward: float
-    """r(x), the reward of the empty answer."""
     segments: list[Segment]
     counts: Counts
     seconds: dict[str, float]
-    """Wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them)."""
     calibration: Calibration | None
-    """None where r* and beta were given."""
     backends: dict[str, str]
-    """Which implementation of each op ran, and of the models' linear layers ("linear")."""
 
     def __repr__(self) -> str:
         return (

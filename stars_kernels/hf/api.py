@@ -24,6 +24,9 @@ from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibra
 from stars_kernels.hf.models import (
     ModelOrPath,
     RewardModel,
+    check_path,
+    check_reward_path,
+    check_tokenizer,
     context_limit,
     eos_ids,
     load_language_model,
@@ -57,24 +60,28 @@ def decode(
     """Align `model`'s answer to `prompt` with reward model `rm` while it decodes (STARS, arXiv 2511.03827).
 
     Args:
-        model: a causal language model of transformers, or a path to one (a folder, or a .gguf file).
-        rm: a causal sequence classifier with the same tokenizer, a path to one, a `RewardModel`, or a function
+        model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name.
+        rm: a causal sequence classifier with the same tokenizer, its folder or hub name, a `RewardModel`, or a function
             rm(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its template renders
-            it, special tokens included), answers without prompt and special tokens.
+            it, special tokens included), answers without prompt and special tokens. It is called on the empty answer
+            and on unfinished ones, several at a time; where it raises, it is called again for each answer alone, and
+            only those that fail again have no reward.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
-            a list of these.
+            a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.
         config: a `StarsConfig` or a mapping of its keys; every key is also a keyword here. Without `reward_threshold`
             or `beta`, they are calibrated once per call from plain continuations of the given prompts.
         request_ids: one int or str per prompt, distinct; the random numbers of an answer depend on (seed, request id).
             Default: a hash of the prompt's token ids and how many equal prompts came before it.
-        trust_remote_code: passed on when `model` or `rm` is a path; only tested classes of transformers are decoded,
+        trust_remote_code: passed on when `model` or `rm` is loaded; only tested classes of transformers are decoded,
             so it can matter to a tokenizer alone.
 
     Returns:
-        A `StarsOutput`, or for a list of prompts a list of them.
+        A `StarsOutput`, or for a list of prompts a list of them ([] for []).
 
     Raises:
+        FileNotFoundError: `model` or `rm` is a local path (it starts with /, ./, ../ or ~, or ends in .gguf) that does
+            not exist.
         ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
         RuntimeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
         StarsError: some prompts of a list failed; `.results` holds the others.
@@ -116,16 +123,20 @@ class _Engine:
         seed = secrets.randbits(63) if config.seed is None else config.seed
         self.config = config.replace(seed=seed)
         self.calibration: Calibration | None = None
+        described = rm if _is_function(rm) or isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
+        check_tokenizer(tokenizer)
+        check_path("model", model)
+        if isinstance(described, RewardModel):
+            check_reward_path(described.model)
         language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
         self.lm = view_of(language_model)
         self.limit = context_limit(self.lm)
         self.rm: PreTrainedModel | RewardFunction
-        if _is_function(rm):
+        if not isinstance(described, RewardModel):
             if tokenizer is None:
                 raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
-            self.rm, self.label = rm, 0
+            self.rm, self.label = described, 0
         else:
-            described = rm if isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
             reward_model, self.label = load_reward_model(described, language_model, tokenizer, trust_remote_code)
             self.rm = view_of(reward_model)
             self.limit = min(self.limit, context_limit(self.rm))
@@ -136,7 +147,8 @@ class _Engine:
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(view, dtype) for view in views)
-        self.eos = eos_ids(language_model) if config.eos_token_id is None else tuple(config.eos_token_id)
+        self._check_ids("eos_token_id", config.eos_token_id or ())
+        self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
 
     @torch.inference_mode()
@@ -173,15 +185,18 @@ class _Engine:
         return [_Request(index, ids[index], prompt) for index, prompt in encoded.items()]
 
     def _check(self, prompt: Prompt) -> Prompt:
-        vocabulary = self.lm.config.vocab_size
-        wrong = next((i for i in prompt.ids if not 0 <= i < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+        self._check_ids("token id", prompt.ids)
         if not prompt.ids:
             raise ValueError("it has no tokens, expected at least one")
         if len(prompt.ids) >= self.limit:
             raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {self.limit}")
         return prompt
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        vocabulary = self.lm.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
 
     def _calibrate(self, requests: list[_Request], results: list[StarsOutput | Exception | None]) -> list[_Request]:
         """Find what is not given of r* and beta; the requests that can go on (all, or none where it failed)."""
@@ -199,11 +214,12 @@ class _Engine:
             reward_threshold=UNREACHABLE,
         )
         answers: list[Answer] = []
-        with self._progress(len(chosen) * config.max_new_tokens, "calibrate") as bar:
+        with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
             for start in range(0, len(chosen), config.batch_size):
-                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE, bar.update)
+                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE)
                 loop.run()
                 answers += loop.answers
+                bar.update(sum(answer.counts.sampled for answer in loop.answers))
         done = [answer for answer in answers if answer.error is None]
         rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
@@ -228,7 +244,11 @@ class _Engine:
         return requests
 
     def _loop(
-        self, requests: list[_Request], config: StarsConfig, stream: int, on_tokens: Callable[[int], Any]
+        self,
+        requests: list[_Request],
+        config: StarsConfig,
+        stream: int,
+        on_tokens: Callable[[int], Any] = lambda count: None,
     ) -> Loop:
         assert config.seed is not None
         answers = [
@@ -294,7 +314,7 @@ class _Engine:
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         return {**served, "linear": linear}
 
-    def _progress(self, total: int, what: str) -> tqdm[Any]:
+    def _progress(self, total: int | None, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
 
 
@@ -313,12 +333,12 @@ def _request_ids(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Seque
             seen[digest] += 1
         return ids
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"request_ids is a {type(given).__name__}, expected a list of int or str")
+        raise TypeError(f"request_ids is of type {type(given).__name__}, expected a list of int or str")
     if len(given) != count:
         raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
     for request_id in given:
         if not isinstance(request_id, int | str) or isinstance(request_id, bool):
-            raise TypeError(f"request id {request_id!r} is a {type(request_id).__name__}, expected int or str")
+            raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
     repeated = [i for i, n in Counter(given).items() if n > 1]
     if repeated:
         raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,46 @@ ModelOrPath = PreTrainedModel | str | os.PathLike[str]
 class RewardModel:
     """A reward model and what the engine needs to know of it.
 
-    model: a sequence classifier or a path to one. tokenizer: its tokenizer, compared with the language model's. (A
-    model loaded from a path brings its own; without one, a model in memory is compared by the size of its vocabulary.)
+    model: a sequence classifier, its folder or hub name.
+    tokenizer: its tokenizer, compared with the language model's. (A model that is loaded here brings its own; without
+        one, a model in memory is compared by the size of its vocabulary.)
     label: the output that is the reward, for models with several.
     """
 
     model: ModelOrPath
     tokenizer: PreTrainedTokenizerBase | None = None
     label: int | None = None
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer)
+        if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
+            raise TypeError(f"label is {self.label!r}, expected an integer or None")
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer is of type {type(tokenizer).__name__}, expected a transformers tokenizer or None")
+
+
+def check_path(argument: str, model: object) -> None:
+    """Refuse a path that can be no hub's name and does not exist."""
+    if not isinstance(model, str | os.PathLike):
+        return
+    text = os.fspath(model)
+    local = isinstance(model, os.PathLike) or text.startswith(("/", "./", "../", "~")) or text.endswith(".gguf")
+    if local and not Path(text).expanduser().exists():
+        raise FileNotFoundError(
+            f"{argument} is {text!r}, which does not exist; expected an existing path or a hub name"
+        )
+
+
+def check_reward_path(rm: object) -> None:
+    if isinstance(rm, str | os.PathLike) and os.fspath(rm).endswith(".gguf"):
+        raise ValueError(
+            f"rm is {os.fspath(rm)!r}, and a .gguf file holds no reward head; "
+            "expected a folder, a hub name or a function of texts"
+        )
+    check_path("rm", rm)
 
 
 def load_language_model(
@@ -69,14 +102,13 @@ def load_reward_model(
     """The reward model, loaded where it is a path, and the index of its reward output; checked against the LM."""
     model, rm_tokenizer, new_head = rm.model, rm.tokenizer, False
     if isinstance(model, str | os.PathLike):
-        path, options = _source(model)
+        path = os.path.expanduser(model)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options,
-            output_loading_info=True, **options,
-        )  # fmt: skip
+            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
         new_head = any(key.startswith("score") for key in info["missing_keys"])
         if rm_tokenizer is None and _has_tokenizer(path):
-            rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+            rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     _check_model(model, "rm", REWARD_MODELS)
     name = _name(model)
     head: torch.Tensor = model.get_parameter("score.weight")  # [labels, D]
@@ -125,9 +157,10 @@ def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 def _source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """from_pretrained's arguments for a folder, a hub name or a .gguf file."""
-    if str(path).endswith(".gguf"):
+    path = os.path.expanduser(path)
+    if path.endswith(".gguf"):
         return str(Path(path).parent), {"gguf_file": Path(path).name}
-    return str(path), {}
+    return path, {}
 
 
 def _has_tokenizer(path: str) -> bool:
@@ -142,12 +175,13 @@ def _name(model: PreTrainedModel) -> str:
 
 def _check_model(model: object, argument: str, known: tuple[str, ...]) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument} is a {type(model).__name__}, expected a transformers model or a path to one")
+        raise TypeError(f"{argument} is of type {type(model).__name__}, expected a transformers model or a path to one")
     kind = type(model).__name__
     if kind not in known or not type(model).__module__.startswith("transformers."):
-        raise ValueError(
-            f"{argument} is a {kind}, not tested with STARS decoding; expected transformers' {' or '.join(known)}"
-        )
+        expected = f"transformers' {' or '.join(known)}"
+        if known is REWARD_MODELS:
+            expected += ", or a function of texts: rm(prompts, answers) -> floats"
+        raise ValueError(f"{argument} is a {kind}, not tested with STARS decoding; expected {expected}")
     assert isinstance(model, PreTrainedModel)
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in BATCH_DEPENDENT_ROPE:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,20 +25,12 @@ class Prompt:
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
     """The single prompts in `prompt`, and whether it is a list of prompts (else it is one prompt)."""
-    if isinstance(prompt, torch.Tensor):
-        if prompt.dim() == 1:
-            return [prompt.tolist()], False
-        raise TypeError(
-            f"prompt is a tensor of shape {list(prompt.shape)}, expected [tokens]; pass several as a list of lists"
-        )
-    if isinstance(prompt, str):
-        return [prompt], False
-    if not isinstance(prompt, Sequence):
-        raise TypeError(f"prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
-    if len(prompt) == 0:
+    if _is_list(prompt) and len(prompt) == 0:
         return [], True
-    if all(_is_id(item) for item in prompt) or all(isinstance(item, Mapping) for item in prompt):
+    if isinstance(prompt, str) or _token_ids(prompt) is not None or _is_chat(prompt):
         return [prompt], False
+    if not _is_list(prompt):
+        raise _unknown_form("prompt", prompt)
     return list(prompt), True
 
 
@@ -54,22 +47,19 @@ class Codec:
 
     def encode(self, prompt: Any) -> Prompt:
         """Token ids and text of one prompt."""
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(_is_id(item) for item in prompt):
-            return Prompt([int(item) for item in prompt])
+        ids = _token_ids(prompt)
+        if ids is not None:
+            return Prompt(ids)
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise _unknown_form("it", prompt)
         if self.tokenizer is None:
-            raise ValueError(
-                f"the prompt is a {type(prompt).__name__}, and a model in memory has no tokenizer: pass tokenizer=, "
-                "or token ids"
-            )
+            raise ValueError("it is text, and a model in memory has no tokenizer: pass tokenizer=, or token ids")
         if isinstance(prompt, str):
             return Prompt(self.tokenizer(prompt)["input_ids"], prompt)
-        if isinstance(prompt, Sequence) and all(isinstance(item, Mapping) for item in prompt):
-            text = str(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
-            # The template writes its own BOS; the tokenizer must not add a second one.
-            return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
-        raise TypeError(f"the prompt is a {type(prompt).__name__}, expected {PROMPT_FORMS}")
+        _check_messages(prompt)
+        text = str(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
+        # The template writes its own BOS; the tokenizer must not add a second one.
+        return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The prompt as a callable reward sees it: as given, or its token ids as text, special tokens included."""
@@ -98,5 +88,38 @@ class Codec:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special))
 
 
-def _is_id(item: Any) -> bool:
-    return isinstance(item, Integral) and not isinstance(item, bool)
+def _is_list(prompt: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray | memoryview)
+
+
+def _token_ids(prompt: Any) -> list[int] | None:
+    """The prompt as token ids; None where it is something else."""
+    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
+        prompt = prompt.tolist()
+    if _is_list(prompt) and all(isinstance(item, Integral) and not isinstance(item, bool) for item in prompt):
+        return [int(item) for item in prompt]
+    return None
+
+
+def _is_chat(prompt: Any) -> bool:
+    return _is_list(prompt) and all(isinstance(item, Mapping) for item in prompt)
+
+
+def _check_messages(chat: Sequence[Mapping[str, Any]]) -> None:
+    """What a template would print in silence, or trip over. (A message that calls tools may have no content.)"""
+    for i, message in enumerate(chat):
+        for key in ("role",) if "tool_calls" in message else ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise TypeError(f"its message {i} has {key} {reprlib.repr(message.get(key))}, expected a string")
+
+
+def _unknown_form(name: str, prompt: Any) -> TypeError:
+    found, hint = f"of type {type(prompt).__name__}", ""
+    if isinstance(prompt, torch.Tensor):
+        found = f"a tensor of shape {list(prompt.shape)} and {prompt.dtype}"
+        hint = "; pass its row [0], or its .tolist() for several" if prompt.dim() == 2 else ""
+    elif isinstance(prompt, Mapping) and "input_ids" in prompt:
+        hint = "; pass its input_ids"
+    elif hasattr(prompt, "tolist"):
+        hint = "; pass its .tolist()"
+    return TypeError(f"{name} is {found}, expected {PROMPT_FORMS}{hint}")

@@ -18,6 +18,10 @@ RewardFunction = Callable[[list[str], list[str]], Any]
 """rm(prompts, answers) -> one float each; answers come without prompt and special tokens."""
 
 
+class WrongRewards(ValueError):
+    """A reward function returned something that is not one float for each answer."""
+
+
 class ClassifierScorer:
     """A causal sequence classifier that reads each accepted token once.
 
@@ -57,7 +61,7 @@ class ClassifierScorer:
 
 
 class CallableScorer:
-    """A function of texts; it sees the whole answer each time. Where it fails for one row, the others go on."""
+    """A function of texts; it sees the whole answer each time. Where it raises for one row, the others go on."""
 
     def __init__(
         self,
@@ -88,11 +92,16 @@ class CallableScorer:
                 self.accepted[p] += self.tail[p]
 
     def _call(self, owners: list[int], answers: list[str]) -> Scores:
-        """One call for all rows; where it fails, one call a row, so that only the rows at fault have no reward."""
+        """One call for all rows; where it raises, one call a row, so that only the rows at fault have no reward.
+
+        Rewards of the wrong number or kind are a mistake in the function, and no row's fault: it is not asked again.
+        """
         rewards = torch.full((len(owners),), torch.nan, dtype=torch.float64)
         errors: dict[int, Exception] = {}
         try:
             rewards[:] = self._rewards(owners, answers)
+        except WrongRewards as error:
+            errors = dict.fromkeys(range(len(owners)), error)
         except Exception:
             for row, (owner, answer) in enumerate(zip(owners, answers, strict=True)):
                 try:
@@ -103,13 +112,13 @@ class CallableScorer:
 
     def _rewards(self, owners: list[int], answers: list[str]) -> Tensor:
         returned = self.function([self.prompts[p] for p in owners], list(answers))
-        expected = f"expected {len(answers)} floats, one for each answer"
+        expected = f"expected floats of shape [{len(answers)}], one for each answer"
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the reward function returned {_shorten(returned)}, {expected}") from error
+            raise WrongRewards(f"the reward function returned {_shorten(returned)}, {expected}") from error
         if values.shape != (len(answers),):
-            raise ValueError(f"the reward function returned shape {list(values.shape)}, {expected}")
+            raise WrongRewards(f"the reward function returned shape {list(values.shape)}, {expected}")
         return values
 
 

@@ -1,6 +1,7 @@
 """What users pass and what they get back."""
 
 import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,7 +76,7 @@ def test_prompt_forms(lm, rm, tokenizer):
     alone = [stars_kernels.decode(lm, rm, form, request_ids=7, **settings) for form in forms]
     assert len({tuple(o.token_ids) for o in alone}) == 1
     assert stars_kernels.decode(lm, rm, [], **settings) == []
-    with pytest.raises(TypeError, match="prompt is a int, expected a string, chat messages"):
+    with pytest.raises(TypeError, match="prompt is of type int, expected a string, chat messages"):
         stars_kernels.decode(lm, rm, 3, **settings)
 
 
@@ -312,13 +313,16 @@ def test_a_progress_bar_on_long_runs(lm, rm, monkeypatch, capsys):
     monkeypatch.setattr(api, "PROGRESS_DELAY", 0.0)
     stars_kernels.decode(lm, rm, [1, 2], **SET)
     assert "decode" in capsys.readouterr().err
+    calibrated = stars_kernels.decode(lm, rm, [1, 2], seed=0, max_new_tokens=12)
+    shown = capsys.readouterr().err
+    assert f"calibrate: {calibrated.calibration.sampled}tok" in shown and "%" not in shown.partition("decode")[0]
     stars_kernels.decode(lm, rm, [1, 2], progress=False, **SET)
     assert capsys.readouterr().err == ""
 
 
 def test_bad_prompts_fail_alone(lm, rm):
     prompts = [[1, 2], [], [9999], list(range(200)), [3]]
-    with pytest.raises(StarsError, match="3 of 5 prompts failed") as failed:
+    with pytest.raises(StarsError, match=r"3 of 5 prompts failed; .*\n  prompt 1: it has") as failed:
         stars_kernels.decode(lm, rm, prompts, **SET)
     results = failed.value.results
     expected = stars_kernels.decode(lm, rm, [[1, 2], [3]], **SET)
@@ -327,6 +331,9 @@ def test_bad_prompts_fail_alone(lm, rm):
     assert "prompt 1: it has no tokens" in str(results[1])
     assert "token id 9999 is outside the vocabulary, expected 0 to 259" in str(results[2])
     assert "it has 200 tokens, expected less than the context limit of 160" in str(results[3])
+    copied = pickle.loads(pickle.dumps(failed.value))
+    assert str(copied) == str(failed.value)
+    assert copied.results[0] == results[0] and sorted(copied.errors) == [1, 2, 3]
 
 
 def test_hard_acceptance_with_a_target_needs_no_beta(lm, rm):
@@ -340,6 +347,15 @@ def test_numpy_token_ids(lm, rm):
 
     output = stars_kernels.decode(lm, rm, list(np.array([1, 2, 3])), **SET)
     assert output.token_ids == stars_kernels.decode(lm, rm, [1, 2, 3], **SET).token_ids
+
+
+def test_numpy_settings():
+    import numpy as np
+
+    config = StarsConfig(seed=np.int64(3), beta=np.float32(0.5), eos_token_id=[np.int32(2), 3], width=np.int64(4))
+    assert config == StarsConfig(seed=3, beta=0.5, eos_token_id=(2, 3), width=4)
+    plain = [type(value) for value in (config.seed, config.beta, config.eos_token_id[0], config.width)]
+    assert plain == [int, float, int, int]
 
 
 def test_threads_share_a_model(lm, rm):

@@ -1,10 +1,12 @@
 """Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
@@ -36,6 +38,9 @@ SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_siz
         ("width", 0, 'width is 0, expected >= 1 or "auto"'),
         ("seed", 1.5, "seed is 1.5, expected an integer or None"),
         ("eos_token_id", "x", r"eos_token_id is \('x',\), expected an id"),
+        ("eos_token_id", -5, "eos_token_id -5 is outside the vocabulary, expected 0 to 259"),
+        ("eos_token_id", [3, 260], "eos_token_id 260 is outside the vocabulary, expected 0 to 259"),
+        ("progress", "x", "progress is 'x', expected True or False"),
         ("stop_strings", [""], r"stop_strings is \('',\), expected non-empty strings"),
         ("calibration_quantile", 1.0, r"calibration_quantile is 1.0, expected in \(0, 1\)"),
     ],
@@ -48,7 +53,7 @@ def test_settings(lm, rm, name, value, message):
 def test_unknown_setting(lm, rm):
     with pytest.raises(TypeError, match="unknown setting 'segment_sise'; did you mean 'segment_size'"):
         stars_kernels.decode(lm, rm, [1, 2], segment_sise=3)
-    with pytest.raises(TypeError, match="config is a list, expected a StarsConfig, a mapping or None"):
+    with pytest.raises(TypeError, match="config is of type list, expected a StarsConfig, a mapping or None"):
         stars_kernels.decode(lm, rm, [1, 2], config=[1])
 
 
@@ -57,9 +62,9 @@ def test_request_ids(lm, rm):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a", "a"], **SET)
     with pytest.raises(ValueError, match="1 request_ids for 2 prompts"):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a"], **SET)
-    with pytest.raises(TypeError, match=r"request id 1.5 is a float, expected int or str"):
+    with pytest.raises(TypeError, match=r"request id 1.5 is of type float, expected int or str"):
         stars_kernels.decode(lm, rm, [[1]], request_ids=[1.5], **SET)
-    with pytest.raises(TypeError, match="request_ids is a int, expected a list"):
+    with pytest.raises(TypeError, match="request_ids is of type int, expected a list"):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=1, **SET)
 
 
@@ -70,13 +75,40 @@ def test_request_ids(lm, rm):
         ([1, 260], "prompt 0: token id 260 is outside the vocabulary, expected 0 to 259"),
         ([-1], "prompt 0: token id -1 is outside the vocabulary"),
         (list(range(160)), "prompt 0: it has 160 tokens, expected less than the context limit of 160"),
-        ("text", "prompt 0: the prompt is a str, and a model in memory has no tokenizer: pass tokenizer="),
+        (b"text", "prompt is of type bytes, expected a string"),
+        ([b"text"], "prompt 0: it is of type bytes, expected a string"),
+        (torch.tensor([[1, 2]]), r"prompt is a tensor of shape \[1, 2\] .*; pass its row \[0\], or its .tolist"),
+        ([torch.tensor([[1, 2]])], r"prompt 0: it is a tensor of shape \[1, 2\] .*; pass its row \[0\]"),
+        (torch.tensor([1.0]), r"prompt is a tensor of shape \[1\] and torch.float32, expected a string"),
+        (np.array([1, 2]), "prompt is of type ndarray, .*; pass its .tolist"),
+        ([np.array([1, 2])], "prompt 0: it is of type ndarray, .*; pass its .tolist"),
+        (BatchEncoding({"input_ids": [1, 2]}), "prompt is of type BatchEncoding, .*; pass its input_ids"),
+        ("text", "prompt 0: it is text, and a model in memory has no tokenizer: pass tokenizer="),
         ([{"role": "user", "content": "hi"}], "and a model in memory has no tokenizer: pass tokenizer="),
     ],
 )
 def test_prompts(lm, rm, prompt, message):
-    with pytest.raises((ValueError, StarsError), match=message):
+    with pytest.raises((ValueError, TypeError, StarsError), match=message):
         stars_kernels.decode(lm, rm, prompt, **SET)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"content": "hi"}, "message 1 has role None, expected a string"),
+        ({"role": "user"}, "message 1 has content None, expected a string"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            r"message 1 has content \[\{.*, expected",
+        ),
+    ],
+)
+def test_messages(lm, rm, message, error):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(TypeError, match=error):
+        stars_kernels.decode(lm, rm, [{"role": "user", "content": "a"}, message], tokenizer=tokenizer, **SET)
+    call = {"role": "assistant", "tool_calls": []}
+    assert stars_kernels.decode(lm, rm, [call], tokenizer=tokenizer, **SET).token_ids
 
 
 def test_over_long_for_the_reward_model_alone(lm):
@@ -88,11 +120,11 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
     gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=260, num_labels=1)
     with pytest.raises(ValueError, match="model is a GPT2LMHeadModel, not tested with STARS decoding; expected"):
         stars_kernels.decode(GPT2LMHeadModel(gpt2), rm, [1], **SET)
-    with pytest.raises(ValueError, match="rm is a GPT2ForSequenceClassification, not tested"):
+    with pytest.raises(ValueError, match=r"rm is a GPT2ForSequenceClassification, .*, or a function of texts"):
         stars_kernels.decode(lm, GPT2ForSequenceClassification(gpt2), [1], **SET)
-    with pytest.raises(TypeError, match="model is a int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
-    with pytest.raises(TypeError, match="rm is a int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
         stars_kernels.decode(lm, 3, [1], **SET)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(ValueError, match="rope_type 'dynamic', whose frequencies depend on the longest row"):
@@ -113,6 +145,35 @@ def test_reward_models(tmp_path, lm, rm):
     loaded = type(rm).from_pretrained(tmp_path / "lm", num_labels=1)
     with pytest.raises(ValueError, match=newly):  # ... and in memory
         stars_kernels.decode(lm, loaded, [1], **SET)
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./no/such", "../no/such", "~/no/such", "no/such.gguf", Path("no/such")])
+def test_a_missing_path_is_named_before_anything_is_loaded(lm, rm, path):
+    with pytest.raises(FileNotFoundError, match=f"model is '{path}', which does not exist"):
+        stars_kernels.decode(path, rm, "hi", **SET)
+    error, known = (
+        (ValueError, "a .gguf") if str(path).endswith("gguf") else (FileNotFoundError, "which does not exist")
+    )
+    for given in (path, RewardModel(path)):
+        with pytest.raises(error, match=f"rm is '{path}', .*{known}"):
+            stars_kernels.decode("some/hub-name", given, "hi", **SET)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, lm, rm):
+    lm.save_pretrained(tmp_path / "lm")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = stars_kernels.decode("~/lm", rm, [1], tokenizer=byte_tokenizer(), **SET)
+    assert output.token_ids == stars_kernels.decode(lm, rm, [1], **SET).token_ids
+
+
+def test_no_tokenizer_and_no_label(lm, rm):
+    with pytest.raises(TypeError, match="tokenizer is of type str, expected a transformers tokenizer or None"):
+        stars_kernels.decode(lm, rm, "hi", tokenizer="x", **SET)
+    with pytest.raises(TypeError, match="tokenizer is of type str, expected"):
+        RewardModel(rm, "x")
+    for label in ("x", 1.5, True):
+        with pytest.raises(TypeError, match=f"label is {label!r}, expected an integer or None"):
+            RewardModel(rm, label=label)
 
 
 def test_a_reward_model_with_another_tokenizer_of_the_same_size(lm, rm):
@@ -195,11 +256,11 @@ def test_nan_beyond_the_winner_is_never_seen(lm):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: [0.0] * (n + 1), r"returned shape \[2\], expected 1 floats"),
-        (lambda n: torch.zeros(n, 1), r"returned shape \[1, 1\], expected 1 floats"),
-        (lambda n: 0.0, r"returned shape \[\], expected 1 floats"),
-        (lambda n: ["x"] * n, r"returned list \['x'\], expected 1 floats"),
-        (lambda n: None, "returned NoneType None, expected 1 floats"),
+        (lambda n: [0.0] * (n + 1), r"returned shape \[2\], expected floats of shape \[1\], one for each"),
+        (lambda n: torch.zeros(n, 1), r"returned shape \[1, 1\], expected floats of shape \[1\], one for each"),
+        (lambda n: 0.0, r"returned shape \[\], expected floats of shape \[1\], one for each"),
+        (lambda n: ["x"] * n, r"returned list \['x'\], expected floats of shape \[1\], one for each"),
+        (lambda n: None, r"returned NoneType None, expected floats of shape \[1\], one for each"),
     ],
 )
 def test_a_callable_that_returns_something_else(lm, returned, message):
@@ -207,6 +268,19 @@ def test_a_callable_that_returns_something_else(lm, returned, message):
         stars_kernels.decode(lm, lambda p, a: returned(len(a)), "a", tokenizer=byte_tokenizer(), **SET)
     with pytest.raises(ValueError, match=message):
         raise failed.value.__cause__
+
+
+@pytest.mark.parametrize("returned", [[0.0], [[0.0]], None])
+def test_wrong_rewards_for_several_answers_are_no_reason_to_ask_again(lm, returned):
+    calls = []
+
+    def rm(prompts, answers):
+        calls.append(answers)
+        return returned
+
+    with pytest.raises(StarsError, match=r"WrongRewards: .*, expected floats of shape \[2\], one for each answer"):
+        stars_kernels.decode(lm, rm, ["a", "b"], tokenizer=byte_tokenizer(), **SET)
+    assert calls == [["", ""]]
 
 
 def test_a_callable_that_raises_fails_only_its_prompt(lm):
@@ -244,7 +318,7 @@ def test_a_callable_that_raises_beyond_the_winner_changes_nothing(lm):
 
     for width in (1, 5):
         with pytest.raises(
-            RuntimeError, match=r"segment \d+: attempt 0: the reward model failed: ValueError: .* \[0\]"
+            RuntimeError, match=r"segment \d+: attempt 0: the reward model failed: WrongRewards: .* \[0\]"
         ):
             stars_kernels.decode(lm, later, "a", width=width, **dict(settings, max_new_tokens=40))
 
@@ -272,7 +346,13 @@ def test_prompts_that_a_tokenizer_or_template_refuses_fail_alone(lm, rm):
     assert isinstance(results[0], stars_kernels.StarsOutput)
     for result, message in zip(
         results[1:],
-        ["token id -1 is outside", "is outside the vocabulary", "roles must alternate", "no tokens", "is a float"],
+        [
+            "token id -1 is outside",
+            "is outside the vocabulary",
+            "roles must alternate",
+            "no tokens",
+            "of type float",
+        ],
         strict=True,
     ):
         assert message in str(result)

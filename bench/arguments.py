@@ -1,0 +1,28 @@
+"""Types of command line arguments, so that argparse refuses a bad value before anything is loaded."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.removeprefix("-").isdecimal() else None
+        if number is None or number < low or (high is not None and number > high):
+            expected = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
+            raise ArgumentTypeError(f"it is {text!r}, expected {expected}")
+        return number
+
+    return parse
+
+
+def output_file(text: str) -> Path:
+    """A file to be written, whose folder exists."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentTypeError(f"it is {text!r}, expected a file in a folder that exists")
+    return path

@@ -1,0 +1,39 @@
+"""The commands refuse a bad argument at once, naming what was found and what was expected."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        *[
+            (
+                f"{command} --prompts {count}",
+                f"argument --prompts: it is '{count}', expected a whole number from 1 to 44",
+            )
+            for command in ("demo.__main__", "demo.equality", "demo.gain")
+            for count in ("0", "-1", "45", "x")
+        ],
+        *[
+            (f"{command} --tokens 0", "argument --tokens: it is '0', expected a whole number >= 1")
+            for command in ("demo.__main__", "demo.equality", "demo.gain")
+        ],
+        ("demo.equality --widths 2 0", "argument --widths: it is '0', expected a whole number >= 1"),
+        ("demo.gain --plain-samples 0", "argument --plain-samples: it is '0', expected a whole number >= 1"),
+        ("bench.__main__ decode --prompts 0", "argument --prompts: it is '0', expected a whole number >= 1"),
+        (
+            "bench.__main__ decode --json no/such/out.json",
+            "argument --json: it is 'no/such/out.json', expected a file in a folder that exists",
+        ),
+    ],
+)
+def test_a_bad_argument_is_refused_before_anything_is_loaded(monkeypatch, capsys, command, message):
+    module, *arguments = command.split()
+    if module.startswith("demo"):
+        pytest.importorskip("vaderSentiment")
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    assert message in capsys.readouterr().err
