@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stars_kernels import ops
+from stars_kernels.ops._registry import call_op
 
 MIN_FEATURES = 64
 """Layers with a smaller side (a reward head) gain nothing."""
@@ -26,7 +27,7 @@ class PackedLinear(nn.Module):
         self.packed, self.bias, self.columns = _pack(linear.weight, dtype), linear.bias, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.packed_linear(x, self.packed, self.columns, bias=self.bias)
+        return call_op("packed_linear", x, self.packed, self.columns, self.bias)
 
 
 def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
