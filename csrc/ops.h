@@ -28,14 +28,18 @@ void kv_commit_cpu(const at::Tensor& suffix, const at::Tensor& arena, const at::
                    const at::Tensor& offsets, const at::Tensor& prompt, const at::Tensor& row, const at::Tensor& count,
                    const at::Tensor& advance);
 
-// packed_linear.cpp: [.., columns]
+// packed_linear.cpp: [.., columns] both
 at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t columns,
                              const std::optional<at::Tensor>& bias);
+at::Tensor packed_swiglu_cpu(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, int64_t columns);
 
 // reward_head.cpp: [R]
 at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& norm_weight,
                            double eps);
+
+// rms_norm.cpp: the shape and dtype of x
+at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps);
 
 // segment_sample.cpp: (token int64, logprob float32), both [R]
 std::tuple<at::Tensor, at::Tensor> segment_sample_cpu(const at::Tensor& logits, const at::Tensor& keys,

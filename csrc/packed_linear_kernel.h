@@ -7,7 +7,7 @@ namespace STARS_ISA {
 
 // Panels and rows whose sums fill the registers: 8 x 3 vectors of 32 registers, or 6 x 2, or 3 x 4 of 16.
 constexpr int kVectorsPerPanel = kPanel / kLanes<float>;
-constexpr int kMaxPanels = STARS_VECTOR_BYTES == 64 ? 3 : 1;
+constexpr int kMaxPanels = STARS_VECTOR_BYTES == 64 ? kPanelsAtOnce : 1;
 constexpr int kMaxRows = STARS_VECTOR_BYTES == 64 ? 8 : STARS_VECTOR_BYTES == 32 ? 6 : 3;
 
 STARS_INLINE Vec<float> load_weights(const float* w) { return load(w); }
@@ -37,16 +37,16 @@ STARS_INLINE void linear_block(const PackedLinearArgs<W>& args, int64_t row, int
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    float* const y = args.y + (row + i) * args.columns;
+    float* const y = args.y + (row + i) * args.y_row;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t column = first * kPanel + v * kLanes<float>;
       Vec<float> out = sum[i][v];
       if (column + kLanes<float> <= args.columns) {
         if (args.bias != nullptr) out += load(args.bias + column);
-        store(y + column, out);
+        store(y + column - args.y_first, out);
       } else {
         for (int64_t lane = 0; column + lane < args.columns; ++lane)
-          y[column + lane] = out[lane] + (args.bias != nullptr ? args.bias[column + lane] : 0.0f);
+          y[column - args.y_first + lane] = out[lane] + (args.bias != nullptr ? args.bias[column + lane] : 0.0f);
       }
     }
   }
@@ -76,6 +76,37 @@ void packed_linear(const PackedLinearArgs<W>& args, int64_t begin, int64_t end) 
   int64_t panel = begin;
   for (; panel + kMaxPanels <= end; panel += kMaxPanels) linear_panels<kMaxPanels>(args, panel);
   for (; panel < end; ++panel) linear_panels<1>(args, panel);
+}
+
+STARS_INLINE Vec<float> silu(Vec<float> x) {  // x / (1 + e^-x), without overflow
+  const Vec<float> e = exp_nonpositive(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
+}
+
+// silu(gate) * up into gate.y; up.y: scratch of [rows, kPanelsAtOnce * kPanel].
+template <typename W>
+void packed_swiglu(const PackedLinearArgs<W>& gate, PackedLinearArgs<W> up, int64_t begin, int64_t end) {
+  up.y_row = kPanelsAtOnce * kPanel;
+  int64_t panels;
+  for (int64_t panel = begin; panel < end; panel += panels) {
+    panels = panel + kMaxPanels <= end ? kMaxPanels : 1;
+    up.y_first = panel * kPanel;
+    packed_linear(gate, panel, panel + panels);
+    packed_linear(up, panel, panel + panels);
+    const int64_t left = gate.columns - up.y_first, columns = left < panels * kPanel ? left : panels * kPanel;
+    for (int64_t row = 0; row < gate.rows; ++row) {
+      float* const y = gate.y + row * gate.y_row + up.y_first;
+      const float* const other = up.y + row * up.y_row;
+      int64_t i = 0;
+      for (; i + kLanes<float> <= columns; i += kLanes<float>) store(y + i, silu(load(y + i)) * load(other + i));
+      if (i < columns) {
+        float last[kLanes<float>] = {};
+        for (int64_t j = i; j < columns; ++j) last[j - i] = y[j];
+        store(last, silu(load(last)));
+        for (int64_t j = i; j < columns; ++j) y[j] = last[j - i] * other[j];
+      }
+    }
+  }
 }
 
 }  // namespace STARS_ISA

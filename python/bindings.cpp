@@ -52,6 +52,8 @@ TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("fork_attention", &stars::fork_attention_cpu);
   m.impl("kv_commit", &stars::kv_commit_cpu);
   m.impl("packed_linear", &stars::packed_linear_cpu);
+  m.impl("packed_swiglu", &stars::packed_swiglu_cpu);
   m.impl("reward_head", &stars::reward_head_cpu);
+  m.impl("rms_norm", &stars::rms_norm_cpu);
   m.impl("segment_sample", &stars::segment_sample_cpu);
 }

@@ -310,7 +310,7 @@ class _Engine:
     def _backends(self) -> dict[str, str]:
         """What ran: each op's implementation on this device, and the models' linear layers."""
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
-        packed = served.pop("packed_linear")
+        packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         return {**served, "linear": linear}
 

@@ -4,11 +4,12 @@ from stars_kernels.ops._registry import DEVICES, backends, reference
 from stars_kernels.ops.accept import accept
 from stars_kernels.ops.fork_attention import fork_attention
 from stars_kernels.ops.kv_commit import kv_commit
-from stars_kernels.ops.packed_linear import pack_linear, packed_linear
+from stars_kernels.ops.packed_linear import pack_linear, packed_linear, packed_swiglu
 from stars_kernels.ops.reward_head import reward_head
+from stars_kernels.ops.rms_norm import rms_norm
 from stars_kernels.ops.segment_sample import segment_sample
 
 __all__ = [
-    "DEVICES", "accept", "backends", "fork_attention", "kv_commit", "pack_linear", "packed_linear", "reference",
-    "reward_head", "segment_sample",
+    "DEVICES", "accept", "backends", "fork_attention", "kv_commit", "pack_linear", "packed_linear", "packed_swiglu",
+    "reference", "reward_head", "rms_norm", "segment_sample",
 ]  # fmt: skip

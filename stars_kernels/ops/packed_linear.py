@@ -1,4 +1,4 @@
-"""packed_linear: a linear layer on weights packed once, for the few rows of a decoding step.
+"""packed_linear, packed_swiglu: linear layers on weights packed once, for the few rows of a decoding step.
 
     packed[n // 16, k, n % 16] = weight[n, k]
 
@@ -42,14 +42,35 @@ def packed_linear(x: Tensor, weight: Tensor, columns: int, *, bias: Tensor | Non
         [.., N] float32.
     """
     check_dtype("x", x, torch.float32)
-    check_shape("weight", weight, -(-columns // PANEL), x.shape[-1], PANEL)
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight has dtype {weight.dtype}, expected one of {WEIGHT_DTYPES}")
+    _check_weight("weight", weight, columns, x)
     if bias is not None:
         check_shape("bias", bias, columns)
         check_dtype("bias", bias, torch.float32)
     check_device(x, weight=weight, bias=bias)
-    return call_op(_NAME, x, weight, columns, bias)
+    return call_op(_LINEAR, x, weight, columns, bias)
+
+
+def packed_swiglu(x: Tensor, gate: Tensor, up: Tensor, columns: int) -> Tensor:
+    """y = silu(x gate^T) * (x up^T), the first half of a Llama MLP, with sums in fp32.
+
+    Args:
+        x: [.., K] float32. gate, up: [ceil(N / PANEL), K, PANEL] of `pack_linear`, of one dtype. columns: N.
+
+    Returns:
+        [.., N] float32.
+    """
+    check_dtype("x", x, torch.float32)
+    _check_weight("gate", gate, columns, x)
+    _check_weight("up", up, columns, x)
+    check_dtype("up", up, gate.dtype)
+    check_device(x, gate=gate, up=up)
+    return call_op(_SWIGLU, x, gate, up, columns)
+
+
+def _check_weight(name: str, weight: Tensor, columns: int, x: Tensor) -> None:
+    check_shape(name, weight, -(-columns // PANEL), x.shape[-1], PANEL)
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name} has dtype {weight.dtype}, expected one of {WEIGHT_DTYPES}")
 
 
 def packed_linear_ref(x: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -> Tensor:
@@ -58,10 +79,22 @@ def packed_linear_ref(x: Tensor, weight: Tensor, columns: int, bias: Tensor | No
     return F.linear(x, rows.float(), bias)
 
 
-def _fake(x: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+def packed_swiglu_ref(x: Tensor, gate: Tensor, up: Tensor, columns: int) -> Tensor:
+    """The definition."""
+    return F.silu(packed_linear_ref(x, gate, columns, None)) * packed_linear_ref(x, up, columns, None)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], columns)
 
 
-_NAME = define_op(
-    "packed_linear(Tensor x, Tensor weight, int columns, Tensor? bias) -> Tensor", packed_linear_ref, _fake
+def _fake_swiglu(x: Tensor, gate: Tensor, up: Tensor, columns: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns)
+
+
+_LINEAR = define_op(
+    "packed_linear(Tensor x, Tensor weight, int columns, Tensor? bias) -> Tensor", packed_linear_ref, _fake_linear
+)
+_SWIGLU = define_op(
+    "packed_swiglu(Tensor x, Tensor gate, Tensor up, int columns) -> Tensor", packed_swiglu_ref, _fake_swiglu
 )

@@ -10,7 +10,10 @@ import pytest
 import stars_kernels
 from stars_kernels.ops._registry import load_extension
 
-OPS = {"accept", "fork_attention", "kv_commit", "packed_linear", "reward_head", "segment_sample"}
+OPS = {
+    "accept", "fork_attention", "kv_commit", "packed_linear", "packed_swiglu", "reward_head", "rms_norm",
+    "segment_sample",
+}  # fmt: skip
 COMPILED = {(op, "cpu"): "cpp" for op in OPS}
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stars_kernels
-from stars_kernels.ops import pack_linear, packed_linear
+from stars_kernels.ops import pack_linear, packed_linear, packed_swiglu
 from tests.ops.helpers import dtype_name, generator, strided
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -109,3 +109,53 @@ def test_pack_errors():
 def test_opcheck(dtype):
     x, weight, bias = make_case()
     torch.library.opcheck(torch.ops.stars.packed_linear.default, (x, pack_linear(weight, dtype), 37, bias))
+
+
+# --- packed_swiglu ---
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 29])
+@pytest.mark.parametrize(("columns", "depth"), [(1, 1), (16, 8), (37, 23), (130, 64), (200, 300)])
+def test_swiglu_is_silu_times_linear(impl, dtype, columns, depth, rows):
+    x, gate, _ = make_case(rows, columns, depth)
+    up = make_case(rows, columns, depth, seed=1)[1]
+    gate, up = 3 * gate / depth**0.5, up / depth**0.5
+    found = packed_swiglu(x, pack_linear(gate, dtype), pack_linear(up, dtype), columns)
+    assert found.shape == (rows, columns)
+    gate, up = gate.to(dtype).double(), up.to(dtype).double()
+    truth = F.silu(F.linear(x.double(), gate)) * F.linear(x.double(), up)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_swiglu_at_the_ends_of_the_range(impl):
+    x = torch.tensor([[1e4], [-1e4], [90.0], [-90.0], [0.0], [torch.nan], [torch.inf]])
+    one = pack_linear(torch.ones(20, 1))
+    found = packed_swiglu(x, one, one, 20)[:, 3]
+    expected = (F.silu(x) * x)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_swiglu_bits_do_not_depend_on_the_batch():
+    if stars_kernels.backends()["packed_swiglu"]["cpu"] != "cpp":
+        pytest.skip("the definition promises no bits")
+    x, gate, _ = make_case(rows=33, columns=200, depth=300)
+    weights = pack_linear(gate), pack_linear(make_case(33, 200, 300, seed=1)[1])
+    whole = packed_swiglu(x, *weights, 200)
+    for rows in (1, 2, 8, 20):
+        assert torch.equal(torch.cat([packed_swiglu(part, *weights, 200) for part in x.split(rows)]), whole)
+
+
+def test_swiglu_errors(impl):
+    x, weight, _ = make_case()
+    packed = pack_linear(weight)
+    with pytest.raises(ValueError, match=r"gate has shape \[2, 23, 16\], expected \[3, 23, 16\]"):
+        packed_swiglu(x, packed[:2], packed, 37)
+    with pytest.raises(ValueError, match=r"up has dtype torch.bfloat16, expected torch.float32"):
+        packed_swiglu(x, packed, packed.bfloat16(), 37)
+
+
+def test_swiglu_opcheck():
+    x, weight, _ = make_case()
+    packed = pack_linear(weight)
+    torch.library.opcheck(torch.ops.stars.packed_swiglu.default, (x, packed, packed, 37))
