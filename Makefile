@@ -24,14 +24,17 @@ test: build  ## all tests that this machine can run; skips print their reasons
 
 # The sanitizers' own copy of the package; gcc's runtimes come first, as python itself is built without them.
 ASAN := build/asan
+ASAN_PYTEST := --quiet -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 STARS_EXPECT_SANITIZED=1
 asan: build  ## the op tests on an extension built with AddressSanitizer and UBSan
 	@echo "== extension with sanitizers in $(ASAN)"
 	@CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" \
 		LDFLAGS="-fsanitize=address,undefined" STARS_BUILD_EXT=1 \
 		$(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 STARS_EXPECT_SANITIZED=1 \
-		$(BIN)/python -m pytest tests/ops -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
+	$(SANITIZED) $(BIN)/python -m pytest tests/ops $(ASAN_PYTEST)
+	@echo "== once more without vector instructions"
+	ATEN_CPU_CAPABILITY=default $(SANITIZED) $(BIN)/python -m pytest tests/ops $(ASAN_PYTEST)
 
 lint: build  ## ruff, mypy and the house's own bans
 	$(BIN)/ruff check .

@@ -59,8 +59,8 @@ def ours_decode(
     if forwards is not None:  # before packing, which takes the weights out of sight
         _count_forwards(lm_view, lm_view.model.layers, lm_view.lm_head, forwards)
         _count_forwards(rm_view.model, rm_view.model.layers, None, forwards)
-    for view in (lm_view, rm_view):
-        pack_linears(view)  # as `decode` does by default
+    for body in (lm_view, rm_view.base_model):
+        pack_linears(body)  # as `decode` does by default
     scorer: Scorer = ClassifierScorer(rm_view, label=0)
     if judges is not None:
         scorer = _Judged(scorer, judges, config.segment_size)

@@ -129,8 +129,10 @@ inline void attend_tile(const ForkAttentionArgs<T>& args, const Scratch<A>& scra
   if (args.softcap > 0) {
     const A cap = static_cast<A>(args.softcap);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < columns; ++c)
-        scores[i * kStride + c] = cap * static_cast<A>(__builtin_tanh(scores[i * kStride + c] / cap));
+      for (int64_t c = 0; c < columns; ++c) {
+        A& score = scores[i * kStride + c];
+        if (score != -__builtin_inff()) score = cap * static_cast<A>(__builtin_tanh(score / cap));
+      }
   }
   A maxima[kBlockColumns + 16], sums[kBlockColumns + 16];
   for (int64_t c = 0; c < columns; c += kLane) {
@@ -160,14 +162,15 @@ inline void attend_tile(const ForkAttentionArgs<T>& args, const Scratch<A>& scra
 
   for (int64_t c = 0; c < columns; c += kLane) {
     const int64_t at = first + c;
-    const auto mine = lane_numbers<Int>() < static_cast<Int>(columns - c);  // the other lanes are neighbours'
-    const Vec<A> before = load(state.max + at), tile = load(maxima + c);
+    const Vec<A> before = load(state.max + at), tile = load(maxima + c), tile_sum = load(sums + c);
+    // The other lanes are neighbours', or see none of these keys, whose values may be infinite.
+    const auto mine = (lane_numbers<Int>() < static_cast<Int>(columns - c)) & (tile_sum != static_cast<A>(0));
     const Vec<A> max = maximum(before, tile);
     const Vec<A> shift = max == static_cast<A>(-__builtin_inff()) ? Vec<A>{} : max;
     const Vec<A> keep = exp_nonpositive(before - shift), add = exp_nonpositive(tile - shift);
     const Vec<A> sum = load(state.sum + at);
     store(state.max + at, mine ? max : before);
-    store(state.sum + at, mine ? fma(sum, keep, load(sums + c) * add) : sum);
+    store(state.sum + at, mine ? fma(sum, keep, tile_sum * add) : sum);
     for (int64_t d = 0; d < args.value_size; ++d) {
       const Vec<A> out = load(state.out + d * kStride + at);
       const Vec<A> merged = fma(out, keep, load(scratch.tile_out + d * kStride + c) * add);

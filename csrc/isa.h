@@ -7,6 +7,10 @@
 //
 // The kernel header has no include guard and no #include, and puts its code into namespace stars::STARS_ISA. It calls
 // nothing inline from outside that namespace: the linker keeps one copy of such a function, maybe that of a wider ISA.
+#if !defined(__GNUC__) || defined(__clang__)
+#error "the kernels of stars-kernels need gcc: its vectors and its target pragma"
+#endif
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -29,7 +33,7 @@
 #undef STARS_ISA
 #undef STARS_VECTOR_BYTES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
 #define STARS_PICK(...)                                               \
   (stars::isa() == stars::Isa::kAvx512 ? &stars::avx512::__VA_ARGS__  \
    : stars::isa() == stars::Isa::kAvx2 ? &stars::avx2::__VA_ARGS__    \

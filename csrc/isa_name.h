@@ -11,7 +11,7 @@ enum class Isa { kPlain, kAvx2, kAvx512 };
 
 // What torch itself picked: ATEN_CPU_CAPABILITY=default|avx2|avx512 sets both.
 inline Isa isa() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
   static const Isa found = [] {
     const std::string name = at::get_cpu_capability();
     return name.rfind("AVX512", 0) == 0 ? Isa::kAvx512 : name == "AVX2" ? Isa::kAvx2 : Isa::kPlain;

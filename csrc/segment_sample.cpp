@@ -73,6 +73,7 @@ class Row {
     Candidate winner{0, -1};
     if (candidates_.empty()) {
       winner.id = STARS_PICK(race_row)(logits_, vocabulary_, filters_.temperature, draw);
+      TORCH_INTERNAL_ASSERT(winner.id >= 0);
       winner.score = score(winner.id);
     } else {
       float best = kInf;

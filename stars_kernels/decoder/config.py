@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stars_kernels.ops.philox import MAX_ATTEMPTS
+from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class StarsConfig:
         )
         self._check(
             "temperature",
-            _is_number(self.temperature) and self.temperature > 0,
-            "a finite number > 0: at 0 all attempts at a segment would be equal",
+            _is_number(self.temperature) and MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            "1e-30 to 1e30: at 0 all attempts at a segment would be equal",
         )
         self._check(
             "top_k",

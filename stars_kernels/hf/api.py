@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibra
 from stars_kernels.hf.models import (
     ModelOrPath,
     RewardModel,
+    RMSNorm,
     check_path,
     check_reward_path,
     check_tokenizer,
@@ -142,11 +144,12 @@ class _Engine:
             self.limit = min(self.limit, context_limit(self.rm))
             if self.rm.device != self.lm.device:
                 raise ValueError(f"rm is on {self.rm.device}, expected the language model's {self.lm.device}")
-        views = [self.lm, self.rm] if isinstance(self.rm, PreTrainedModel) else [self.lm]
+        # A reward model's head stays: it is read at one token alone, by an op of its own.
+        self.bodies = [self.lm, self.rm.base_model] if isinstance(self.rm, PreTrainedModel) else [self.lm]
         self.packed_bytes = 0
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
-            self.packed_bytes = sum(pack_linears(view, dtype) for view in views)
+            self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
@@ -311,7 +314,13 @@ class _Engine:
         """What ran: each op's implementation on this device, and the models' linear layers."""
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
         packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
+        modules = [module for body in self.bodies for module in body.modules()]
+        if not any(isinstance(module, RMSNorm) for module in modules):
+            served["rms_norm"] = "the model's own"
+        plain = sum(type(module) is nn.Linear for module in modules)
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
+        if self.packed_bytes and plain:
+            linear += f"; torch: {plain} layers"
         return {**served, "linear": linear}
 
     def _progress(self, total: int | None, what: str) -> tqdm[Any]:

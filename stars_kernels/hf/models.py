@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stars_kernels import ops
 from stars_kernels.hf.cache import ATTENTION
+from stars_kernels.hf.packing import is_plain
 from stars_kernels.ops._registry import call_op
 
 LANGUAGE_MODELS = ("LlamaForCausalLM",)
@@ -142,7 +143,7 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
     view.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is LlamaRMSNorm and child.weight.dtype == torch.float32:
+            if is_plain(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
                 setattr(parent, name, RMSNorm(child))
     return view.eval()
 

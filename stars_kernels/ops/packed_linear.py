@@ -68,6 +68,8 @@ def packed_swiglu(x: Tensor, gate: Tensor, up: Tensor, columns: int) -> Tensor:
 
 
 def _check_weight(name: str, weight: Tensor, columns: int, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0 or columns <= 0:
+        raise ValueError(f"x has shape {list(x.shape)} and {columns=}, expected [.., K], K > 0, and columns > 0")
     check_shape(name, weight, -(-columns // PANEL), x.shape[-1], PANEL)
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name} has dtype {weight.dtype}, expected one of {WEIGHT_DTYPES}")

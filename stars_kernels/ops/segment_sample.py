@@ -8,14 +8,14 @@ id). That is Gumbel-max with the tail at v -> 0, where fp32 is exact enough.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from stars_kernels.ops._registry import call_op, define_op
 from stars_kernels.ops._validate import check_device, check_dtype, check_shape
 from stars_kernels.ops.philox import STREAM_SAMPLE, token_bits
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # in fp32, neither these nor their reciprocals overflow
 
 
 def segment_sample(
@@ -38,7 +38,7 @@ def segment_sample(
         keys, attempt, position: [R] int64, the row's Philox key, its attempt (< 2^24) and the token's position in the
             answer (< 2^32).
         source: [R] int64, the row of `logits` each row draws from (many attempts share one); None when N == R.
-        temperature: > 0. top_k: 0 = off. top_p: in (0, 1], 1 = off. min_p: in [0, 1), 0 = off.
+        temperature: 1e-30 to 1e30. top_k: 0 = off. top_p: in (0, 1], 1 = off. min_p: in [0, 1), 0 = off.
 
     Returns:
         token [R] int64, -1 where the row's logits hold NaN or +inf, or no finite value;
@@ -56,8 +56,8 @@ def segment_sample(
     check_device(logits, keys=keys, attempt=attempt, position=position, source=source)
     if not logits.is_floating_point():
         raise ValueError(f"logits has dtype {logits.dtype}, expected a float dtype")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a finite number > 0")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature is {temperature}, expected {MIN_TEMPERATURE} to {MAX_TEMPERATURE}")
     if not 0 <= stream < 256:
         raise ValueError(f"stream is {stream}, expected 0 to 255")
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:

@@ -28,7 +28,7 @@ SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_siz
         ("segment_size", 0, "segment_size is 0, expected an integer >= 1"),
         ("max_new_tokens", 0, "max_new_tokens is 0, expected an integer >= 1"),
         ("batch_size", 0, "batch_size is 0, expected an integer >= 1"),
-        ("temperature", 0, "temperature is 0, expected a finite number > 0: at 0 all attempts"),
+        ("temperature", 0, "temperature is 0, expected 1e-30 to 1e30: at 0 all attempts"),
         ("do_sample", False, "do_sample is False, expected True: without sampling all attempts"),
         ("top_k", 1, "top_k is 1, expected an integer >= 2, or None or 0 for off: with 1 all attempts"),
         ("top_k", 2.5, "top_k is 2.5, expected an integer"),

@@ -97,11 +97,12 @@ def test_a_rows_bits_do_not_depend_on_its_batch():
     assert torch.equal(packed(x.flip(0)), alone.flip(0))
 
 
-def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch():
+@pytest.mark.parametrize("shape", [WIDE, {}, dict(WIDE, num_key_value_heads=4)], ids=["wide", "tiny", "grouped"])
+def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch(shape):
     """Every kernel of a packed decode works row by row, in one order: no rounding can tip a choice."""
     if stars_kernels.backends()["packed_linear"]["cpu"] != "cpp":
         pytest.skip("needs the compiled extension")
-    model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
+    model, rm = tiny_language_model(torch.float32, **shape), tiny_reward_model(torch.float32, **shape)
     prompts = [[1, 2, 3], list(range(40, 120)), [7], list(range(5, 25))]
     common = dict(SET, reward_threshold=2.0, max_attempts=9, max_new_tokens=17, temperature=1.5, eos_token_id=())
 
@@ -118,3 +119,25 @@ def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch():
         assert answers([0, 1, 2, 3], width=width) == expected
         assert answers([2, 0, 3, 1], width=width, batch_size=3) == expected
     assert answers([1], width=4)[1] == expected[1]
+
+
+def test_a_module_with_a_hook_is_left_alone():
+    """Hooks on a user's model (to steer it, to look into it) run as they do in its own forward."""
+    model, rm = wide_model(), tiny_reward_model(torch.float32, **WIDE)
+    calls = []
+    layer = model.model.layers[0]
+    for module in (layer.mlp, layer.self_attn.q_proj, layer.input_layernorm, model.model.layers[1].mlp.up_proj):
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    output = stars_kernels.decode(model, rm, [1, 2], **SET)
+    assert set(calls) == {"LlamaMLP", "Linear", "LlamaRMSNorm"} and calls.count("Linear") == 2 * calls.count("LlamaMLP")
+    # q_proj, and of the second MLP the up_proj that is hooked; the first MLP's three are packed inside it.
+    assert output.backends["linear"].endswith("; torch: 2 layers")
+
+
+def test_weights_written_through_data_are_seen():
+    linear = nn.Linear(96, 96)
+    x = torch.randn(4, 96)
+    for change in (lambda: linear.weight.data.mul_(2), lambda: setattr(linear.weight, "data", torch.randn(96, 96))):
+        PackedLinear(linear, torch.float32)
+        change()
+        torch.testing.assert_close(PackedLinear(linear, torch.float32)(x), linear(x), rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import stars_kernels
 from stars_kernels.ops import fork_attention
 from tests.ops.helpers import DTYPES, assert_no_worse, dtype_name, generator, longs, strided
 
@@ -206,6 +207,27 @@ def test_strided_inputs(impl, variant):
     expected = fork_attention(**case)
     views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     torch.testing.assert_close(fork_attention(**views), expected)
+
+
+def test_a_rows_bits_do_not_depend_on_its_batch():
+    if stars_kernels.backends()["fork_attention"]["cpu"] != "cpp":
+        pytest.skip("the definition promises no bits")
+    case = make_case(steps=3, shape=(9, 3, 64, 64), dtype=torch.float32, lengths=(200, 0, 65, 1), seed=4)
+    whole = fork_attention(**case)
+    of_rows = ("query", "suffix_key", "suffix_value", "suffix_len", "query_len", "prompt")
+    for rows in ([3], [0, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
+        part = fork_attention(**(case | {name: case[name][rows] for name in of_rows}))
+        assert torch.equal(part, whole[rows])
+
+
+def test_infinite_values_stay_with_who_sees_them():
+    """Key 62 is inside the second row's window alone, and its tile holds no key of the first row's."""
+    if stars_kernels.backends()["fork_attention"]["cpu"] != "cpp":
+        pytest.skip("in the definition a hidden key has weight 0, and 0 * inf is NaN")
+    case = make_case(shape=(1, 1, 4, 4), lengths=(70,), prompt=(0, 0), suffix_len=[6, 1], query_len=[1, 1], window=10)
+    case["arena_value"][case["offsets"][0] + 62] = torch.inf
+    out = fork_attention(**case)
+    assert out[0].isfinite().all() and not out[1].isfinite().any()
 
 
 def test_layers_of_one_arena(impl):

@@ -98,6 +98,12 @@ def test_errors(impl, which, change, message):
         packed_linear(given_[0], given_[1], 37, bias=given_[2])
 
 
+@pytest.mark.parametrize(("depth", "columns"), [(0, 5), (4, 0)])
+def test_no_depth_or_columns_is_an_error(impl, depth, columns):
+    with pytest.raises(ValueError, match=r"expected \[\.\., K\], K > 0, and columns > 0"):
+        packed_linear(torch.zeros(3, depth), torch.zeros(1, depth, 16), columns)
+
+
 def test_pack_errors():
     with pytest.raises(ValueError, match=r"packed as torch\.float16, expected one of"):
         pack_linear(torch.zeros(3, 4), torch.float16)

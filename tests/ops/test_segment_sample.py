@@ -385,6 +385,18 @@ def test_dtypes_equal_fp32_of_the_same_values(impl, dtype, filters):
     assert torch.equal(token, expected) and torch.equal(logprob, expected_logprob)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_the_ends_of_the_temperature(impl, filters):
+    logits = torch.tensor([0.0, -1.0, 2.0, 2.0, -torch.inf, -2.0])
+    token, logprob = draw(logits, 200, temperature=1e-30, **filters)
+    assert set(token.tolist()) <= {2, 3}
+    torch.testing.assert_close(logprob.exp(), torch.full((200,), 0.5))
+    token, logprob = draw(logits, 200, temperature=1e30, **filters)
+    survivors = 5 if filters.get("top_k") is None else 3
+    assert len(token.unique()) == survivors and 4 not in token
+    torch.testing.assert_close(logprob.exp(), torch.full((200,), 1 / survivors))
+
+
 @pytest.mark.parametrize("vocabulary", [1, 2, 3, 5, 4097])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
 def test_vocabulary_sizes(impl, vocabulary, filters):
@@ -429,10 +441,8 @@ ERRORS = [
     pytest.param({"attempt": longs(1)}, r"attempt has shape \[1\], expected \[4\]", id="attempt"),
     pytest.param({"position": longs(1).int()}, r"position has shape \[1\], expected \[4\]", id="position"),
     pytest.param({"source": longs(0)}, r"source has shape \[1\], expected \[4\]", id="source"),
-    pytest.param({"temperature": 0.0}, "temperature is 0.0, expected a finite number > 0", id="temperature 0"),
-    pytest.param(
-        {"temperature": float("nan")}, "temperature is nan, expected a finite number > 0", id="temperature nan"
-    ),
+    pytest.param({"temperature": 0.0}, "temperature is 0.0, expected 1e-30 to 1e", id="temperature 0"),
+    pytest.param({"temperature": float("nan")}, "temperature is nan, expected 1e-30 to 1e", id="temperature nan"),
     pytest.param({"top_k": -1}, "top_k=-1 .*expected top_k >= 0", id="top_k"),
     pytest.param({"top_p": 0.0}, "top_p=0.0 .*expected .*0 < top_p <= 1", id="top_p 0"),
     pytest.param({"top_p": 1.5}, "top_p=1.5 .*expected .*0 < top_p <= 1", id="top_p above 1"),
