@@ -45,7 +45,6 @@ class Case:
     """That no implementation can avoid reading or writing."""
     flops: int = 0
     target: float | None = None
-    note: str = ""
 
 
 def layers_for(layer_bytes: int) -> int:
@@ -287,9 +286,8 @@ def measure(case: Case, rates: Rates, seconds: float) -> Row:
             work(n)
             found.append(time.perf_counter() - began)
     ours, theirs = map(statistics.median, times)
-    dtype_rate = rates.gemm_flops_per_second
-    floor = max(case.bytes_moved / rates.read_bytes_per_second, case.flops / dtype_rate)
-    return Row(case.name, case.against, theirs / ours, case.target, ours / floor, ours, theirs, case.note)
+    floor = max(case.bytes_moved / rates.read_bytes_per_second, case.flops / rates.gemm_flops_per_second)
+    return Row(case.name, case.against, theirs / ours, case.target, ours / floor, ours, theirs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

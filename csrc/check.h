@@ -16,4 +16,9 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, at::IntArra
   TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", found ", tensor.scalar_type());
 }
 
+// The tensor itself where its last dimension is dense, else a contiguous copy.
+inline at::Tensor dense_last(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
 }  // namespace stars

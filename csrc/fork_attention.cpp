@@ -40,10 +40,6 @@ std::vector<ForkAttentionBlock> blocks_of(const std::vector<int64_t>& rows, cons
   return blocks;
 }
 
-at::Tensor dense_last(const at::Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
 }  // namespace
 
 at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_key, const at::Tensor& suffix_value,

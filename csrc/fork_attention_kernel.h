@@ -134,7 +134,7 @@ inline void attend_tile(const ForkAttentionArgs<T>& args, const Scratch<A>& scra
         if (score != -__builtin_inff()) score = cap * static_cast<A>(__builtin_tanh(score / cap));
       }
   }
-  A maxima[kBlockColumns + 16], sums[kBlockColumns + 16];
+  A maxima[kStride], sums[kStride];
   for (int64_t c = 0; c < columns; c += kLane) {
     A* const column = scores + c;
     const Vec<A> hidden = broadcast(static_cast<A>(-__builtin_inff()));

@@ -20,8 +20,7 @@ namespace {
 at::Tensor rows_of(const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "x: expected shape [.., K], K > 0, found ", x.sizes());
   TORCH_CHECK(x.scalar_type() == at::kFloat, "x: expected Float, found ", x.scalar_type());
-  const auto flat = x.reshape({-1, x.size(-1)});
-  return flat.size(1) <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
+  return dense_last(x.reshape({-1, x.size(-1)}));
 }
 
 void check_weight(const at::Tensor& weight, const char* name, int64_t columns, int64_t depth) {

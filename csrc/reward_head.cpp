@@ -23,7 +23,7 @@ at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, con
   if (bias) check_shape(*bias, "bias", {1});
   if (norm_weight) check_shape(*norm_weight, "norm_weight", {size});
   const auto sum_type = at::toOpMathType(hidden.scalar_type());
-  const auto hidden_d = size <= 1 || hidden.stride(2) == 1 ? hidden : hidden.contiguous();
+  const auto hidden_d = dense_last(hidden);
   const auto last_c = last.contiguous();
   const auto* const position = last_c.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < rows; ++r)

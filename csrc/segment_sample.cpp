@@ -206,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor> segment_sample_cpu(const at::Tensor& logits, 
   if (source) check_tensor(*source, "source", {rows}, at::kLong);
   TORCH_CHECK(source || sources == rows, "logits: expected ", rows, " rows, found ", sources);
 
-  const auto logits_d = vocabulary == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
+  const auto logits_d = dense_last(logits);
   const auto keys_c = keys.contiguous(), attempt_c = attempt.contiguous(), position_c = position.contiguous();
   const auto source_c = source ? source->contiguous() : at::Tensor();
   std::vector<int64_t> from(rows), order(rows);  // the row of logits of each draw; draws by it

@@ -150,6 +150,7 @@ class _Engine:
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
+        self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
@@ -307,7 +308,7 @@ class _Engine:
             counts=answer.counts,
             seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
             calibration=self.calibration,
-            backends=self._backends(),
+            backends=dict(self.backends),
         )
 
     def _backends(self) -> dict[str, str]:

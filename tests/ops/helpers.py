@@ -2,7 +2,13 @@
 
 import torch
 
+from stars_kernels.ops import backends
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def compiled(op):
+    return backends()[op]["cpu"] == "cpp"
 
 
 def dtype_name(dtype):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import stars_kernels
 from stars_kernels.ops import fork_attention, kv_commit, reward_head, segment_sample
-from tests.ops.helpers import DTYPES, bits_of, generator, longs, strided
+from tests.ops.helpers import DTYPES, bits_of, compiled, generator, longs, strided
 from tests.ops.test_segment_sample import borderline
 
 fuzz = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.data_too_large])
@@ -172,10 +172,6 @@ OUT_OF_BOUNDS = [
     ({"offsets": longs(1)}, r"expected slots of 0 to 5, found 1 \+ 5"),
     ({"offsets": longs(-1)}, r"expected slots of 0 to 5, found -1 \+ 5"),
 ]
-
-
-def compiled(op):
-    return stars_kernels.backends()[op]["cpu"] == "cpp"
 
 
 @pytest.mark.parametrize(("change", "message"), OUT_OF_BOUNDS, ids=[m for _, m in OUT_OF_BOUNDS])
