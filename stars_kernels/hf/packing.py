@@ -1,4 +1,4 @@
-"""Linear layers on packed weights (`ops.packed_linear`): on a CPU a step of few rows gains 1.5x to 3x.
+"""Linear layers on packed weights (`ops.packed_linear`): faster on a CPU where rows are few.
 
 Only on the engine's view of a model, never on the user's. It costs a second copy of the weights, kept for as long as
 the originals live and shared by all views of them. What cannot be replaced without a difference stays as it is: weights
