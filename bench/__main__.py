@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
+from types import ModuleType
 
-from transformers.utils.logging import disable_progress_bar
-
-from bench import decode, machine, ops
 from bench.arguments import output_file
-from bench.report import CheckError, missed_targets, table, write_json
 
-SUITES = {"decode": decode, "ops": ops}
-"""A module with `add_arguments(parser)` and `run(args) -> list[Row]`; args.rates: of the machine."""
+TIMED = ("decode", "ops")
+"""Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.rates: of the machine."""
+MODELLED = ("roofline",)
+"""The same, but run() prints its own tables, by formula, and returns an exit code."""
 
 
 def main() -> int:
+    names = TIMED + MODELLED
+    names = tuple(name for name in names if name in sys.argv[1:2]) or names  # torch is not imported for nothing
+    modules = {name: import_module(f"bench.{name}") for name in names}
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
-    for name, suite in SUITES.items():
+    for name, suite in modules.items():
         summary = (suite.__doc__ or "").partition("\n")[0]
         subparser = suites.add_parser(name, help=summary, description=summary)
-        subparser.add_argument("--quick", action="store_true", help="less work, for a few minutes in all")
-        subparser.add_argument("--json", type=output_file, metavar="FILE", help="write machine and rows here")
+        if name in TIMED:
+            subparser.add_argument("--quick", action="store_true", help="less work, for a few minutes in all")
+        subparser.add_argument("--json", type=output_file, metavar="FILE", help="write all that is found here")
         suite.add_arguments(subparser)
     args = parser.parse_args()
+    suite = modules[args.suite]
+    return int(suite.run(args)) if args.suite in MODELLED else time_suite(suite, args)
+
+
+def time_suite(suite: ModuleType, args: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from bench import machine
+    from bench.report import CheckError, missed_targets, table, write_json
 
     disable_progress_bar()  # of loading, which would fill a log
     args.rates = machine.measure()
@@ -32,7 +45,7 @@ def main() -> int:
     for key, value in facts.items():
         print(f"{key}: {value}", flush=True)
     try:
-        rows = SUITES[args.suite].run(args)
+        rows = suite.run(args)
     except CheckError as error:
         print(f"CHECK FAILED, nothing was timed: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,17 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:  # NaN neither
+        raise ArgumentTypeError(f"it is {text!r}, expected a number above 0, up to 1")
+    return number
 
 
 def output_file(text: str) -> Path:

@@ -27,6 +27,22 @@ import pytest
             "bench.__main__ decode --json no/such/out.json",
             "argument --json: it is 'no/such/out.json', expected a file in a folder that exists",
         ),
+        *[
+            (
+                f"bench.__main__ roofline --acceptance {value}",
+                f"argument --acceptance: it is '{value}', expected a number above 0, up to 1",
+            )
+            for value in ("0", "-0.1", "1.5", "nan", "often")
+        ],
+        *[
+            (
+                f"bench.__main__ roofline --{name} 0",
+                f"argument --{name}: it is '0', expected a whole number from 1 to {high}",
+            )
+            for name, high in (("prompts", 10_000), ("prompt-tokens", 1_000_000))
+        ],
+        ("bench.__main__ roofline --gpu h200", "argument --gpu: invalid choice: 'h200' (choose from"),
+        ("bench.__main__ roofline --model gpt-2", "argument --model: invalid choice: 'gpt-2' (choose from"),
     ],
 )
 def test_a_bad_argument_is_refused_before_anything_is_loaded(monkeypatch, capsys, command, message):

@@ -32,6 +32,12 @@ SMALL = {  # command: a smaller run of the same entry point
     "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
+    "python -m bench roofline": [*PYTHON, "bench", "roofline"],
+    "python -m bench roofline --gpu h100 --json out.json": [
+        *PYTHON,
+        *"bench roofline --gpu h100 --json".split(),
+        os.devnull,
+    ],
     "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
 SAME_ENTRY = {

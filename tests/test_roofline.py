@@ -1,0 +1,225 @@
+"""The model of `python -m bench roofline`: sizes against transformers and the engine, times against arithmetic."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from bench import kernels, roofline, rounds
+from bench.kernels import GPUS, MODELS
+from bench.rounds import Job
+from stars_kernels.decoder import width as decoder_width
+from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.models import view_of
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768}  # as published
+KV_BYTES = {"llama-7b": 512 * 2**10, "llama-3-8b": 128 * 2**10, "qwen2.5-0.5b": 12 * 2**10}  # a token, bf16
+JOB = Job(GPUS["h100"], MODELS["llama-7b"], prompts=64, prompt_tokens=128, segment=15, acceptance=0.25)
+
+
+def seconds(job, width=4, prompts=64, prefix=200.0, graph=True):
+    return rounds.round_seconds(job.gpu, rounds.ours(job, prompts, width, prefix), graph)
+
+
+def faster(gpu, **factors):
+    return replace(gpu, **{name: getattr(gpu, name) * factor for name, factor in factors.items()})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_kv_are_those_of_the_model_in_transformers(name):
+    m = MODELS[name]
+    kind, config = (Qwen2ForCausalLM, Qwen2Config) if m.qkv_bias else (LlamaForCausalLM, LlamaConfig)
+    with torch.device("meta"):
+        model = kind(
+            config(
+                num_hidden_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads,
+                num_key_value_heads=m.kv_heads, intermediate_size=m.intermediate, vocab_size=m.vocabulary,
+                tie_word_embeddings=m.tied,
+            )
+        )  # fmt: skip
+    layer = model.model.layers[0]
+    linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    assert model.num_parameters() == m.parameters == PARAMETERS[name]
+    assert sum(linear.weight.numel() for linear in linears) == m.linears
+    assert len(linears) == kernels.LINEARS
+    assert m.kv_bytes == KV_BYTES[name]
+
+
+def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
+    def count(layers):
+        seen = Counter()
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                views = isinstance(out, torch.Tensor) and function.is_view
+                if not views and not function._schema.name.startswith(("aten::empty", "aten::unbind", "aten::_unsafe")):
+                    seen[function._schema.name.split("::")[1].rstrip("_")] += 1
+                return out
+
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+        view = view_of(LlamaForCausalLM(config).bfloat16())
+        cache = ForkCache(view.config, [8], 4, torch.bfloat16, torch.device("cpu"))
+        cache.fork(torch.tensor([0, 0]))
+        with torch.no_grad(), Count(), cache.extend(1) as positions:
+            view(input_ids=torch.ones(2, 1, dtype=torch.long), position_ids=positions, past_key_values=cache)
+        return seen
+
+    one, two = count(1), count(2)
+    layer = two - one
+    attention = layer.pop("fork_attention")
+    linears = sum(layer.pop(name, 0) for name in ("linear", "mm", "addmm"))
+    assert (attention, linears) == (1, kernels.LINEARS)
+    assert sum(layer.values()) == kernels.ELEMENTWISE, layer
+    outside = sum(one.values()) - sum((two - one).values())
+    assert outside <= kernels.STEP_LAUNCHES + 1  # the LM head counts apart
+
+
+def test_the_width_table_is_the_decoders():
+    assert (rounds.WIDTHS, rounds.ROWS_PER_STEP_COST) == (decoder_width.CHOICES, decoder_width.ROWS_PER_STEP_COST)
+    history = decoder_width.AcceptanceHistory()  # starts at 1 in 4
+    small = replace(JOB, model=MODELS["qwen2.5-0.5b"])
+    for prompts in (1, 2, 8, 64, 500):
+        assert rounds.table_width(small, prompts) == history.best_width(prompts, rounds.MAX_ATTEMPTS)
+
+
+def test_known_kernels():
+    m = MODELS["llama-3-8b"]
+    head = kernels.lm_head(m, "", 256, 1)
+    assert head.bytes == 2 * (128256 * 4096 + 256 * 4096 + 256 * 128256) and head.flops == 2 * 128256 * 4096 * 256
+    plain, filtered = (kernels.segment_sample(m, "", 256, 256, 1, f) for f in (False, True))
+    row = 256 * 128256 * 2
+    assert plain.bytes == row and 2 * row < filtered.bytes < 2.2 * row
+    by_name = {k.name: k for k in rounds.ours(replace(JOB, model=m), 64, 4, 200.0)}
+    kv = 2 * 8 * 128 * 2  # bytes of a token of a layer
+    moved = 2 * 2 * 256 * 32 * 128  # queries and outputs
+    assert by_name["step: fork_attention"].bytes == kv * (64 * 200 + 256 * 7.5) + moved  # prefixes once a prompt
+    assert by_name["step: fork_attention"].flops == 4 * 256 * 32 * 128 * 207.5
+    assert by_name["RM: fork_attention"].flops == 4 * 256 * 15 * 32 * 128 * (200 + 8)  # causal: 1 to 15 own keys
+    assert by_name["step: linears"].bytes == 2 * 32 * m.linears
+    assert by_name["reward_head"].bytes == 2 * 4096 * 257
+    assert by_name["step: linears"].calls == 14
+
+
+def test_twice_the_bandwidth_halves_what_memory_bounds_and_nothing_else():
+    quick = faster(JOB.gpu, bandwidth=2)
+    for k in rounds.ours(JOB, 64, 4, 200.0):
+        limits = k.limits(JOB.gpu)
+        if not any(limits.values()):
+            continue
+        others = max(limits["tensor"], limits["vector"])
+        assert k.seconds(quick) == pytest.approx(k.calls * max(limits["memory"] / 2, others))
+    weights = kernels.Kernel("", bytes=3.35e12 * 0.8)
+    assert (weights.seconds(JOB.gpu), weights.seconds(quick)) == pytest.approx((1.0, 0.5))
+
+
+def test_a_round_is_the_sum_of_its_kernels():
+    found = rounds.ours(JOB, 64, 4, 200.0)
+    work = sum(k.seconds(JOB.gpu) for k in found) + rounds.GAP_SECONDS * sum(k.calls * k.launches for k in found)
+    assert seconds(JOB) == pytest.approx(work + rounds.HOST_SECONDS)
+    rows = roofline.kernel_rows([JOB])
+    again = rounds.ours(JOB, JOB.prompts, roofline.KERNEL_WIDTH, JOB.middle)
+    assert sum(row["MB/round"] for row in rows) == pytest.approx(sum(k.calls * k.bytes for k in again) / 1e6)
+    assert all(row["MB/round"] == pytest.approx(row["calls"] * row["MB/call"]) for row in rows)
+
+
+def test_width_1_is_the_sequential_algorithm():
+    attempts = sum(n * 0.25 * 0.75 ** (n - 1) for n in range(1, 20)) + 20 * 0.75**19  # geometric, cut at 20
+    assert JOB.rounds(1) == pytest.approx(attempts)
+    steps = next(k for k in rounds.ours(JOB, 64, 1, 200.0) if k.name == "step: fork_attention")
+    one_row_a_prompt = next(
+        k for k in kernels.forward(JOB.model, "", 64, prefixes=64, prefix=200.0, own=7.5) if "attention" in k.name
+    )
+    assert steps.bytes == one_row_a_prompt.bytes
+    # One prompt, a constant cost: the time is the expected number of attempts of all segments.
+    alone = replace(JOB, prompts=1)
+    assert rounds.rounds_seconds(alone, lambda *at: 1.0, lambda *at: 1) == pytest.approx(8 * attempts, rel=1e-4)
+
+
+def test_the_last_of_many_prompts_takes_longer_as_simulated():
+    generator = torch.Generator().manual_seed(0)
+    simulated = []
+    for _ in range(300):
+        tries = torch.rand(64, 8, 5, generator=generator) < 1 - 0.75**4  # five rounds of 4 attempts at most
+        used = torch.where(tries.any(-1), tries.int().argmax(-1) + 1, 5)
+        simulated.append(used.sum(-1).max().item())
+    expected = rounds.rounds_seconds(JOB, lambda *at: 1.0, lambda *at: 4)
+    assert expected == pytest.approx(sum(simulated) / len(simulated), rel=0.01)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_monotone(graph):
+    base = seconds(JOB, graph=graph)
+    more = [{"width": 6}, {"prompts": 80}, {"prefix": 300.0}]
+    assert all(seconds(JOB, graph=graph, **change) >= base for change in more)
+    assert seconds(replace(JOB, segment=30), graph=graph) > base
+    assert seconds(replace(JOB, gpu=GPUS["a100"]), graph=graph) >= base
+    assert seconds(JOB, graph=False) >= seconds(JOB, graph=True)
+    assert all(a > b for a, b in zip(map(JOB.rounds, range(1, 20)), map(JOB.rounds, range(2, 21)), strict=True))
+    speeds = [roofline.decoding(replace(JOB, acceptance=a))["graph"] for a in (0.1, 0.25, 0.5, 1.0)]
+    assert speeds == sorted(speeds)
+
+
+def test_vllm_is_charged_prefixes_by_row_and_favoured_elsewhere():
+    no_prefix = dict(prompts=64, width=4, prefix=0.0, rm_cached=True)
+    cached = rounds.vllm_seconds(JOB, 64, 4, 200.0, rm_cached=True)
+    assert rounds.vllm_seconds(JOB, **no_prefix) < cached < rounds.vllm_seconds(JOB, 64, 4, 200.0, rm_cached=False)
+    bare = sum(k.seconds(JOB.gpu) for k in rounds.ours(JOB, 64, 4, 0.0) if "element-wise" not in k.name)
+    assert (
+        rounds.vllm_seconds(JOB, **no_prefix) <= bare + rounds.HOST_SECONDS + 1e-3
+    )  # nothing to lose where no prefix is
+
+
+def test_what_does_not_fit_is_left_out():
+    assert not replace(JOB, gpu=GPUS["l4"]).widths
+    assert JOB.memory(1) > 4 * JOB.model.parameters - 2 * JOB.model.head
+
+
+def run(capsys, path=None, **changes):
+    arguments = {"gpu": list(GPUS), "model": list(MODELS), "prompts": 64, "prompt_tokens": 128, "acceptance": 0.25}
+    assert roofline.run(SimpleNamespace(**arguments | changes, json=path)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_report_says_that_it_is_a_model_and_what_others_published(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    text = run(capsys, path)
+    titles = [
+        line for line in text.splitlines() if re.search("kernels of a round|tokens a second,|in one kernel,", line)
+    ]
+    assert len(titles) == 5 and all(title.startswith("MODEL, not a measurement") for title in titles)
+    for speed in ("185.0", "195.0", "120.5"):
+        assert re.search(rf"{speed} tokens/s \(published\)", text)
+    assert "Published by others, read second-hand" in text and "vLLM's favour" in text and "Verdict" in text
+    found = json.loads(path.read_text())
+    assert found["heading"] == "MODEL, not a measurement" and len(found["decoding"]) == 14 == len(found["fusion"])
+    assert "(nothing fits)" in run(capsys, gpu=["l4"], model=["llama-7b"])
+
+
+def test_the_tables_of_the_readme_are_what_the_command_prints(capsys):
+    printed = [line.strip() for line in run(capsys).splitlines()]
+    readme = [line.strip() for line in (ROOT / "bench/README.md").read_text().splitlines()]
+    start = next(i for i, line in enumerate(printed) if "aligned tokens a second" in line)
+    missing = [line for line in printed[start:] if line and line not in readme]
+    assert not missing, "copy the output of `python -m bench roofline` to bench/README.md"
+
+
+def test_it_imports_no_torch():
+    check = (
+        "import sys; sys.argv = ['bench', 'roofline', '--gpu', 'l4']\n"
+        "from bench.__main__ import main\nassert main() == 0\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, capture_output=True)
