@@ -1,12 +1,18 @@
 """Builds the optional C++ extension stars_kernels._C; everything else about the package is in pyproject.toml.
 
-STARS_BUILD_EXT=auto  (default) build it, and install without it where that fails
+STARS_BUILD_EXT=auto  (default) build it, without CUDA where that fails, and install without it where that fails too
 STARS_BUILD_EXT=1     a failed build fails the install
 STARS_BUILD_EXT=0     leave it out
+
+It is built with CUDA where torch has CUDA and nvcc is found: $CUDA_HOME/bin/nvcc, or nvcc on PATH.
+TORCH_CUDA_ARCH_LIST chooses the architectures.
 """
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -15,7 +21,8 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 except ImportError as error:
     sys.exit(f"setup.py cannot import torch ({error}): install torch first and use --no-build-isolation")
 
@@ -23,9 +30,46 @@ MODE = os.environ.get("STARS_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"STARS_BUILD_EXT: expected auto, 0 or 1, found {MODE!r}")
 
+# A100, H100, B100 and their kin, and what comes after by PTX. Not torch's default, the GPUs of this machine.
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
 # Without it at::parallel_for is a plain loop. For the compiler alone: the linker would bring a second OpenMP runtime,
 # with threads of its own, beside the one that torch has loaded.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+
+def why_no_cuda():
+    """The reason to build for the CPU alone, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    nvcc = shutil.which(os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc"))
+    if nvcc is None:
+        return f"no nvcc found (CUDA_HOME={cpp_extension.CUDA_HOME})"
+    # nvcc may be a script that lies elsewhere than its toolkit. It knows where that is, torch has guessed.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    if top := re.search("TOP=(.+)", dry_run):
+        cpp_extension.CUDA_HOME = os.path.realpath(top[1])
+    return None
+
+
+def extension(cuda):
+    sources = [*sorted(glob("csrc/*.cpp")), "python/bindings.cpp"]
+    macros = [("STARS_TORCH_VERSION", f'"{torch.__version__}"')]
+    if cuda:
+        sources += sorted(glob("csrc/cuda/*.cu"))
+        macros += [("STARS_WITH_CUDA", None)]
+    return (CUDAExtension if cuda else CppExtension)(
+        "stars_kernels._C",
+        sources=sources,
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*")),
+        include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
+        define_macros=macros,
+        # torch adds the -std its headers need. No contraction: it would change the race and the decisions. gcc's own
+        # headers of AVX-512 leave a register uninitialized on purpose.
+        extra_compile_args={
+            "cxx": ["-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", *OPENMP],
+            "nvcc": ["-O3", "-fmad=false", "-Xcompiler=-Wall"],
+        },
+    )
 
 
 class BuildExt(BuildExtension):
@@ -33,28 +77,36 @@ class BuildExt(BuildExtension):
         target = Path(self.get_ext_fullpath("stars_kernels._C"))  # beside the package if editable
         target.unlink(missing_ok=True)  # what is there after a failed build must not be an older one
         reason = "STARS_BUILD_EXT=0 at install time" if MODE == "0" else None
+        no_cuda = NO_CUDA or reason
         try:
             if MODE != "0":
-                super().run()
+                no_cuda = self.build(no_cuda)
         except Exception as error:
             if MODE == "1":
                 raise
             reason = f"C++ build failed: {error} (compiler {get_cxx_compiler()}; STARS_BUILD_EXT=1 shows why)"
+            no_cuda = no_cuda or reason
             print(f"*** stars-kernels installs without its C++ extension. {reason} ***", file=sys.stderr)
-        # pip hides what is printed above, so the reason travels with the package.
-        info = {"extension": reason is None, "reason": reason, "torch": str(torch.__version__)}
+        # pip hides what is printed above, so the reasons travel with the package.
+        info = {"extension": reason is None, "reason": reason, "cuda": no_cuda is None, "cuda_reason": no_cuda}
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_name("_build_info.json").write_text(json.dumps(info) + "\n")
+        target.with_name("_build_info.json").write_text(json.dumps(info | {"torch": str(torch.__version__)}) + "\n")
+
+    def build(self, no_cuda):
+        """Build; where that fails with CUDA, once more without. Returns why it has no CUDA, or None."""
+        before = {name: getattr(self, name) for name in ("compiler", "inplace")}  # a build leaves others here
+        try:
+            super().run()
+        except Exception as error:
+            if MODE == "1" or no_cuda:
+                raise
+            no_cuda = f"CUDA build failed: {error} (CUDA_HOME={cpp_extension.CUDA_HOME}; STARS_BUILD_EXT=1 shows why)"
+            print(f"*** stars-kernels builds its C++ extension without CUDA. {no_cuda} ***", file=sys.stderr)
+            vars(self).update(before)
+            vars(self.extensions[0]).update(vars(extension(cuda=False)))
+            super().run()
+        return no_cuda
 
 
-extension = CppExtension(
-    "stars_kernels._C",
-    sources=[*sorted(glob("csrc/*.cpp")), "python/bindings.cpp"],
-    depends=sorted(glob("csrc/*.h")),
-    include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
-    define_macros=[("STARS_TORCH_VERSION", f'"{torch.__version__}"')],
-    # torch adds the -std its headers need. No contraction: it would change the race and the decisions. gcc's own
-    # headers of AVX-512 leave a register uninitialized on purpose.
-    extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", *OPENMP],
-)
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+NO_CUDA = why_no_cuda()
+setup(ext_modules=[extension(cuda=NO_CUDA is None)], cmdclass={"build_ext": BuildExt})

@@ -75,4 +75,15 @@ STARS_HD inline void accept_prompt(const AcceptArgs<Reward>& args, int64_t p) {
   args.outcome[p] = outcome;
 }
 
+constexpr int64_t kAcceptBlock = 128;  // threads of a CUDA block
+
+STARS_HD constexpr int64_t accept_blocks(int64_t prompts) { return (prompts + kAcceptBlock - 1) / kAcceptBlock; }
+
+// All that one CUDA thread does. A grid's last block may reach past the prompts.
+template <typename Reward>
+STARS_HD inline void accept_thread(const AcceptArgs<Reward>& args, int64_t prompts, int64_t block, int64_t thread) {
+  const int64_t p = block * kAcceptBlock + thread;
+  if (p < prompts) accept_prompt(args, p);
+}
+
 }  // namespace stars

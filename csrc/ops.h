@@ -15,6 +15,12 @@ std::tuple<at::Tensor, at::Tensor> accept_cpu(const at::Tensor& rewards, const a
                                               const at::Tensor& keys, const at::Tensor& position,
                                               const at::Tensor& first_attempt, int64_t max_attempts,
                                               const at::Tensor& best_reward, const at::Tensor& best_attempt);
+// The same on the current CUDA stream; the host does not wait. In a build with CUDA.
+std::tuple<at::Tensor, at::Tensor> accept_cuda(const at::Tensor& rewards, const at::Tensor& valid,
+                                               const at::Tensor& thresholds, double beta, bool hard,
+                                               const at::Tensor& keys, const at::Tensor& position,
+                                               const at::Tensor& first_attempt, int64_t max_attempts,
+                                               const at::Tensor& best_reward, const at::Tensor& best_attempt);
 
 // fork_attention.cpp: [R, S, Hq, Dv]
 at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_key, const at::Tensor& suffix_value,

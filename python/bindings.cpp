@@ -4,11 +4,17 @@
 #include <torch/library.h>
 
 #include <array>
+#include <string>
+#include <vector>
 
 #include "accept.h"
 #include "isa_name.h"
 #include "ops.h"
 #include "philox.h"
+
+#ifdef STARS_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -25,10 +31,22 @@ constexpr bool kOpenMp = true;
 constexpr bool kOpenMp = false;
 #endif
 
+// As TORCH_CUDA_ARCH_LIST has them: "9.0" is sm_90.
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+#ifdef STARS_WITH_CUDA
+  for (const int arch : stars::cuda_archs()) {
+    archs.push_back(std::to_string(arch / 100) + "." + std::to_string(arch / 10 % 10));
+  }
+#endif
+  return archs;
+}
+
 py::dict build_info() {
   using namespace py::literals;
+  const auto archs = cuda_archs();
   return py::dict("torch"_a = STARS_TORCH_VERSION, "compiler"_a = __VERSION__, "isa"_a = stars::isa_name(),
-                  "openmp"_a = kOpenMp, "sanitized"_a = kSanitized, "cuda"_a = false, "cuda_archs"_a = py::list());
+                  "openmp"_a = kOpenMp, "sanitized"_a = kSanitized, "cuda"_a = !archs.empty(), "cuda_archs"_a = archs);
 }
 
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -57,3 +75,7 @@ TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("rms_norm", &stars::rms_norm_cpu);
   m.impl("segment_sample", &stars::segment_sample_cpu);
 }
+
+#ifdef STARS_WITH_CUDA
+TORCH_LIBRARY_IMPL(stars, CUDA, m) { m.impl("accept", &stars::accept_cuda); }
+#endif

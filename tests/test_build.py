@@ -58,6 +58,32 @@ def test_auto_installs_where_the_source_does_not_compile(install, tmp_path):
     assert_without_extension(*install(STARS_BUILD_EXT="auto"), "C++ build failed")
 
 
+@pytest.fixture
+def broken_nvcc(tmp_path):
+    """A CUDA_HOME whose nvcc fails."""
+    if torch.version.cuda is None:
+        pytest.skip(f"torch {torch.__version__} has no CUDA")
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    (tmp_path / "cuda" / "bin" / "nvcc").symlink_to("/bin/false")
+    return str(tmp_path / "cuda")
+
+
+def test_auto_builds_without_cuda_where_that_fails(install, broken_nvcc):
+    done, package = install(STARS_BUILD_EXT="auto", CUDA_HOME=broken_nvcc)
+    assert done.returncode == 0, done.stderr
+    assert list(package.glob("_C*.so"))
+    info = json.loads((package / "_build_info.json").read_text())
+    assert info["extension"] is True and info["reason"] is None
+    assert info["cuda"] is False
+    assert info["cuda_reason"].startswith("CUDA build failed: ") and broken_nvcc in info["cuda_reason"]
+
+
+def test_1_fails_where_cuda_does(install, broken_nvcc):
+    done, package = install(STARS_BUILD_EXT="1", CUDA_HOME=broken_nvcc)
+    assert done.returncode != 0
+    assert not package.exists()
+
+
 def test_1_fails_without_a_working_compiler(install):
     done, package = install(STARS_BUILD_EXT="1", CC="/bin/false", CXX="/bin/false")
     assert done.returncode != 0
@@ -75,7 +101,11 @@ def test_1_installs_the_extension(install):
     """What a wheel carries: the compiled module, its record, and a package that finds both."""
     done, package = install(STARS_BUILD_EXT="1")
     assert done.returncode == 0, done.stderr
-    assert json.loads((package / "_build_info.json").read_text())["extension"] is True
+    info = json.loads((package / "_build_info.json").read_text())
+    assert info["extension"] is True
+    assert info["cuda"] == (info["cuda_reason"] is None)
+    if torch.version.cuda is None:
+        assert info["cuda_reason"] == f"torch {torch.__version__} has no CUDA"
     code = "import stars_kernels as s; from stars_kernels import _C; print(s.__file__, s.backends()['accept']['cpu'])"
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     run = subprocess.run([sys.executable, "-c", code], env=env, cwd=package.parent, capture_output=True, text=True)
