@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before a kernel is defined: Triton then runs it in its interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 

@@ -16,7 +16,7 @@ from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `batch_size` and `progress` change speed and display, not the answer.
+    """Settings of STARS decoding. `width`, `batch_size`, `graphs` and `progress` change speed and display alone.
 
     segment_size: tokens of a segment.
     max_attempts: candidates judged for a segment, at most; then the best of them is taken.
@@ -34,6 +34,7 @@ class StarsConfig:
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.
+    graphs: on a GPU, run each segment as one CUDA graph.
     eos_token_id: an id or several; None = the model's own, () = never end on a token.
     stop_strings: one or several; an answer ends with the token that completes one, and its text ends before it.
     calibration_samples: plain continuations sampled when r* or beta is not given.
@@ -58,6 +59,7 @@ class StarsConfig:
     width: int | Literal["auto"] = "auto"
     batch_size: int = 8
     pack: bool | Literal["bfloat16"] = True
+    graphs: bool = True
     eos_token_id: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
     calibration_samples: int = 16
@@ -101,7 +103,8 @@ class StarsConfig:
         self._check("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "in (0, 1]")
         self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
         self._check("pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
-        self._check("progress", isinstance(self.progress, bool), "True or False")
+        for name in ("graphs", "progress"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings

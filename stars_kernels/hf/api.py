@@ -22,6 +22,7 @@ from stars_kernels.decoder.loop import Answer, Loop
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsOutput
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
+from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.models import (
     ModelOrPath,
     RewardModel,
@@ -150,6 +151,7 @@ class _Engine:
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
+        self.eager = self._why_eager()
         self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
@@ -270,7 +272,8 @@ class _Engine:
             texts = [self.codec.prompt_text(r.prompt) for r in requests]
             scorer = CallableScorer(self.rm, texts, self.codec.decode, self.lm.device)
         find_stop = self.codec.find_stop if self.codec.stops else None
-        return Loop(ModelProposer(self.lm), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
+        graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
+        return Loop(ModelProposer(self.lm, graphs), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
 
     def _run_batch(
         self, requests: list[_Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any]
@@ -311,8 +314,22 @@ class _Engine:
             backends=dict(self.backends),
         )
 
+    def _why_eager(self) -> str | None:
+        """Why segments do not run as CUDA graphs; None where they do."""
+        if self.lm.device.type != "cuda":
+            return "the model is not on a GPU"
+        if not self.config.graphs:
+            return "graphs=False"
+        served = {op: backends()[op]["cuda"] for op in ("segment_sample", "fork_attention")}
+        for op, implementation in served.items():
+            if implementation != "triton":
+                return f"{op} is served by its {implementation}"
+        if self.lm.dtype == torch.float64:
+            return "float64 is served by the definitions, which wait for the host"
+        return None
+
     def _backends(self) -> dict[str, str]:
-        """What ran: each op's implementation on this device, and the models' linear layers."""
+        """What ran: each op's implementation on this device, the models' linear layers, on a GPU the segments."""
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
         packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
         modules = [module for body in self.bodies for module in body.modules()]
@@ -322,6 +339,8 @@ class _Engine:
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         if self.packed_bytes and plain:
             linear += f"; torch: {plain} layers"
+        if self.lm.device.type == "cuda":
+            served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
         return {**served, "linear": linear}
 
     def _progress(self, total: int | None, what: str) -> tqdm[Any]:

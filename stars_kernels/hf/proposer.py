@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
@@ -55,9 +56,11 @@ def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
 class ModelProposer:
     """`model` is a view with the stars attention (`hf.models.view_of`)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, graphs: SegmentGraphs | None = None) -> None:
+        """graphs: runs segments as CUDA graphs; None = eagerly."""
         self.model = model
         self.device = model.device
+        self.graphs = graphs
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -73,6 +76,17 @@ class ModelProposer:
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
+        if self.graphs is None:
+            return self._segment(rows, size, sampling, stream, eos)
+        wide = padded(rows, bucket_of(len(rows)))
+        self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
+        settings = (size, stream, *sampling.items())
+        storage = (self.cache.arena.data_ptr(), self.cache.suffix.data_ptr())
+        tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, stream, eos), wide, settings, storage)
+        return tokens[: len(rows)]
+
+    def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
+        """Draw `size` tokens of every row, [R, size]; on a GPU nothing in here waits for the host."""
         cache = self.cache
         cache.fork(rows.prompt)
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)

@@ -1,8 +1,9 @@
 """How an op gets its versions: one schema, a definition that runs anywhere, and the dispatcher between them.
 
 Every op is defined in Python, because it must exist without a compiler. Its PyTorch definition is registered for all
-devices; the compiled extension, when it loads, takes the CPU key of the ops it implements. Nothing falls back in
-silence: `backends()` says what serves each op and why, and a missing extension warns at the first op call.
+devices; the compiled extension takes the CPU key of the ops it implements (and the CUDA key of those it has in CUDA),
+the Triton launchers take the CUDA key of theirs. Nothing falls back in silence: `backends()` says what serves each op
+and why, and what is missing warns at the first op call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 
 LIBRARY = torch.library.Library("stars", "DEF")
 DEVICES = ("cpu", "cuda")
+CUDA_OPS = ("accept",)
+"""What the extension, not Triton, has for a GPU."""
 
 _definitions: dict[str, Callable[..., Any]] = {}
 _force_definitions = contextvars.ContextVar("stars_force_definitions", default=False)
@@ -40,7 +43,7 @@ def call_op(name: str, *args: Any) -> Any:
     """Run op `name` through the dispatcher, or its definition inside `reference()`."""
     if _force_definitions.get():
         return _definitions[name](*args)
-    _warn_without_extension()
+    _load()
     return getattr(torch.ops.stars, name).default(*args)
 
 
@@ -55,10 +58,17 @@ def reference() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
+def build_info() -> dict[str, Any]:
+    """What setup.py left behind: {"extension", "reason", "torch", "cuda", "cuda_reason"}, or nothing."""
+    file = Path(__file__).parents[1] / "_build_info.json"
+    info: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return info
+
+
+@lru_cache(maxsize=1)
 def load_extension() -> str | None:
     """Load the compiled extension once. Returns None when it is loaded, else the reason why it is not."""
-    info_file = Path(__file__).parents[1] / "_build_info.json"
-    info = json.loads(info_file.read_text()) if info_file.exists() else {}
+    info = build_info()
     if info.get("extension") is False:
         return f"it was not built: {info['reason']}"
     built_for = info.get("torch", torch.__version__)
@@ -72,26 +82,48 @@ def load_extension() -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _warn_without_extension() -> None:
-    reason = load_extension()
-    if reason is not None:
-        warnings.warn(
-            f"stars_kernels runs without its compiled extension ({reason}). Results are the same, speed is not. "
-            "Reinstall with STARS_BUILD_EXT=1 to see the build's output.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def load_triton() -> str | None:
+    """Give the CUDA key to the Triton launchers once. Returns None when they have it, else the reason why not."""
+    try:
+        launchers = importlib.import_module("stars_kernels.ops.triton").LAUNCHERS
+    except ImportError as error:
+        return str(error)
+    for name, launcher in launchers.items():
+        LIBRARY.impl(name, launcher, "CUDA")
+    return None
+
+
+@lru_cache(maxsize=1)
+def _load() -> None:
+    missing = {"its compiled extension": load_extension()}
+    triton = load_triton()
+    if torch.cuda.is_available():
+        missing["its Triton kernels"] = triton
+    for what, reason in missing.items():
+        if reason is not None:
+            warnings.warn(
+                f"stars_kernels runs without {what} ({reason}). Results are the same, speed is not. "
+                "Reinstall with STARS_BUILD_EXT=1 to see the build's output.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def backend(name: str, device: str) -> str:
-    """Which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp", or "definition: <why>"."""
+    """Which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp" | "cuda" | "triton", or
+    "definition: <why>"."""
     if _force_definitions.get():
         return "definition: forced by stars_kernels.reference()"
-    reason = load_extension()
+    extension, triton = load_extension(), load_triton()
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"stars::{name}", device.upper()):
-        return "cpp" if device == "cpu" else "triton"
-    if reason is not None and device == "cpu":
-        return f"definition: no compiled extension ({reason})"
+        return "cpp" if device == "cpu" else "cuda" if name in CUDA_OPS else "triton"
+    if device == "cuda" and name not in CUDA_OPS and triton is not None:
+        return f"definition: no Triton kernels ({triton})"
+    if device == "cpu" or name in CUDA_OPS:
+        if extension is not None:
+            return f"definition: no compiled extension ({extension})"
+        if device == "cuda":
+            return f"definition: the extension was built without CUDA ({build_info().get('cuda_reason')})"
     return f"definition: this release has no {name} kernel for {device}"
 
 

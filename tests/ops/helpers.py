@@ -48,3 +48,8 @@ def assert_no_worse(out, plain, truth):
     for factor, size in ((1.25, lambda t: t.square().mean().sqrt()), (3.0, lambda t: t.abs().max())):
         found, allowed = size(error), factor * size(plain_error) + eps * size(truth)
         assert found <= allowed, f"error {found:.3g}, plain torch {size(plain_error):.3g}, allowed {allowed:.3g}"
+
+
+def moved(case, device):
+    """The arguments of an op, copied to `device`."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in case.items()}

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import stars_kernels
-from stars_kernels.ops._registry import load_extension
+from stars_kernels.ops._registry import build_info, load_extension
 
 OPS = {
     "accept", "fork_attention", "kv_commit", "packed_linear", "packed_swiglu", "reward_head", "rms_norm",
     "segment_sample",
 }  # fmt: skip
 COMPILED = {(op, "cpu"): "cpp" for op in OPS}
+TRITON = {"fork_attention", "kv_commit", "reward_head", "segment_sample"}
 
 
 def test_every_op_and_device_is_named():
@@ -30,8 +31,14 @@ def test_what_serves_each_op():
         for device, found in devices.items():
             if reason is None and (op, device) in COMPILED:
                 assert found == COMPILED[op, device]
-            elif reason is not None and device == "cpu":
+            elif device == "cuda" and op in TRITON:
+                assert found == "triton"
+            elif reason is not None and (device == "cpu" or op == "accept"):
                 assert found == f"definition: no compiled extension ({reason})"
+            elif op == "accept":
+                why = build_info()["cuda_reason"]
+                expected = "cuda" if why is None else f"definition: the extension was built without CUDA ({why})"
+                assert found == expected
             else:
                 assert found == f"definition: this release has no {op} kernel for {device}"
 

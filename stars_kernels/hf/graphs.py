@@ -1,0 +1,88 @@
+"""Whole segments as CUDA graphs: every forward, draw and feed-back of `segment_size` tokens is one launch.
+
+A segment is static: its length is known, nothing in it waits for the host, and what changes from round to round (which
+prompts, attempts and positions) is read from a few tensors. Rows are padded to a bucket, so that few graphs serve all
+rounds. Capturing needs every kernel compiled, so a bucket's first segment runs eagerly and its second is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from stars_kernels.decoder.protocols import Rows
+
+Segment = Callable[[Rows], Tensor]
+"""Rows -> tokens [R, size]; reads nothing else that changes, but for what lies in buffers that stay where they are."""
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""A function without arguments -> one that does the same on the same memory, and returns the same tensor."""
+
+
+def bucket_of(rows: int) -> int:
+    """Rows after padding: four buckets between powers of two, so less than a quarter is padding."""
+    step = max(1, 1 << max(rows.bit_length() - 3, 0))
+    return -(-rows // step) * step
+
+
+def padded(rows: Rows, count: int) -> Rows:
+    """`rows` with its last one repeated up to `count`; still grouped by prompt."""
+    index = torch.arange(count, device=rows.prompt.device).clamp(max=len(rows) - 1)
+    return Rows(*(getattr(rows, field.name)[index] for field in fields(Rows)))
+
+
+class CudaCapture:
+    """All graphs share one pool of memory, as only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            result = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class SegmentGraphs:
+    """The captured segments of one batch of prompts."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._seen: set[object] = set()
+        self._captured: dict[object, tuple[Rows, Callable[[], Tensor]]] = {}
+        self._storage: object = None
+        self.replays = 0
+
+    def run(self, segment: Segment, rows: Rows, settings: object, storage: object) -> Tensor:
+        """segment(rows), from a graph where there is one.
+
+        settings: whatever else the segment is a function of. storage: names the buffers that it works on; once they
+        have moved, graphs of the old ones are worth nothing.
+        """
+        if storage != self._storage:
+            self._seen.clear()
+            self._captured.clear()
+            self._storage = storage
+        key = (len(rows), settings)
+        if key not in self._seen:
+            self._seen.add(key)
+            return segment(rows)
+        if key not in self._captured:
+            static = Rows(*(getattr(rows, field.name).clone() for field in fields(Rows)))
+            self._captured[key] = static, self._capture(lambda: segment(static))
+        static, replay = self._captured[key]
+        for field in fields(Rows):
+            getattr(static, field.name).copy_(getattr(rows, field.name))
+        self.replays += 1
+        return replay().clone()

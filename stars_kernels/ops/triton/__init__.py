@@ -1,0 +1,16 @@
+"""The ops on a GPU: one file an op, with its Triton kernels and `<op>_triton`, which takes the op's arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+from stars_kernels.ops.triton.fork_attention import fork_attention_triton
+from stars_kernels.ops.triton.kv_commit import kv_commit_triton
+from stars_kernels.ops.triton.reward_head import reward_head_triton
+from stars_kernels.ops.triton.segment_sample import segment_sample_triton
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {
+    "fork_attention": fork_attention_triton,
+    "kv_commit": kv_commit_triton,
+    "reward_head": reward_head_triton,
+    "segment_sample": segment_sample_triton,
+}

@@ -1,0 +1,243 @@
+"""fork_attention on a GPU: one program reads a prompt's prefix for all of its rows, as one matrix product a tile.
+
+A program is (block of rows, key/value head, split). Its BLOCK_M queries are stacked: rows of one prompt x steps x heads
+of the group. They go over the split's share of the prefix together; the last split also goes over the rows' suffixes,
+laid end to end, where a query sees its own row's alone. With one split the output is written; with several, each leaves
+(sum, maximum, accumulator) and a second kernel merges them by log-sum-exp. Nothing on the host depends on a length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stars_kernels.ops.fork_attention import fork_attention_ref
+from stars_kernels.ops.triton._launch import on_device_of
+
+MAX_SPLITS = 16
+TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100
+SPLIT_KEYS = 256  # an average share of a prompt's arena slots below which a split does not pay
+
+
+def settings(dtype: torch.dtype, size: int) -> dict[str, int]:
+    """Launch settings for heads of `size` (the larger of Dk and Dv): most queries and keys of a tile, and the rest."""
+    if dtype == torch.float32:  # no tensor cores: IEEE products from registers
+        if size <= 64:
+            return {"max_m": 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
+        return {"max_m": 16, "block_n": 32, "num_warps": 8, "num_stages": 3 if size <= 128 else 2}
+    return {"max_m": 64 if size <= 128 else 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
+
+
+def fork_attention_triton(
+    query: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_len: Tensor,
+    query_len: Tensor,
+    arena_key: Tensor,
+    arena_value: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    prompt: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See `ops.fork_attention`; scores and sums in fp32. float64 runs the definition (which waits for the host)."""
+    if query.dtype == torch.float64:
+        return fork_attention_ref(
+            query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
+            scale, window, softcap, sinks,
+        )  # fmt: skip
+    rows, steps, heads, key_size = query.shape
+    kv_heads, value_size, prompts = suffix_key.shape[2], suffix_value.shape[3], offsets.shape[0]
+    out = query.new_empty(rows, steps, heads, value_size)
+    if out.numel() == 0:
+        return out
+    query, suffix_key, suffix_value, arena_key, arena_value = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (query, suffix_key, suffix_value, arena_key, arena_value)
+    )
+    suffix_len, query_len, offsets, lengths, prompt = (
+        t.contiguous() for t in (suffix_len, query_len, offsets, lengths, prompt)
+    )
+    sinks = None if sinks is None else sinks.contiguous()
+
+    use = settings(query.dtype, max(key_size, value_size))
+    group = heads // kv_heads
+    per_row = steps * group  # queries of a row that share a key/value head
+    block_m = min(use["max_m"], max(16, triton.next_power_of_2(triton.cdiv(rows, max(prompts, 1)) * per_row)))
+    block_rows = max(1, block_m // per_row)
+    query_blocks = 1 if per_row <= block_m else triton.cdiv(per_row, block_m)
+    busy = max(triton.cdiv(rows, block_rows), min(prompts, rows)) * query_blocks * kv_heads
+    splits = min(MAX_SPLITS, TARGET_PROGRAMS // busy, arena_key.shape[0] // max(prompts, 1) // SPLIT_KEYS)
+    splits = max(1, splits)
+    size = rows * steps * heads
+    partial = stats = out  # not used by a single split
+    if splits > 1:
+        partial = out.new_empty(splits, *out.shape, dtype=torch.float32)
+        stats = out.new_empty(2, splits, size, dtype=torch.float32)  # maximum, sum
+    with on_device_of(query):
+        _fork_attention[(rows * query_blocks, kv_heads, splits)](
+            query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
+            sinks, out, partial, stats, rows, steps, size, block_rows, query_blocks, scale, window, softcap,
+            *query.stride()[:3], *suffix_key.stride()[:3], *suffix_value.stride()[:3],
+            *arena_key.stride()[:2], *arena_value.stride()[:2],
+            GROUP=group, DK=key_size, DV=value_size, SPLITS=splits, WINDOW=window > 0, SOFTCAP=softcap > 0,
+            ROWS=triton.next_power_of_2(rows), BLOCK_M=block_m, BLOCK_N=use["block_n"],
+            BLOCK_DK=max(16, triton.next_power_of_2(key_size)), BLOCK_DV=max(16, triton.next_power_of_2(value_size)),
+            num_warps=use["num_warps"], num_stages=use["num_stages"],
+        )  # fmt: skip
+        if splits > 1:
+            _merge[(size,)](
+                partial, stats, sinks, out, size, heads,
+                DV=value_size, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+                BLOCK_DV=triton.next_power_of_2(value_size), num_warps=2,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _fork_attention(
+    query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
+    sinks, out, partial, stats, rows, steps, size, block_rows, query_blocks, scale, window, softcap,
+    query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
+    prefix_key_slot, prefix_key_head, prefix_value_slot, prefix_value_head,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) // query_blocks
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+
+    # The rows of a prompt that lie side by side are shared out in blocks; the program of a block's first row serves it.
+    all_rows = tl.arange(0, ROWS)
+    owners = tl.load(prompt + all_rows, mask=all_rows < rows, other=-1)
+    owner = tl.load(prompt + first)
+    run_begin = tl.max(tl.where((owners != owner) & (all_rows < first), all_rows + 1, 0))
+    run_end = tl.min(tl.where((owners != owner) & (all_rows > first), all_rows, rows))
+    if (first - run_begin) % block_rows != 0:
+        return
+    count = tl.minimum(block_rows, run_end - first)
+
+    m = tl.program_id(0) % query_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [M] queries: (row, step, head of the group)
+    m_row = m // (steps * GROUP)
+    step = m // GROUP % steps
+    head = kv_head * GROUP + m % GROUP
+    exists = m_row < count
+    row = (first + tl.where(exists, m_row, 0)).to(tl.int64)
+    asked = tl.load(query_len + row)
+    at = (tl.load(suffix_len + row) - asked).to(tl.int32) + step  # place in the suffix
+    asks = exists & (step < asked)
+    dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    q = tl.load(
+        query + (row * query_row + step * query_step + head * query_head)[:, None] + dk,
+        mask=asks[:, None] & (dk < DK), other=0.0,
+    )  # fmt: skip
+
+    high = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest score so far
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    prefix = tl.load(lengths + owner).to(tl.int32)
+    seen = 0  # keys that lie too far back for every query
+    if WINDOW:
+        seen = tl.maximum(prefix + tl.min(tl.where(asks, at, 1 << 30)) - window + 1, 0)
+        seen = tl.minimum(seen, prefix) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(prefix - seen, BLOCK_N), SPLITS) * BLOCK_N
+    begin = seen + split * share
+    end = tl.minimum(begin + share, prefix)
+    slots = tl.load(offsets + owner).to(tl.int64)
+    arena_key += slots * prefix_key_slot + kv_head * prefix_key_head
+    arena_value += slots * prefix_value_slot + kv_head * prefix_value_head
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = n < end
+        keys = arena_key + n.to(tl.int64) * prefix_key_slot
+        values = arena_value + n.to(tl.int64) * prefix_value_slot
+        k = tl.load(keys[None, :] + dk[:, None], mask=there[None, :] & (dk < DK)[:, None], other=0.0)
+        v = tl.load(values[:, None] + dv, mask=there[:, None] & (dv < DV), other=0.0)
+        visible = asks[:, None] & there[None, :]
+        if WINDOW:
+            visible &= (prefix + at)[:, None] - n[None, :] < window
+        high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP)
+
+    if split == SPLITS - 1:
+        used = tl.max(tl.where(asks, at + 1, 0))  # suffix slots that any query sees
+        for start in range(0, count * used, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            n_row, slot = n // used, n % used
+            there = n_row < count
+            key_of = (first + tl.where(there, n_row, 0)).to(tl.int64)
+            there &= slot < tl.load(suffix_len + key_of)
+            keys = suffix_key + key_of * key_row + slot * key_slot + kv_head * key_head
+            values = suffix_value + key_of * value_row + slot * value_slot + kv_head * value_head
+            k = tl.load(keys[None, :] + dk[:, None], mask=there[None, :] & (dk < DK)[:, None], other=0.0)
+            v = tl.load(values[:, None] + dv, mask=there[:, None] & (dv < DV), other=0.0)
+            back = at[:, None] - slot[None, :]
+            visible = asks[:, None] & there[None, :] & (m_row[:, None] == n_row[None, :]) & (back >= 0)
+            if WINDOW:
+                visible &= back < window
+            high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP)
+
+    at_out = (row * steps + step) * heads + head
+    if SPLITS == 1:
+        result = _normalised(high, total, acc, sinks, head)
+        tl.store(out + at_out[:, None] * DV + dv, result.to(out.dtype.element_ty), exists[:, None] & (dv < DV))
+    else:
+        at_out += split.to(tl.int64) * size
+        tl.store(partial + at_out[:, None] * DV + dv, acc, mask=exists[:, None] & (dv < DV))
+        tl.store(stats + at_out, high, mask=exists)
+        tl.store(stats + SPLITS * size + at_out, total, mask=exists)
+
+
+@triton.jit
+def _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP: tl.constexpr):
+    """One tile of keys into the running softmax: q [M, Dk], k [Dk, N], v [N, Dv], visible [M, N]."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
+    scores = tl.where(visible, scores, float("-inf"))
+    new_high = tl.maximum(high, tl.max(scores, axis=1))
+    reference = tl.where(new_high == float("-inf"), 0.0, new_high)  # nothing seen yet: -inf - -inf is NaN
+    weights = tl.exp(scores - reference[:, None])
+    keep = tl.exp(high - reference)
+    acc = tl.dot(weights.to(v.dtype), v, acc=acc * keep[:, None], input_precision="ieee")
+    return new_high, total * keep + tl.sum(weights, axis=1), acc
+
+
+@triton.jit
+def _normalised(high, total, acc, sinks, head):
+    """acc [M, Dv] over the softmax's sum; a sink takes part in that sum alone. Zero where no key was seen."""
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32)
+        reference = tl.maximum(high, sink)
+        keep = tl.exp(high - reference)
+        acc, total = acc * keep[:, None], total * keep + tl.exp(sink - reference)
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _merge(
+    partial, stats, sinks, out, size, heads,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One program an output vector: its splits' accumulators, each relative to its own maximum, become one."""
+    at = tl.program_id(0).to(tl.int64)
+    split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
+    there = split < SPLITS
+    place = split.to(tl.int64) * size + at
+    high = tl.load(stats + place, mask=there, other=float("-inf"))
+    highest = tl.max(high)
+    keep = tl.exp(high - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(keep * tl.load(stats + SPLITS * size + place, mask=there, other=0.0))
+    acc = tl.load(partial + place[:, None] * DV + dv, mask=there[:, None] & (dv < DV), other=0.0)
+    acc = tl.sum(acc * keep[:, None], axis=0)
+    head = at % heads + tl.zeros([1], tl.int32)
+    result = _normalised(
+        highest + tl.zeros([1], tl.float32), total + tl.zeros([1], tl.float32), acc[None, :], sinks, head
+    )
+    tl.store(out + at * DV + dv[None, :], result.to(out.dtype.element_ty), mask=dv[None, :] < DV)

@@ -1,0 +1,38 @@
+"""That a CUDA tensor would reach the Triton launchers: each op's CUDA key, called by hand."""
+
+import inspect
+
+import pytest
+import torch
+
+from stars_kernels.ops import backends
+from stars_kernels.ops.triton import LAUNCHERS
+from tests.ops import test_fork_attention, test_kv_commit, test_reward_head
+from tests.ops.helpers import longs, moved
+
+CASES = {
+    "fork_attention": test_fork_attention.make_case(dtype=torch.float32, window=0, softcap=0.0, sinks=None),
+    "kv_commit": test_kv_commit.make_case(),
+    "reward_head": test_reward_head.make_case(torch.float32),
+    "segment_sample": {
+        "logits": torch.randn(2, 50), "keys": longs(1, 2), "attempt": longs(0, 1), "position": longs(3, 4),
+        "source": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stream": 0,
+    },
+}  # fmt: skip
+KERNELS = {
+    "fork_attention": {"_fork_attention"},
+    "kv_commit": {"_copy", "_advance"},
+    "reward_head": {"_reward_head"},
+    "segment_sample": {"_race", "_finish"},
+}
+
+
+@pytest.mark.parametrize("op", LAUNCHERS)
+def test_the_cuda_key_holds_the_launcher(op, device, launches):
+    assert backends()[op]["cuda"] == "triton"
+    call = getattr(torch.ops.stars, op).default
+    names = [argument.name for argument in call._schema.arguments]
+    assert list(inspect.signature(LAUNCHERS[op]).parameters) == names
+    case = moved(CASES[op], device)
+    call.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *(case[name] for name in names))
+    assert set(launches) == KERNELS[op]

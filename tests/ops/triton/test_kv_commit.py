@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from stars_kernels.ops.triton.kv_commit import kv_commit_triton
+from tests.ops.helpers import DTYPES, bits_of, dtype_name, moved
+from tests.ops.test_kv_commit import CALLS, expected_after, make_case
+
+
+def assert_commits(case, device):
+    arena, lengths = expected_after(case)
+    given = moved(case, device)
+    kv_commit_triton(**given)
+    assert torch.equal(bits_of(given["arena"].cpu()), bits_of(arena))
+    assert torch.equal(given["lengths"].cpu(), lengths)
+    for name in set(case) - {"arena", "lengths"}:
+        assert torch.equal(bits_of(given[name].cpu()), bits_of(case[name])), f"{name} was written"
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.id != "no prompts"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_commit(device, dtype, call):
+    assert_commits(make_case(dtype, **call), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("size", [64, 33])
+def test_a_segment_of_several_blocks(device, dtype, size):
+    """Heads of 16-byte words, and of odd ones, in copies longer than one program's."""
+    case = make_case(dtype)
+    case["suffix"] = torch.randn(2, 2, 7, 6, 16, size).to(dtype)
+    case["arena"] = torch.randn(2, 2, 40, 16, size).to(dtype)
+    assert_commits(case, device)
+
+
+def test_a_cut_of_a_larger_arena(device):
+    """Planes that lie apart: some layers of a cache, rows of a larger suffix."""
+    case = make_case(torch.float32)
+    case["arena"] = torch.cat((case["arena"], case["arena"]), dim=2)[:, :, :40]
+    case["suffix"] = torch.cat((case["suffix"], case["suffix"]), dim=2)[:, :, 3:10]
+    for name in ("prompt", "row", "count", "lengths", "offsets"):
+        case[name] = torch.stack((case[name], case[name]), dim=-1)[:, 0]
+    arena, lengths = expected_after(case)
+    given = moved(case, device)
+    given["arena"] = torch.cat((given["arena"], given["arena"]), dim=2)[:, :, :40]  # a copy would be contiguous
+    kv_commit_triton(**given)
+    assert torch.equal(bits_of(given["arena"].cpu()), bits_of(arena)) and torch.equal(given["lengths"].cpu(), lengths)
+
+
+def test_suffix_strides_of_any_order(device):
+    case = make_case(torch.float32)
+    case["suffix"] = case["suffix"].permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
+    assert_commits(case, device)

@@ -1,0 +1,351 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+from scipy.stats import chisquare
+
+from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, token_bits
+from stars_kernels.ops.segment_sample import segment_sample_ref
+from stars_kernels.ops.triton import philox
+from stars_kernels.ops.triton import segment_sample as kernels
+from stars_kernels.ops.triton.segment_sample import segment_sample_triton
+from tests.ops.helpers import bits_of, dtype_name, generator, longs
+from tests.ops.test_philox import BIG_KEYS, KNOWN_ANSWERS, words
+from tests.ops.test_segment_sample import (
+    EVERY_FILTER,
+    NO_FILTER,
+    RARE,
+    RARE_KEY,
+    SOME_FILTERS,
+    TIES,
+    TOP,
+    borderline,
+    hf_scores,
+    race,
+    rows_of,
+)
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+some_filters = pytest.mark.parametrize("filters", SOME_FILTERS)
+ALL_FILTERS = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.02}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A vocabulary of a thousand then has several chunks, many groups, and more candidates than a buffer or a tile."""
+    for name, value in (("CHUNK", 256), ("GROUP", 8), ("CAPACITY", 128), ("TILE", 64)):
+        monkeypatch.setattr(kernels, name, value)
+
+
+def draw(device, logits, rows, source=None, stream=STREAM_SAMPLE, **filters):
+    """The kernels' token and logprob; `rows`: keys, attempts, positions."""
+    inputs = (None if t is None else t.to(device) for t in (logits, *rows, source))
+    token, logprob = segment_sample_triton(*inputs, *(NO_FILTER | filters).values(), stream)
+    assert token.dtype == torch.int64 and logprob.dtype == torch.float32
+    return token.cpu(), logprob.cpu()
+
+
+def assert_as_defined(device, logits, rows, source=None, **filters):
+    """Tokens of the definition, but where rounding decides a near tie of the race; its logprobs."""
+    filters = NO_FILTER | filters
+    token, logprob = draw(device, logits, rows, source, **filters)
+    expected, expected_logprob = segment_sample_ref(logits, *rows, source, *filters.values(), STREAM_SAMPLE)
+    differ = (token != expected).nonzero()[:, 0]
+    if len(differ):
+        print(f"{len(differ)} of {len(token)} tokens decided by rounding")
+        assert (token[differ] >= 0).all() and (expected[differ] >= 0).all()
+        keys, attempt, position = (t[differ] for t in rows)
+        scores = logits.float()[differ if source is None else source[differ]] / filters["temperature"]
+        noisy = race(scores, token_bits(keys, logits.shape[1], position, attempt, STREAM_SAMPLE))
+        mine, other = (noisy.gather(1, t[differ, None]) for t in (token, expected))
+        ulp = torch.finfo(torch.float32).eps * other.abs().clamp(min=1.0)
+        assert ((mine - other).abs() <= 4 * ulp).all()
+    same = token == expected
+    torch.testing.assert_close(logprob[same], expected_logprob[same], rtol=0, atol=1e-5, equal_nan=True)
+    return token, logprob
+
+
+# --- noise ---
+
+
+@triton.jit
+def _philox(counter, key, out):
+    c0, c1, c2, c3 = tl.load(counter), tl.load(counter + 1), tl.load(counter + 2), tl.load(counter + 3)
+    w0, w1, w2, w3 = philox.philox4x32(
+        c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32),
+        tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32),
+    )  # fmt: skip
+    tl.store(out, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))
+
+
+@triton.jit
+def _token_bits(keys, ids, position, attempt, stream, out, COUNT: tl.constexpr):
+    row, at = tl.program_id(0), tl.arange(0, COUNT)
+    bits = philox.token_bits(
+        tl.load(ids + at), tl.load(keys + row), tl.load(position + row), tl.load(attempt + row), stream
+    )  # fmt: skip
+    tl.store(out + row * COUNT + at, bits.to(tl.int64))
+
+
+@triton.jit
+def _noise(bits, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(out + at, philox.noise(tl.load(bits + at).to(tl.uint32)))
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_philox_known_answers(device, counter, key, output):
+    out = torch.zeros(4, dtype=torch.int64, device=device)
+    _philox[(1,)](longs(*words(counter)).to(device), longs(*words(key)).to(device), out)
+    assert out.tolist() == words(output)
+
+
+def test_token_bits(device):
+    rows = len(BIG_KEYS)
+    position, attempt = longs(0, 1, 2**31, 2**32 - 1, 77, 5), longs(0, 1, 2**24 - 1, 3, 2**23, 9)
+    ids = longs(0, 1, 2, 3, 63, 128_255, 2**31 - 1, 7)
+    out = torch.zeros(rows, 8, dtype=torch.int64, device=device)
+    for stream in (STREAM_SAMPLE, STREAM_CALIBRATE, 255):
+        given = (t.to(device) for t in (BIG_KEYS, ids.int(), position, attempt))
+        _token_bits[(rows,)](*given, stream, out, COUNT=8)
+        assert torch.equal(out.cpu(), token_bits(BIG_KEYS, ids.expand(rows, -1), position, attempt, stream))
+
+
+def test_noise(device):
+    """Within two ulp of the truth: at both ends, where the logarithms change branch, and between."""
+    edges = (torch.tensor([0.25, 0.29289, 0.5, 0.64645, 0.75, 1.0]) * 2.0**32).long()[:, None] + torch.arange(-64, 64)
+    powers = 2 ** torch.arange(32)
+    uniform = torch.randint(2**32, (3200,), generator=generator(0))
+    bits = torch.cat((torch.arange(64), edges.flatten().clamp(max=2**32 - 1), powers, uniform))
+    assert len(bits) == 4064
+    bits = torch.cat((bits, bits[:32]))
+    out = torch.zeros(len(bits), device=device)
+    _noise[(1,)](bits.to(device), out, COUNT=len(bits))
+    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    truth = torch.log(-torch.log1p(-v.double()))
+    # Where log(w) crosses 0, one ulp of w is the measure.
+    ulp = torch.finfo(torch.float32).eps * truth.abs().clamp(min=1.0)
+    assert ((out.cpu().double() - truth).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.parametrize("filters", [{}, {"min_p": 1e-9}], ids=str)
+def test_rare_draws(device, filters):
+    """Tokens 18 below the best, at the few draws where their noise may carry them to a win."""
+    ids, position, attempt = torch.tensor(RARE).unbind(1)
+    rows = (longs(RARE_KEY).expand(len(RARE)), attempt, position)
+    logits = torch.zeros(len(RARE), 8)
+    logits[torch.arange(len(RARE)), (ids + 3) % 8] = 18.0
+    token, _ = assert_as_defined(device, logits, rows, **filters)
+    assert 10 < (token == ids).sum() < len(RARE) - 10
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
+def test_top_draws(device, filters):
+    """The largest noise there is keeps a finite key: what is left alone by the filters still wins."""
+    ids, position, attempt = torch.tensor(TOP).unbind(1)
+    logits = torch.full((len(TOP), 8), -9.0 if filters else -torch.inf)
+    logits[torch.arange(len(TOP)), ids] = 0.0
+    token, logprob = draw(device, logits, (longs(RARE_KEY).expand(len(TOP)), attempt, position), **filters)
+    assert torch.equal(token, ids) and (logprob == 0).all()
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}], ids=str)
+def test_chi_square(device, filters):
+    count = 150
+    logits = torch.tensor([[0.3, -1.0, 1.2, 0.0, -torch.inf]])
+    token, _ = draw(device, logits, rows_of(count, seed=5), torch.zeros(count, dtype=torch.int64), **filters)
+    expected = hf_scores(logits, **(NO_FILTER | filters))[0].softmax(dim=-1) * count
+    counts = torch.bincount(token, minlength=5)
+    assert counts[expected == 0].sum() == 0 and (expected > 0).sum() > 1
+    assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
+
+
+# --- filters ---
+
+
+@pytest.mark.parametrize("filters", EVERY_FILTER)
+def test_draws_under_filters(device, filters):
+    logits = torch.randn(3, 203, generator=generator(1)) * 2.5
+    assert not borderline(logits, **filters)
+    assert_as_defined(device, logits, rows_of(4), torch.arange(4) % 3, **filters)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 20},
+        {"top_k": 250},  # more than there are groups: the bound is lost
+        {"top_p": 0.6},
+        {"top_p": 0.99},  # more survivors than a buffer holds
+        {"min_p": 0.05},
+        {"min_p": 1e-4},
+        ALL_FILTERS,
+        {"top_k": 300, "top_p": 0.95, "min_p": 0.01},
+    ],
+    ids=str,
+)
+def test_chunks_groups_and_full_buffers(device, small, dtype, filters):
+    logits = (torch.randn(2, 1003, generator=generator(2)) * torch.tensor([[3.0], [1.2]])).to(dtype)
+    assert not borderline(logits.float(), **(NO_FILTER | filters))
+    assert_as_defined(device, logits, rows_of(2), **filters)
+
+
+@dtypes
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 0.9}, ALL_FILTERS], ids=str)
+def test_a_large_vocabulary(device, dtype, filters):
+    """With the constants that are shipped: three chunks, the last one not full."""
+    logits = (torch.randn(3, 5003, generator=generator(3)) * 4).to(dtype)
+    assert not borderline(logits.float(), **(NO_FILTER | filters))
+    assert_as_defined(device, logits, rows_of(3), **filters)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 63, 65, 256, 257])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_vocabulary_sizes(device, small, vocabulary, filters):
+    logits = torch.randn(2, vocabulary, generator=generator(vocabulary))
+    assert not borderline(logits, **(NO_FILTER | filters))
+    assert_as_defined(device, logits, rows_of(2), **filters)
+
+
+@pytest.mark.parametrize(("logits", "filters", "stay"), TIES)
+@pytest.mark.parametrize("capacity", [8192, 1], ids=["candidates", "row"])
+def test_ties_in_the_filters(device, monkeypatch, capacity, logits, filters, stay):
+    """The logprob of a draw tells the mass of all that stay."""
+    monkeypatch.setattr(kernels, "CAPACITY", capacity)
+    logits = torch.tensor([logits], dtype=torch.float32)
+    token, logprob = draw(device, logits, rows_of(4), torch.zeros(4, dtype=torch.int64), **filters)
+    assert set(token.tolist()) <= set(stay)
+    alone = torch.full_like(logits[0], -torch.inf).index_copy(0, longs(*stay), logits[0, stay])
+    torch.testing.assert_close(logprob, alone.log_softmax(0)[token], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize("value", [-0.0, -3.0, 1e9])
+def test_equal_logits(device, small, filters, value):
+    """All tokens tie: no bound keeps them out of the buffer."""
+    logits = torch.full((2, 403), value)
+    logits[1, ::2] = -torch.inf
+    assert_as_defined(device, logits, rows_of(2), **filters)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.99}, {"top_k": 2, "min_p": 0.1}], ids=str)
+def test_equal_keys_go_to_the_smallest_id(device, small, filters):
+    """At 1e9 one ulp of fp32 is 64: the noise rounds away and three tokens, of three chunks, have equal keys."""
+    logits = torch.zeros(1, 800)
+    logits[0, [641, 7, 430]] = 1e9
+    token, logprob = draw(device, logits, rows_of(3), torch.zeros(3, dtype=torch.int64), **filters)
+    assert (token == 7).all()
+    torch.testing.assert_close(logprob.exp(), torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_the_ends_of_the_temperature(device, filters):
+    logits = torch.tensor([[0.0, -1.0, 2.0, 2.0, -torch.inf, -2.0]])
+    for temperature in (1e-30, 1e30):
+        rows, source = rows_of(4), torch.zeros(4, dtype=torch.int64)
+        assert_as_defined(device, logits, rows, source, temperature=temperature, **filters)
+    broken = torch.tensor([[1e10, 0.0, 0.0, 0.0, 0.0, 0.0]])  # over 1e-30: +inf
+    token, logprob = draw(device, broken, rows_of(1), temperature=1e-30, **filters)
+    assert token.tolist() == [-1] and logprob.isnan().all()
+
+
+# --- rows ---
+
+
+@some_filters
+def test_broken_rows_are_flagged_alone(device, small, filters):
+    logits = torch.randn(9, 333, generator=generator(7))
+    logits[1, 320] = torch.nan
+    logits[3, 0] = torch.inf
+    logits[5] = -torch.inf
+    logits[7] = torch.inf
+    logits[8] = torch.nan
+    token, logprob = assert_as_defined(device, logits, rows_of(9), **filters)
+    assert ((token < 0) == logprob.isnan()).all() and (token < 0).nonzero().flatten().tolist() == [1, 3, 5, 7, 8]
+
+
+@some_filters
+def test_few_finite_logits(device, small, filters):
+    logits = torch.full((2, 500), -torch.inf)
+    logits[0, 321] = -4.0
+    logits[1, [3, 100, 499]] = torch.tensor([0.0, 0.2, 0.1])
+    token, logprob = assert_as_defined(device, logits, rows_of(6), torch.arange(6) % 2, **filters)
+    assert (token[::2] == 321).all() and (logprob[::2] == 0).all()
+    assert set(token[1::2].tolist()) <= {3, 100, 499}
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, ALL_FILTERS], ids=str)
+def test_a_rows_bits_do_not_depend_on_its_batch(device, small, filters):
+    logits = torch.randn(5, 600, generator=generator(5)) * 3
+    logits[1] = 1.0
+    logits[2, 2:] = -torch.inf
+    logits[3] = torch.nan
+    rows, source = rows_of(6), longs(0, 1, 2, 3, 4, 4)
+    token, logprob = draw(device, logits, rows, source, **filters)
+    for r in range(6):
+        alone = draw(device, logits[source[r : r + 1]], [t[r : r + 1] for t in rows], **filters)
+        assert torch.equal(alone[0], token[r : r + 1])
+        assert torch.equal(bits_of(alone[1]), bits_of(logprob[r : r + 1]))
+
+
+@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=str)
+def test_strided_inputs(device, small, filters):
+    logits = torch.randn(3, 300, generator=generator(9)) * 3
+    rows = rows_of(3)
+    expected = draw(device, logits, rows, **filters)
+
+    wide, padded = torch.full((3, 777), 50.0, device=device), torch.full((6,), 99, device=device)
+    wide[:, 5:305] = logits.to(device)
+    spaced = []
+    for t in rows:
+        spaced.append(padded.clone()[::2])
+        spaced[-1].copy_(t)
+    for view in (wide[:, 5:305], wide[:, 5:305].t().contiguous().t()):  # strides (777, 1) and (1, 3)
+        token, logprob = segment_sample_triton(view, *spaced, None, *(NO_FILTER | filters).values(), STREAM_SAMPLE)
+        assert torch.equal(token.cpu(), expected[0]) and torch.equal(logprob.cpu(), expected[1])
+
+
+@some_filters
+def test_zero_rows(device, filters):
+    none = torch.empty(0, dtype=torch.int64)
+    for logits, source in ((torch.zeros(0, 9), None), (torch.zeros(3, 9), none)):
+        token, logprob = draw(device, logits, (none, none, none), source, **filters)
+        assert token.shape == logprob.shape == (0,)
+    assert_as_defined(device, torch.zeros(1, 9), rows_of(1), **filters)
+
+
+@some_filters
+def test_float64_logits_run_the_definition(device, launches, filters):
+    logits = torch.randn(2, 40, generator=generator(8)).double()
+    expected = segment_sample_ref(logits, *rows_of(2), None, *filters.values(), STREAM_SAMPLE)
+    token, logprob = draw(device, logits, rows_of(2), **filters)
+    assert torch.equal(token, expected[0]) and torch.equal(logprob, expected[1])
+    assert not launches
+    assert_as_defined(device, logits.float(), rows_of(2), **filters)
+
+
+@some_filters
+def test_launches(device, launches, monkeypatch, filters):
+    """Two without a filter, else four; the host reads nothing of the device, so that a CUDA graph can hold them."""
+    logits, rows = torch.randn(2, 70, generator=generator(10)).to(device), [t.to(device) for t in rows_of(2)]
+
+    def refuse(self, *args):
+        raise AssertionError("the host waited for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        segment_sample_triton(logits, *rows, None, *filters.values(), STREAM_SAMPLE)
+    filtered = filters | {"temperature": 1.0} != NO_FILTER
+    assert launches == (["_groups", "_bound", "_gather", "_draw"] if filtered else ["_race", "_finish"])
+
+
+def test_streams_differ(device):
+    logits, rows = torch.zeros(20, 100), rows_of(20)
+    streams = [draw(device, logits, rows, stream=stream)[0] for stream in (STREAM_SAMPLE, 1, STREAM_CALIBRATE)]
+    assert (streams[0] != streams[1]).sum() > 15 and (streams[0] != streams[2]).sum() > 15
