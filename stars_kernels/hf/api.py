@@ -152,6 +152,7 @@ class _Engine:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
         self.eager = self._why_eager()
+        self.fuse = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
         self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
@@ -273,7 +274,8 @@ class _Engine:
             scorer = CallableScorer(self.rm, texts, self.codec.decode, self.lm.device)
         find_stop = self.codec.find_stop if self.codec.stops else None
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
-        return Loop(ModelProposer(self.lm, graphs), scorer, config, answers, self.eos, find_stop, stream, on_tokens)
+        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse)
+        return Loop(proposer, scorer, config, answers, self.eos, find_stop, stream, on_tokens)
 
     def _run_batch(
         self, requests: list[_Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any]
@@ -339,6 +341,8 @@ class _Engine:
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         if self.packed_bytes and plain:
             linear += f"; torch: {plain} layers"
+        if not self.fuse:
+            served["lm_head_sample"] = "not used"
         if self.lm.device.type == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
         return {**served, "linear": linear}

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import ForkCache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.packing import is_plain
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
+NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass
@@ -56,11 +58,12 @@ def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
 class ModelProposer:
     """`model` is a view with the stars attention (`hf.models.view_of`)."""
 
-    def __init__(self, model: PreTrainedModel, graphs: SegmentGraphs | None = None) -> None:
-        """graphs: runs segments as CUDA graphs; None = eagerly."""
+    def __init__(self, model: PreTrainedModel, graphs: SegmentGraphs | None = None, fuse: bool = False) -> None:
+        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits where that works."""
         self.model = model
         self.device = model.device
         self.graphs = graphs
+        self.head = output_weight(model) if fuse else None
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -91,22 +94,27 @@ class ModelProposer:
         cache.fork(rows.prompt)
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        logits = self.logits
+        state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
         source: Tensor | None = rows.prompt  # every first token comes from its prompt's one row of logits
+        head = None if any(sampling[name] != off for name, off in NO_FILTER.items()) else self.head
         for step in range(size):
-            at = rows.position + step
-            tokens[:, step], _ = ops.segment_sample(
-                logits, rows.key, rows.attempt, at, source=source, stream=stream, **sampling
-            )
+            draws = (rows.key, rows.attempt, rows.position + step)
+            if head is None or step == 0:
+                token, _ = ops.segment_sample(state, *draws, source=source, stream=stream, **sampling)
+            else:
+                temperature = sampling["temperature"]
+                token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=stream)
+            tokens[:, step] = token
             if step == size - 1:
                 break
             if self.device.type == "cpu":  # a look is free where nothing has to be waited for
-                ended |= torch.isin(tokens[:, step], eos) | (tokens[:, step] < 0)
+                ended |= torch.isin(token, eos) | (token < 0)
                 if ended.all():
                     return tokens[:, : step + 1]
             with cache.extend(1) as positions:
-                logits = self._logits(tokens[:, step, None].clamp(min=0), positions, 1)[:, 0]
-            source = None
+                ids = token[:, None].clamp(min=0)
+                state = self._logits(ids, positions, 1) if head is None else self._hidden(ids, positions)
+            state, source = state[:, 0], None
         return tokens
 
     def commit(self, commit: Commit) -> None:
@@ -135,3 +143,13 @@ class ModelProposer:
             logits_to_keep=keep,
         )
         return output.logits
+
+    def _hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
+        body = self.model.base_model
+        return body(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
+
+
+def output_weight(model: PreTrainedModel) -> Tensor | None:
+    """The weight [V, D] of the output layer where logits = hidden weight^T and nothing else; else None."""
+    head = model.get_output_embeddings()
+    return head.weight if is_plain(head, nn.Linear) and head.bias is None else None

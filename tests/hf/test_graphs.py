@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import stars_kernels
+from stars_kernels import ops
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf import api
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.proposer import ModelProposer
 from tests.tiny import EOS
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]
@@ -94,3 +96,18 @@ def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_rows():
     for _ in range(2):
         graphs.run(lambda rows: rows.attempt[:, None], rows_of(4), "a", "moved")
     assert len(captured) == 2, "graphs of moved buffers are forgotten"
+
+
+@pytest.mark.parametrize("filters", [{"top_k": None}, {"top_k": None, "temperature": 0.6}, {"top_k": 5}])
+def test_fused_draws_are_the_same_draws(lm, rm, graphs, monkeypatch, filters):
+    """On a GPU the output layer and the draw are one op; here its definition."""
+    calls = []
+    real = ops.lm_head_sample
+    monkeypatch.setattr(ops, "lm_head_sample", lambda *given, **options: calls.append(1) or real(*given, **options))
+    monkeypatch.setattr(api, "ModelProposer", lambda model, graphs, fuse: ModelProposer(model, graphs, fuse=True))
+    settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, **filters)
+    outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    assert bool(calls) == (filters["top_k"] is None)
+    monkeypatch.undo()
+    expected = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]

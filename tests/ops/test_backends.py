@@ -11,11 +11,11 @@ import stars_kernels
 from stars_kernels.ops._registry import build_info, load_extension
 
 OPS = {
-    "accept", "fork_attention", "kv_commit", "packed_linear", "packed_swiglu", "reward_head", "rms_norm",
-    "segment_sample",
+    "accept", "fork_attention", "kv_commit", "lm_head_sample", "packed_linear", "packed_swiglu", "reward_head",
+    "rms_norm", "segment_sample",
 }  # fmt: skip
-COMPILED = {(op, "cpu"): "cpp" for op in OPS}
-TRITON = {"fork_attention", "kv_commit", "reward_head", "segment_sample"}
+COMPILED = {(op, "cpu"): "cpp" for op in OPS - {"lm_head_sample"}}
+TRITON = {"fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample"}
 
 
 def test_every_op_and_device_is_named():

@@ -98,14 +98,22 @@ def causal(queries, keys, window=0):
     return (back >= 0) & (back < window) if window else back >= 0
 
 
-def eager(case, dtype):
+def in_order(a, b):
+    """a @ b, the terms of each product added one after the other, as a GPU's multiply-adds are."""
+    total = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
+    for i in range(a.shape[-1]):
+        total += a[..., i, None] * b[..., i, None, :]
+    return total
+
+
+def eager(case, dtype, product=torch.matmul):
     """Ordinary attention, a row at a time: in `dtype`, its softmax in fp32 or better, as in transformers."""
     query = case["query"]
     out = torch.zeros(*query.shape[:3], case["suffix_value"].shape[3], dtype=dtype)
     softmax_dtype = torch.promote_types(dtype, torch.float32)
     for r in range(query.shape[0]):
         q, k, v = row_tensors(case, r, dtype)
-        scores = (q @ k.transpose(1, 2)).to(softmax_dtype) * case["scale"]
+        scores = product(q, k.transpose(1, 2)).to(softmax_dtype) * case["scale"]
         if case.get("softcap"):
             scores = case["softcap"] * torch.tanh(scores / case["softcap"])
         mask = causal(q.shape[1], k.shape[1], case.get("window", 0))

@@ -7,12 +7,13 @@ import torch
 
 from stars_kernels.ops import backends
 from stars_kernels.ops.triton import LAUNCHERS
-from tests.ops import test_fork_attention, test_kv_commit, test_reward_head
+from tests.ops import test_fork_attention, test_kv_commit, test_lm_head_sample, test_reward_head
 from tests.ops.helpers import longs, moved
 
 CASES = {
     "fork_attention": test_fork_attention.make_case(dtype=torch.float32, window=0, softcap=0.0, sinks=None),
     "kv_commit": test_kv_commit.make_case(),
+    "lm_head_sample": test_lm_head_sample.make_case() | {"temperature": 1.0, "stream": 0},
     "reward_head": test_reward_head.make_case(torch.float32),
     "segment_sample": {
         "logits": torch.randn(2, 50), "keys": longs(1, 2), "attempt": longs(0, 1), "position": longs(3, 4),
@@ -22,6 +23,7 @@ CASES = {
 KERNELS = {
     "fork_attention": {"_fork_attention"},
     "kv_commit": {"_copy", "_advance"},
+    "lm_head_sample": {"_lm_head_race", "_lm_head_finish"},
     "reward_head": {"_reward_head"},
     "segment_sample": {"_race", "_finish"},
 }
