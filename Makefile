@@ -7,10 +7,10 @@ BUILT = $(VENV)/built-$(STARS_BUILD_EXT)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test asan lint bench clean
+.PHONY: help build demo test asan sanitize gpu-build cuda-ext gpu lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 build: $(BUILT)  ## the environment and the extension (STARS_BUILD_EXT=auto|0|1)
 
@@ -24,7 +24,7 @@ test: build  ## all tests that this machine can run; skips print their reasons
 
 # The sanitizers' own copy of the package; gcc's runtimes come first, as python itself is built without them.
 ASAN := build/asan
-ASAN_PYTEST := --quiet -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
+ASAN_PYTEST := --quiet --ignore tests/ops/triton -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 STARS_EXPECT_SANITIZED=1
 asan: build  ## the op tests on an extension built with AddressSanitizer and UBSan
@@ -35,6 +35,26 @@ asan: build  ## the op tests on an extension built with AddressSanitizer and UBS
 	$(SANITIZED) $(BIN)/python -m pytest tests/ops $(ASAN_PYTEST)
 	@echo "== once more without vector instructions"
 	ATEN_CPU_CAPABILITY=default $(SANITIZED) $(BIN)/python -m pytest tests/ops $(ASAN_PYTEST)
+
+# .ci/gpu-env runs a command in the environment of constraints-gpu.txt, outside the clone. No .venv is needed.
+sanitize: export HF_HUB_OFFLINE := 1
+sanitize: export TRITON_CACHE_DIR := $(CURDIR)/build/sanitize
+sanitize:  ## the Triton kernels on the CPU: out-of-bounds accesses, races (Python >= 3.12)
+	.ci/gpu-env python -m pytest -p tests.ops.triton.sanitize --quiet -n auto --maxprocesses 4 tests/ops/triton
+
+gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with docs/gpu_build.md
+	$(BIN)/python -m bench.gpu_build --check docs/gpu_build.md
+	$(BIN)/python -m pytest --quiet -s tests/ops/test_accept_cuda.py
+
+CUDA := build/cuda
+cuda-ext: export HF_HUB_OFFLINE := 1
+cuda-ext:  ## the extension built with CUDA (nvcc, Python >= 3.12), imported and tested on the CPU
+	STARS_BUILD_EXT=1 .ci/gpu-env python setup.py --quiet build --build-base $(CUDA) --build-lib $(CUDA)/lib
+	STARS_EXPECT_CUDA=1 .ci/gpu-env python -m pytest --quiet -s -p no:cacheprovider -o pythonpath="$(CUDA)/lib ." \
+		tests/ops/test_accept_cuda.py tests/ops/test_accept.py tests/ops/test_backends.py
+
+gpu: build  ## on a machine with a GPU: build with CUDA, test, time, one report in build/gpu
+	PYTHON=$(BIN)/python bench/gpu.sh
 
 lint: build  ## ruff, mypy and the house's own bans
 	$(BIN)/ruff check .

@@ -10,14 +10,15 @@ from types import ModuleType
 from bench.arguments import output_file
 
 TIMED = ("decode", "ops")
-"""Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.rates: of the machine."""
+"""Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.device and its args.rates."""
 MODELLED = ("roofline",)
 """The same, but run() prints its own tables, by formula, and returns an exit code."""
+DEVICES = ("cpu", "cuda")
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, ModuleType, argparse.Namespace]:
     names = TIMED + MODELLED
-    names = tuple(name for name in names if name in sys.argv[1:2]) or names  # torch is not imported for nothing
+    names = tuple(name for name in names if name in arguments[:1]) or names  # torch is not imported for nothing
     modules = {name: import_module(f"bench.{name}") for name in names}
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
@@ -26,11 +27,23 @@ def main() -> int:
         subparser = suites.add_parser(name, help=summary, description=summary)
         if name in TIMED:
             subparser.add_argument("--quick", action="store_true", help="less work, for a few minutes in all")
+            subparser.add_argument("--device", choices=DEVICES, default="cpu", help="where it all runs (default cpu)")
         subparser.add_argument("--json", type=output_file, metavar="FILE", help="write all that is found here")
         suite.add_arguments(subparser)
-    args = parser.parse_args()
-    suite = modules[args.suite]
-    return int(suite.run(args)) if args.suite in MODELLED else time_suite(suite, args)
+    args = parser.parse_args(arguments)
+    return parser, modules[args.suite], args
+
+
+def main() -> int:
+    parser, suite, args = parse(sys.argv[1:])
+    if args.suite in MODELLED:
+        return int(suite.run(args))
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error(f"argument --device: no CUDA device (torch {torch.__version__})")
+    return time_suite(suite, args)
 
 
 def time_suite(suite: ModuleType, args: argparse.Namespace) -> int:
@@ -40,8 +53,8 @@ def time_suite(suite: ModuleType, args: argparse.Namespace) -> int:
     from bench.report import CheckError, missed_targets, table, write_json
 
     disable_progress_bar()  # of loading, which would fill a log
-    args.rates = machine.measure()
-    facts = machine.describe(args.rates)
+    args.rates = machine.measure(args.device)
+    facts = machine.describe(args.rates, args.device)
     for key, value in facts.items():
         print(f"{key}: {value}", flush=True)
     try:

@@ -20,7 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stars_kernels import StarsConfig
+from bench.report import CheckError
+from stars_kernels import StarsConfig, backends
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import accept_uniform
 
@@ -122,6 +123,14 @@ def check_plain(config: StarsConfig) -> None:
     """The contestants with caches leave out what the benchmark does not use: the ends of answers."""
     if config.eos_token_id != () or config.stop_strings:
         raise ValueError("expected eos_token_id=() and no stop strings")
+
+
+def check_triton() -> None:
+    """A GPU is timed with the Triton kernels alone, never with the definitions that serve where they are missing."""
+    expected = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
+    wrong = {op: found for op in expected if (found := backends()[op]["cuda"]) != "triton"}
+    if wrong:
+        raise CheckError(f"expected Triton kernels on cuda, found {wrong}")
 
 
 def prefill(

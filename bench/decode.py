@@ -16,12 +16,13 @@ from bench import models
 from bench.arguments import whole
 from bench.batched import batched_decode
 from bench.cached import cached_decode
-from bench.common import Judge, Result, generate_options
-from bench.machine import Forward
+from bench.common import Judge, Result, check_triton, generate_options
+from bench.machine import Forward, wait
 from bench.naive import naive_decode
-from bench.ours import ours_decode
+from bench.ours import ours_decode, segment_graphs
 from bench.report import CheckError, Row
 from stars_kernels import StarsConfig, decode
+from stars_kernels.hf.graphs import SegmentGraphs
 from stars_kernels.ops.philox import request_key
 
 SEGMENT = 15
@@ -87,8 +88,14 @@ class Job:
         return replace(self, prompts=self.prompts[:prompts], config=config)
 
 
-def make_job(model_name: str, prompts: int, prompt_tokens: int = models.PROMPT_TOKENS) -> Job:
-    loaded = models.load(model_name, prompts, prompt_tokens=prompt_tokens)
+def make_job(
+    model_name: str,
+    prompts: int,
+    prompt_tokens: int = models.PROMPT_TOKENS,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Job:
+    loaded = models.load(model_name, prompts, dtype, prompt_tokens, device)
     config = StarsConfig(
         segment_size=SEGMENT, max_new_tokens=SEGMENT * SEGMENTS, temperature=1.0, top_k=40, seed=0,
         eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0,
@@ -99,8 +106,14 @@ def make_job(model_name: str, prompts: int, prompt_tokens: int = models.PROMPT_T
 # The contestants: each does the whole job
 
 
-def ours(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
-    return ours_decode(job.model, job.rm, job.prompts, job.config, job.keys, job.judges, forwards)
+def ours(job: Job, forwards: list[Forward] | None = None, graphs: SegmentGraphs | None = None) -> list[Result]:
+    graphs = graphs or segment_graphs(job.model, job.config)
+    return ours_decode(job.model, job.rm, job.prompts, job.config, job.keys, job.judges, forwards, graphs)
+
+
+def eager(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
+    """Ours without CUDA graphs."""
+    return ours(replace(job, config=job.config.replace(graphs=False)), forwards)
 
 
 def naive(job: Job) -> list[Result]:
@@ -138,6 +151,8 @@ def plain(job: Job) -> list[Result]:
 CONTESTANTS: dict[str, Callable[[Job], list[Result]]] = {
     "naive": naive, "cached": cached, "batched": batched, "ours": ours,
 }  # fmt: skip
+OTHERS = {**CONTESTANTS, "plain": plain, "ours, eager": eager}
+"""What ours may be timed against."""
 
 
 def _one_by_one(decode_one: Callable[..., Result], job: Job) -> list[Result]:
@@ -151,9 +166,9 @@ def _one_by_one(decode_one: Callable[..., Result], job: Job) -> list[Result]:
 # Check
 
 
-def check_exact() -> None:
+def check_exact(device: str = "cpu") -> None:
     """In float64, where rounding cannot tip a choice, all give the same tokens after the same attempts."""
-    loaded = models.load("tiny", prompts=3, dtype=torch.float64)
+    loaded = models.load("tiny", prompts=3, dtype=torch.float64, device=device)
     config = StarsConfig(segment_size=5, max_new_tokens=22, eos_token_id=(), seed=7, progress=False)
     scripted = config.replace(accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0)
     _compare("scripted", Job(loaded.model, loaded.rm, loaded.prompts, scripted, seeded=True))
@@ -187,9 +202,22 @@ def _compare(what: str, job: Job) -> list[Result]:
     return expected
 
 
+def check_graphs(device: str) -> None:
+    """In float32, with graphs or without, the same tokens after the same attempts; 4 and 8 rows are never padded, so
+    that both multiply matrices of the same shapes."""
+    job = make_job("tiny", prompts=2, device=device)
+    job = replace(job, config=job.config.replace(width=4))
+    graphs = segment_graphs(job.model, job.config)
+    captured, expected = ours(job, graphs=graphs), eager(job)
+    if graphs is None or not graphs.replays:
+        raise CheckError("no segment was replayed from a CUDA graph")
+    if captured != expected:
+        raise CheckError(f"CUDA graphs and eager segments differ in float32:\n{captured}\n{expected}")
+
+
 def agreement(job: Job) -> dict[str, float]:
-    """In float32, where rounding may tip a choice: the share of each contestant's tokens that come before its
-    first difference from the naive loop."""
+    """In the job's own dtype, where rounding may tip a choice: the share of each contestant's tokens that come before
+    its first difference from the naive loop."""
     job = replace(job, seeded=True)
     expected = [result.token_ids for result in naive(job)]
     shares = {}
@@ -207,9 +235,11 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 # Time
 
 
-def timed(name: str, work: Callable[[], list[Result]]) -> tuple[float, list[Result]]:
+def timed(name: str, work: Callable[[], list[Result]], device: torch.device) -> tuple[float, list[Result]]:
+    wait(device)
     began = time.perf_counter()
     results = work()
+    wait(device)
     seconds = time.perf_counter() - began
     print(f"  {name}: {seconds:.2f} s", flush=True)
     return seconds, results
@@ -223,23 +253,26 @@ class Pair:
     theirs: float
 
 
-def interleaved(job: Job, others: dict[str, Job], forwards: list[Forward]) -> tuple[dict[str, Pair], float]:
+def interleaved(
+    job: Job, others: dict[str, Job], forwards: list[Forward] | None = None
+) -> tuple[dict[str, Pair], float]:
     """Each of the others on its own job, between two runs of ours on `job`, whose mean it is compared with.
 
     A shared machine drifts, so only neighbours in time are compared. The naive loop's time is proportional to its
     attempts: it is charged MEAN_ATTEMPTS of them a segment. forwards: gets those of our first run, whose share of time
     outside of them is returned too.
     """
-    seconds = timed("ours", partial(ours, job, forwards))[0]
-    overhead = 1 - sum(forward.seconds for forward in forwards) / seconds
+    device = job.model.device
+    seconds = timed("ours", partial(ours, job, forwards), device)[0]
+    overhead = 1 - sum(forward.seconds for forward in forwards or []) / seconds
     mine = [seconds / job.segments]
     pairs = {}
     for name, other in others.items():
-        seconds, results = timed(name, partial(plain if name == "plain" else CONTESTANTS[name], other))
+        seconds, results = timed(name, partial(OTHERS[name], other), device)
         theirs = seconds / other.segments
         if name == "naive":
             theirs = seconds * MEAN_ATTEMPTS / sum(sum(result.attempts) for result in results)
-        mine.append(timed("ours", partial(ours, job))[0] / job.segments)
+        mine.append(timed("ours", partial(ours, job), device)[0] / job.segments)
         pairs[name] = Pair(statistics.mean(mine[-2:]), theirs)
     return pairs, overhead
 
@@ -255,6 +288,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
+    return run_on_gpu(args) if args.device == "cuda" else run_on_cpu(args)
+
+
+def run_on_cpu(args: argparse.Namespace) -> list[Row]:
     print("check in float64 ...", flush=True)
     check_exact()
     print(f"load {args.model} ...", flush=True)
@@ -272,7 +309,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     speed = pairs["plain"]
     notes = {
         "naive": f"seconds a segment of {SEGMENT}; ours has {shares['ours']:.0%} of its tokens in float32",
-        "plain": f"generate, no reward: {SEGMENT / speed.theirs:.1f} tokens/s; ours {SEGMENT / speed.mine:.1f}",
+        "plain": _plain_note(speed),
     }
     rows = _rows(args, "one prompt", one, pairs, forwards, notes)
     rows.append(_overhead_row(args, "one prompt", overhead, speed))
@@ -300,6 +337,56 @@ def run(args: argparse.Namespace) -> list[Row]:
     return rows + _rows(args, name, long, pairs, forwards, {"batched": "reading the prompts is in both times"})
 
 
+def run_on_gpu(args: argparse.Namespace) -> list[Row]:
+    """The same jobs in float32 and bfloat16, ours as CUDA graphs.
+
+    There are no targets, and no share of time outside the forwards: the host runs ahead of them. Everything runs once
+    untimed, so that no kernel is compiled or loaded on the clock; capturing the graphs is on it.
+    """
+    check_triton()
+    print("check in float64 ...", flush=True)
+    check_exact(args.device)
+    print("check CUDA graphs in float32 ...", flush=True)
+    check_graphs(args.device)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        what = str(dtype).removeprefix("torch.")
+        print(f"load {args.model} in {what} ...", flush=True)
+        full = make_job(args.model, args.prompts, dtype=dtype, device=args.device)
+        print(f"compare with the naive loop in {what} ...", flush=True)
+        shares = agreement(full.cut(prompts=1, segments=1 if args.quick else 2))
+        segments = 4 if args.quick else SEGMENTS
+        one = full.cut(1, segments)
+        naive_job = full.cut(1, 2) if args.quick else one
+        jobs = [("one prompt", one, {"naive": naive_job, "cached": one, "batched": one, "plain": one})]
+        if args.prompts > 1:
+            many = full.cut(args.prompts, segments)
+            jobs.append((f"{args.prompts} prompts", many, {"naive": naive_job, "batched": many}))
+            if not args.quick:
+                tokens = LONG_PROMPT_TOKENS if args.model == "smol" else models.PROMPT_TOKENS
+                long = make_job(args.model, args.prompts, tokens, dtype, args.device)
+                jobs.append((f"{args.prompts} prompts of {tokens} tokens", long, {"batched": long}))
+        for name, job, others in jobs:
+            others["ours, eager"] = job
+            print(f"warm up, {name}, {what} ...", flush=True)
+            forwards: list[Forward] = []
+            eager(job, forwards)
+            ours(job)
+            for other, work in others.items():
+                OTHERS[other](work)
+            print(f"time, {name}, {what} ...", flush=True)
+            pairs, _ = interleaved(job, others)
+            notes = {"naive": f"one prompt at a time; ours has {shares['ours']:.0%} of its tokens"}
+            if "plain" in pairs:
+                notes["plain"] = _plain_note(pairs["plain"])
+            rows += _rows(args, f"{name}, {what}", job, pairs, forwards, notes)
+    return rows
+
+
+def _plain_note(speed: Pair) -> str:
+    return f"generate, no reward: {SEGMENT / speed.theirs:.1f} tokens/s; ours {SEGMENT / speed.mine:.1f}"
+
+
 def _rows(
     args: argparse.Namespace,
     name: str,
@@ -309,7 +396,7 @@ def _rows(
     notes: dict[str, str],
 ) -> list[Row]:
     floor = args.rates.floor(forwards) / job.segments
-    targets = TARGETS if args.model == "smol" else {}
+    targets = TARGETS if args.model == "smol" and args.device == "cpu" else {}
     return [
         Row(name, other, pair.theirs / pair.mine, targets.get((name, other)), pair.mine / floor, pair.mine, pair.theirs,
             notes.get(other, ""))

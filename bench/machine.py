@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 
-READ_BYTES = 512 * 2**20  # far beyond any cache
-GEMM_SIZE = 2048
+READ_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # far beyond any cache
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+GEMM_DTYPE = {
+    "cpu": torch.float32,
+    "cuda": torch.bfloat16,
+}  # a GPU's floor is that of its tensor cores, for every dtype
 ROUNDS = 5
 
 
@@ -46,18 +50,26 @@ class Rates:
         )
 
 
-def measure(dtype: torch.dtype = torch.float32) -> Rates:
+def measure(device: str = "cpu") -> Rates:
     """Reading by a sum over a large buffer, multiplying by a square product: the best of a few rounds."""
-    buffer = torch.ones(READ_BYTES // dtype.itemsize, dtype=dtype)
-    square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
-    return Rates(READ_BYTES / _best(buffer.sum), 2 * GEMM_SIZE**3 / _best(lambda: square @ square))
+    bytes_read, size, dtype = READ_BYTES[device], GEMM_SIZE[device], GEMM_DTYPE[device]
+    buffer = torch.ones(bytes_read // 4, dtype=torch.float32, device=device)
+    square = torch.ones(size, size, dtype=dtype, device=device)
+    return Rates(bytes_read / _best(buffer.sum, device), 2 * size**3 / _best(lambda: square @ square, device))
 
 
-def describe(rates: Rates) -> dict[str, Any]:
+def wait(device: torch.device | str) -> None:
+    """For all that a GPU has been given to do; a CPU has done it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(rates: Rates, device: str = "cpu") -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **(_gpu() if device == "cuda" else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,14 +80,31 @@ def describe(rates: Rates) -> dict[str, Any]:
     }
 
 
-def _best(work: Callable[[], Any]) -> float:
+def _best(work: Callable[[], Any], device: str) -> float:
     work()
     seconds = []
     for _ in range(ROUNDS):
+        wait(device)
         began = time.perf_counter()
         work()
+        wait(device)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def _gpu() -> dict[str, Any]:
+    import triton
+
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "gpu_gb": round(device.total_memory / 1e9, 1),
+        "compute_capability": f"{device.major}.{device.minor}",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "gemm_dtype": str(GEMM_DTYPE["cuda"]).removeprefix("torch."),
+    }
 
 
 def _cpu_model() -> str:
@@ -86,7 +115,11 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where there is no such command or nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -30,7 +30,13 @@ class Models:
     """Token ids, all of one length and all different."""
 
 
-def load(name: str, prompts: int, dtype: torch.dtype = torch.float32, prompt_tokens: int = PROMPT_TOKENS) -> Models:
+def load(
+    name: str,
+    prompts: int,
+    dtype: torch.dtype = torch.float32,
+    prompt_tokens: int = PROMPT_TOKENS,
+    device: str = "cpu",
+) -> Models:
     """`smol` is the demo's language model, `tiny` a random one of two layers; the reward model is as deep."""
     words = TEXT.split()
     repeats = 3 + prompt_tokens // len(words)
@@ -43,6 +49,7 @@ def load(name: str, prompts: int, dtype: torch.dtype = torch.float32, prompt_tok
     else:
         model = _tiny_language_model().to(dtype)
         ids = [list(text.encode()) for text in texts]
+    model = model.to(device)
     return Models(model, reward_model(model), [one[:prompt_tokens] for one in ids])
 
 

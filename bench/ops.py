@@ -20,14 +20,17 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import stars_kernels
-from bench.machine import Rates
+from bench.common import check_triton
+from bench.machine import Rates, wait
 from bench.report import CheckError, Row
 from stars_kernels import ops
 
 ROWS = 16
-DATA_BYTES = 96 * 2**20
-"""Of a case's layers together, counted on our side: three times the last-level cache of a desktop CPU."""
+DATA_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
+"""Of a case's layers together, counted on our side: several times the last-level cache of a desktop CPU, of a GPU."""
 MAX_LAYERS = 30
+CUDA_CALLS = 10
+"""Calls of one timing on a GPU, between two events: their launches are in it, waiting for the result is not."""
 SEED = 0
 
 
@@ -47,8 +50,8 @@ class Case:
     target: float | None = None
 
 
-def layers_for(layer_bytes: int) -> int:
-    return max(2, min(MAX_LAYERS, -(-DATA_BYTES // layer_bytes)))
+def layers_for(layer_bytes: int, device: str) -> int:
+    return max(2, min(MAX_LAYERS, -(-DATA_BYTES[device] // layer_bytes)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -58,26 +61,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 # fork_attention
 
 
-def attention_case(heads: int, kv_heads: int, size: int, prefix: int, steps: int, dtype: torch.dtype) -> Case:
+def attention_case(
+    heads: int, kv_heads: int, size: int, prefix: int, steps: int, dtype: torch.dtype, device: str = "cpu"
+) -> Case:
     """ROWS rows of one prompt, `steps` new tokens each, against scaled_dot_product_attention on a cache that already
     holds the prefix ROWS times."""
     g = torch.Generator().manual_seed(SEED)
     held, slots = (8, 16) if steps == 1 else (steps, steps)
-    layers = layers_for(2 * prefix * kv_heads * size * dtype.itemsize)
+    layers = layers_for(2 * prefix * kv_heads * size * dtype.itemsize, device)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
+        return torch.randn(*shape, generator=g).to(device, dtype)
 
     query = noise(ROWS, steps, heads, size)
     arena, suffix = noise(layers, 2, prefix, kv_heads, size), noise(layers, 2, ROWS, slots, kv_heads, size)
-    rows = torch.arange(ROWS)
     arguments = {
-        "suffix_len": torch.full((ROWS,), held), "query_len": torch.full((ROWS,), steps),
-        "offsets": torch.tensor([0]), "lengths": torch.tensor([prefix]), "prompt": torch.zeros_like(rows),
+        "suffix_len": torch.full((ROWS,), held, device=device), "query_len": torch.full((ROWS,), steps, device=device),
+        "offsets": torch.tensor([0], device=device), "lengths": torch.tensor([prefix], device=device),
+        "prompt": torch.zeros(ROWS, dtype=torch.int64, device=device),
     }  # fmt: skip
     shared = arena.unsqueeze(2).expand(-1, -1, ROWS, -1, -1, -1)
     repeated = torch.cat((shared, suffix[:, :, :, :held]), dim=3).transpose(3, 4).contiguous()
-    mask = None if steps == 1 else torch.ones(steps, prefix + steps, dtype=torch.bool).tril(prefix)
+    mask = None if steps == 1 else torch.ones(steps, prefix + steps, dtype=torch.bool, device=device).tril(prefix)
 
     def ours(layer: int) -> Tensor:
         own, shared = suffix[layer], arena[layer]
@@ -122,14 +127,14 @@ FILTERS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def sampling_case(vocabulary: int, filters: str, dtype: torch.dtype) -> Case:
+def sampling_case(vocabulary: int, filters: str, dtype: torch.dtype, device: str = "cpu") -> Case:
     """ROWS rows of logits, against transformers' warpers, softmax and torch.multinomial."""
     options, target = FILTERS[filters]
     g = torch.Generator().manual_seed(SEED)
-    layers = layers_for(ROWS * vocabulary * dtype.itemsize)
-    logits = (torch.randn(layers, ROWS, vocabulary, generator=g) * 2.5).to(dtype)
-    keys = torch.randint(2**62, (ROWS,), generator=g)
-    rows = torch.arange(ROWS)
+    layers = layers_for(ROWS * vocabulary * dtype.itemsize, device)
+    logits = (torch.randn(layers, ROWS, vocabulary, generator=g) * 2.5).to(device, dtype)
+    keys = torch.randint(2**62, (ROWS,), generator=g).to(device)
+    rows = torch.arange(ROWS, device=device)
     warpers: list[Any] = [TemperatureLogitsWarper(options["temperature"])]
     if "top_k" in options:
         warpers.append(TopKLogitsWarper(options["top_k"]))
@@ -159,20 +164,59 @@ def sampling_case(vocabulary: int, filters: str, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+# lm_head_sample
+
+
+def output_case(vocabulary: int, size: int, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """Output layer and draw of ROWS rows at a temperature alone, against the layer, transformers' warper, softmax and
+    torch.multinomial."""
+    g = torch.Generator().manual_seed(SEED)
+    layers = layers_for(vocabulary * size * dtype.itemsize, device)
+    hidden = torch.randn(layers, ROWS, size, generator=g).to(device, dtype)
+    weight = (torch.randn(layers, vocabulary, size, generator=g) * (2.5 / size**0.5)).to(device, dtype)
+    keys = torch.randint(2**62, (ROWS,), generator=g).to(device)
+    rows = torch.arange(ROWS, device=device)
+    warper = TemperatureLogitsWarper(0.8)
+
+    def ours(layer: int) -> tuple[Tensor, Tensor]:
+        return ops.lm_head_sample(hidden[layer], weight[layer], keys, rows, rows + layer, temperature=0.8)
+
+    def theirs(layer: int) -> Tensor:
+        scores = warper(None, F.linear(hidden[layer], weight[layer]).float())
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+
+    def check(layer: int) -> None:
+        token, logprob = ours(layer)
+        with stars_kernels.reference():
+            expected, expected_logprob = ours(layer)
+        same = token == expected
+        if (~same).sum() > ROWS // 8:  # the product's rounding may decide a few
+            raise CheckError(f"tokens {token.tolist()}, by the definition {expected.tolist()}")
+        atol = 1e-4 if dtype == torch.float32 else 0.2  # of logits of up to 16, rounded to dtype
+        torch.testing.assert_close(logprob[same], expected_logprob[same], rtol=0, atol=atol)
+
+    return Case(
+        f"lm_head_sample {size} to {vocabulary} {dtype_name(dtype)}", "linear, warper + multinomial", layers,
+        ours, theirs, check, bytes_moved=vocabulary * size * dtype.itemsize, flops=2 * ROWS * vocabulary * size,
+    )  # fmt: skip
+
+
 # kv_commit
 
 
-def commit_case(dtype: torch.dtype, prompts: int = 8, depth: int = 30, heads: int = 3, size: int = 64) -> Case:
+def commit_case(
+    dtype: torch.dtype, prompts: int = 8, depth: int = 30, heads: int = 3, size: int = 64, device: str = "cpu"
+) -> Case:
     """A segment of each prompt into the arena, against index_copy_ layer by layer with indices made before."""
     segment, length, width = 15, 200, 3
     g = torch.Generator().manual_seed(SEED)
     capacity = length + segment
-    suffix = torch.randn(depth, 2, prompts * width, segment, heads, size, generator=g).to(dtype)
-    arena = torch.zeros(depth, 2, prompts * capacity, heads, size, dtype=dtype)
-    lengths, offsets = torch.full((prompts,), length), torch.arange(prompts) * capacity
-    prompt, count, advance = torch.arange(prompts), torch.full((prompts,), segment), torch.zeros(prompts).bool()
-    row = prompt * width + 1
-    slots = (offsets[:, None] + length + torch.arange(segment)).flatten()
+    suffix = torch.randn(depth, 2, prompts * width, segment, heads, size, generator=g).to(device, dtype)
+    arena = torch.zeros(depth, 2, prompts * capacity, heads, size, dtype=dtype, device=device)
+    prompt = torch.arange(prompts, device=device)
+    lengths, count = torch.full_like(prompt, length), torch.full_like(prompt, segment)
+    offsets, row, advance = prompt * capacity, prompt * width + 1, torch.zeros_like(prompt).bool()
+    slots = (offsets[:, None] + length + torch.arange(segment, device=device)).flatten()
 
     def ours(_: int) -> None:
         ops.kv_commit(suffix, arena, lengths, offsets, prompt, row, count, advance)
@@ -199,13 +243,14 @@ def commit_case(dtype: torch.dtype, prompts: int = 8, depth: int = 30, heads: in
 # reward_head
 
 
-def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576) -> Case:
+def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576, device: str = "cpu") -> Case:
     """The reward at each row's last token, against transformers' head on every token and a pick."""
     g = torch.Generator().manual_seed(SEED)
-    layers = layers_for(ROWS * steps * size * dtype.itemsize)
-    hidden = torch.randn(layers, ROWS, steps, size, generator=g).to(dtype)
-    weight = (torch.randn(1, size, generator=g) / size**0.5).to(dtype)
-    last, rows = torch.full((ROWS,), steps - 1), torch.arange(ROWS)
+    layers = layers_for(ROWS * steps * size * dtype.itemsize, device)
+    hidden = torch.randn(layers, ROWS, steps, size, generator=g).to(device, dtype)
+    weight = (torch.randn(1, size, generator=g) / size**0.5).to(device, dtype)
+    rows = torch.arange(ROWS, device=device)
+    last = torch.full_like(rows, steps - 1)
 
     def ours(layer: int) -> Tensor:
         return ops.reward_head(hidden[layer], last, weight[0])
@@ -229,7 +274,7 @@ def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576) -> Case:
 def linear_case(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Case:
     """A linear layer of a decoding step in fp32, its weights packed in `dtype`, against torch's own."""
     g = torch.Generator().manual_seed(SEED)
-    layers = layers_for(columns * depth * 4)
+    layers = layers_for(columns * depth * 4, "cpu")
     weights = torch.randn(layers, columns, depth, generator=g)
     packed = [ops.pack_linear(weight, dtype) for weight in weights]
     x = torch.randn(rows, depth, generator=g)
@@ -272,22 +317,54 @@ def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
     yield linear_case(8, 1536, 576, torch.bfloat16)
 
 
-def measure(case: Case, rates: Rates, seconds: float) -> Row:
+def gpu_cases(prefixes: tuple[int, ...] = (128, 1024, 4096), device: str = "cuda") -> Iterator[Case]:
+    """Every case in both dtypes, packed_linear aside: the packed weights are the CPU's."""
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, prefix, dtype in itertools.product(((9, 3, 64), (32, 8, 128)), prefixes, dtypes):
+        yield attention_case(*shape, prefix, 1, dtype, device)
+    for dtype in dtypes:
+        yield attention_case(9, 3, 64, 1024, 15, dtype, device)
+    for vocabulary, filters, dtype in itertools.product((49_152, 128_256), FILTERS, dtypes):
+        yield sampling_case(vocabulary, filters, dtype, device)
+    for (vocabulary, size), dtype in itertools.product(((49_152, 576), (151_936, 896)), dtypes):
+        yield output_case(vocabulary, size, dtype, device)
+    for dtype in dtypes:
+        yield commit_case(dtype, device=device)
+    for dtype in dtypes:
+        yield head_case(dtype, device=device)
+
+
+def seconds_of(work: Callable[[int], Any], layer: int, layers: int, device: str) -> float:
+    """Seconds of a call on `layer`; on a GPU the mean of CUDA_CALLS calls, on that layer and the next ones."""
+    if device == "cpu":
+        began = time.perf_counter()
+        work(layer)
+        return time.perf_counter() - began
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for call in range(CUDA_CALLS):
+        work((layer + call) % layers)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / CUDA_CALLS
+
+
+def measure(case: Case, rates: Rates, seconds: float, device: str = "cpu") -> Row:
     """Alternate calls of both for about `seconds`; the medians."""
     layer = itertools.cycle(range(case.layers))
     times: tuple[list[float], list[float]] = ([], [])
     for work in (case.ours, case.theirs):  # warm up
         work(next(layer))
+    wait(device)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
         n = next(layer)
         for work, found in zip((case.ours, case.theirs), times, strict=True):
-            began = time.perf_counter()
-            work(n)
-            found.append(time.perf_counter() - began)
+            found.append(seconds_of(work, n, case.layers, device))
     ours, theirs = map(statistics.median, times)
     floor = max(case.bytes_moved / rates.read_bytes_per_second, case.flops / rates.gemm_flops_per_second)
-    return Row(case.name, case.against, theirs / ours, case.target, ours / floor, ours, theirs)
+    target = case.target if device == "cpu" else None
+    return Row(case.name, case.against, theirs / ours, target, ours / floor, ours, theirs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -296,14 +373,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[Row]:
     rows = []
-    for case in cases((128, 1024) if args.quick else (128, 1024, 4096)):
+    prefixes = (128, 1024) if args.quick else (128, 1024, 4096)
+    if args.device == "cuda":
+        check_triton()
+        print("left out: packed_linear, a kernel of the CPU alone", flush=True)
+    for case in gpu_cases(prefixes) if args.device == "cuda" else cases(prefixes):
         if args.only not in case.name:
             continue
         try:
             case.check(0)
         except CheckError as error:
             raise CheckError(f"{case.name}: {error}") from error
-        rows.append(measure(case, args.rates, seconds=0.5 if args.quick else 3.0))
+        rows.append(measure(case, args.rates, 0.5 if args.quick else 3.0, args.device))
         print(f"  {case.name}: {rows[-1].ratio:.2f}x", flush=True)
     if not rows:
         raise CheckError(f"no case has {args.only!r} in its name")

@@ -15,6 +15,7 @@ from bench.machine import Forward
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.loop import Answer, Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
+from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.proposer import ModelProposer
@@ -41,6 +42,13 @@ class _Judged:
         self.scorer.commit(commit)
 
 
+def segment_graphs(model: PreTrainedModel, config: StarsConfig) -> SegmentGraphs | None:
+    """What `stars_kernels.decode` runs segments with; None = eagerly, as in float64, whose ops are the definitions."""
+    if model.device.type != "cuda" or not config.graphs or model.dtype == torch.float64:
+        return None
+    return SegmentGraphs(CudaCapture(model.device))
+
+
 @torch.inference_mode()
 def ours_decode(
     model: PreTrainedModel,
@@ -50,10 +58,12 @@ def ours_decode(
     keys: Sequence[int],
     judges: Sequence[Judge] | None = None,
     forwards: list[Forward] | None = None,
+    graphs: SegmentGraphs | None = None,
 ) -> list[Result]:
     """What `stars_kernels.decode` does with admitted prompts of known keys, all in one lock-step batch.
 
-    forwards: gets an entry for each forward of either model. Answers do not end on a token.
+    forwards: gets an entry for each forward of either model (not for those inside of graphs). Answers do not end on a
+    token.
     """
     lm_view, rm_view = view_of(model), view_of(rm)
     if forwards is not None:  # before packing, which takes the weights out of sight
@@ -65,7 +75,8 @@ def ours_decode(
     if judges is not None:
         scorer = _Judged(scorer, judges, config.segment_size)
     answers = [Answer(key, ids, config.max_new_tokens) for key, ids in zip(keys, prompts, strict=True)]
-    Loop(ModelProposer(lm_view), scorer, config, answers).run()
+    proposer = ModelProposer(lm_view, graphs, fuse=model.device.type == "cuda")
+    Loop(proposer, scorer, config, answers).run()
     for answer in answers:
         if answer.error is not None:
             raise answer.error

@@ -37,7 +37,7 @@ from bench.rounds import (
 HEADING = "MODEL, not a measurement"
 SEGMENTS = (15, 30)
 KERNEL_WIDTH = 4  # of the table of kernels
-WORTH = 1.05  # a fused LM head would be kept from here on
+WORTH = 1.05  # a fused LM head is kept from here on: `lm_head_sample`
 PUBLISHED = (("STARS, segment 15", 185.0), ("STARS, segment 30", 195.0), ("CARDS", 120.5))
 PUBLISHED_NOTE = (
     "Published by others, read second-hand (notes on arXiv 2511.03827): batch 64, Llama-7B or Mistral-7B with a "

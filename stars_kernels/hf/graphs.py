@@ -7,6 +7,7 @@ rounds. Capturing needs every kernel compiled, so a bucket's first segment runs 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -19,6 +20,9 @@ Segment = Callable[[Rows], Tensor]
 """Rows -> tokens [R, size]; reads nothing else that changes, but for what lies in buffers that stay where they are."""
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """A function without arguments -> one that does the same on the same memory, and returns the same tensor."""
+
+
+_capturing = threading.Lock()  # torch allows one capture a process at a time
 
 
 def bucket_of(rows: int) -> int:
@@ -34,16 +38,18 @@ def padded(rows: Rows, count: int) -> Rows:
 
 
 class CudaCapture:
-    """All graphs share one pool of memory, as only one runs at a time."""
+    """All graphs share one pool of memory, as only one runs at a time, and the stream that they are captured on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # torch's own for captures is on whichever device came first
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
         with (
+            _capturing,
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             result = run()
 

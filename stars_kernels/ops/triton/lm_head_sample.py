@@ -19,13 +19,15 @@ from stars_kernels.ops.triton.philox import log, noise, token_words
 from stars_kernels.ops.triton.segment_sample import MAX_VOCABULARY, NO_ID, UNIT, _exp_from, _mass
 
 BLOCK_V = 128
-NUM_WARPS, NUM_STAGES = 8, 3
+NUM_STAGES = 3
 
 
 def settings(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Rows and depth of a tile."""
-    block_r = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
-    return {"BLOCK_R": block_r, "BLOCK_D": 32 if dtype == torch.float32 else 64}
+    """Launch settings: rows and depth of a tile, warps."""
+    block_r = max(16, triton.next_power_of_2(rows))
+    if dtype == torch.float32:  # no tensor cores: IEEE products from registers
+        return {"BLOCK_R": min(32, block_r), "BLOCK_D": 32, "num_warps": 4}
+    return {"BLOCK_R": min(64, block_r), "BLOCK_D": 64, "num_warps": 8}
 
 
 def lm_head_sample_triton(
@@ -50,7 +52,7 @@ def lm_head_sample_triton(
         _lm_head_race[(triton.cdiv(rows, use["BLOCK_R"]), blocks)](
             hidden, weight, keys, attempt, position, numbers, best_id, mass, rows, rows * blocks, vocabulary,
             hidden.stride(0), weight.stride(0), temperature, stream,
-            SIZE=size, BLOCK_V=BLOCK_V, **use, num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
+            SIZE=size, BLOCK_V=BLOCK_V, **use, num_stages=NUM_STAGES, enable_fp_fusion=False,
         )  # fmt: skip
         _lm_head_finish[(rows,)](
             numbers, best_id, mass, token, logprob, rows * blocks, blocks,

@@ -91,7 +91,7 @@ def segment_sample_triton(
         groups, capacity = triton.cdiv(vocabulary, GROUP), min(CAPACITY, triton.next_power_of_2(vocabulary))
         # Were survivors spread evenly, this many of the groups would hold one of the capacity / 2 best tokens.
         enough = math.ceil(groups * -math.expm1(-capacity / 2 / groups))
-        log_min_p = math.log(min_p) if min_p > 0 else -math.inf
+        log_min_p = math.log(min_p) if min_p > 0 else -math.inf  # min-p keeps score - best >= log(min_p)
         maximum = scratch(torch.float32, sources, groups)
         mass = scratch(torch.float32, sources, groups) if has_top_p and not has_top_k else None
         best, bound = scratch(torch.float32, 2, sources)
@@ -139,6 +139,7 @@ def _finish(
     logits, stride, vocabulary, temperature, source, best_key, best_id, chunk_max, chunk_mass, token, logprob, chunks,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """Draw r, from the best of its chunks; the smallest id among equal keys."""
     row = tl.program_id(0).to(tl.int64)
     logits += (row if source is None else tl.load(source + row)) * stride
     at = row * chunks + tl.arange(0, CHUNKS)
@@ -211,6 +212,7 @@ def _gather(
     logits, stride, vocabulary, temperature, maximum, bound, found, scores, ids, groups,
     CHUNK: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
+    """Appends the chunk's candidates to those of its row; `found` counts those that do not fit, too."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     low = tl.load(bound + row)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -230,6 +232,7 @@ def _draw(
     best, bound, total, found, scores, ids, token, logprob, top_k, top_p, log_min_p,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, CAPACITY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """One draw, from its row's candidates, or from the whole row where they cannot be known to hold all survivors."""
     draw = tl.program_id(0).to(tl.int64)
     row = draw if source is None else tl.load(source + draw)
     logits += row * stride
@@ -263,7 +266,10 @@ def _filtered_race(
     scores, ids, count, temperature, low, best, wanted, top_k, top_p, log_min_p, vocabulary,
     key, position, attempt, stream, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The winner's id, and the survivors' mass, of `count` scores; ids None: token i is at i."""
+    """The winner's id, and the survivors' mass, of `count` scores; ids None: token i is at i.
+
+    No survivor's score is below `low`; `wanted` is the mass that top-p alone asks for.
+    """
     last = vocabulary  # of the tokens whose score is `low`, those up to this id survive
     if HAS_TOP_K:
         low = _threshold(scores, count, temperature, low, best, top_k, False, TILE)

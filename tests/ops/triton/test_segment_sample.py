@@ -25,7 +25,6 @@ from tests.ops.test_segment_sample import (
     rows_of,
 )
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 some_filters = pytest.mark.parametrize("filters", SOME_FILTERS)
 ALL_FILTERS = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.02}
 
@@ -33,7 +32,7 @@ ALL_FILTERS = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.02}
 @pytest.fixture
 def small(monkeypatch):
     """A vocabulary of a thousand then has several chunks, many groups, and more candidates than a buffer or a tile."""
-    for name, value in (("CHUNK", 256), ("GROUP", 8), ("CAPACITY", 128), ("TILE", 64)):
+    for name, value in (("CHUNK", 256), ("GROUP", 8), ("CAPACITY", 256), ("TILE", 128)):
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -154,7 +153,7 @@ def test_top_draws(device, filters):
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}], ids=str)
 def test_chi_square(device, filters):
-    count = 150
+    count = 120
     logits = torch.tensor([[0.3, -1.0, 1.2, 0.0, -torch.inf]])
     token, _ = draw(device, logits, rows_of(count, seed=5), torch.zeros(count, dtype=torch.int64), **filters)
     expected = hf_scores(logits, **(NO_FILTER | filters))[0].softmax(dim=-1) * count
@@ -168,12 +167,12 @@ def test_chi_square(device, filters):
 
 @pytest.mark.parametrize("filters", EVERY_FILTER)
 def test_draws_under_filters(device, filters):
-    logits = torch.randn(3, 203, generator=generator(1)) * 2.5
+    logits = torch.randn(2, 203, generator=generator(1)) * 2.5
     assert not borderline(logits, **filters)
-    assert_as_defined(device, logits, rows_of(4), torch.arange(4) % 3, **filters)
+    assert_as_defined(device, logits, rows_of(3), longs(0, 1, 0), **filters)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize(
     "filters",
     [
@@ -195,16 +194,16 @@ def test_chunks_groups_and_full_buffers(device, small, dtype, filters):
     assert_as_defined(device, logits, rows_of(2), **filters)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 0.9}, ALL_FILTERS], ids=str)
 def test_a_large_vocabulary(device, dtype, filters):
     """With the constants that are shipped: three chunks, the last one not full."""
-    logits = (torch.randn(3, 5003, generator=generator(3)) * 4).to(dtype)
+    logits = (torch.randn(2, 5003, generator=generator(3)) * 4).to(dtype)
     assert not borderline(logits.float(), **(NO_FILTER | filters))
-    assert_as_defined(device, logits, rows_of(3), **filters)
+    assert_as_defined(device, logits, rows_of(2), **filters)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 63, 65, 256, 257])
+@pytest.mark.parametrize("vocabulary", [1, 2, 63, 65, 257])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
 def test_vocabulary_sizes(device, small, vocabulary, filters):
     logits = torch.randn(2, vocabulary, generator=generator(vocabulary))
@@ -218,7 +217,7 @@ def test_ties_in_the_filters(device, monkeypatch, capacity, logits, filters, sta
     """The logprob of a draw tells the mass of all that stay."""
     monkeypatch.setattr(kernels, "CAPACITY", capacity)
     logits = torch.tensor([logits], dtype=torch.float32)
-    token, logprob = draw(device, logits, rows_of(4), torch.zeros(4, dtype=torch.int64), **filters)
+    token, logprob = draw(device, logits, rows_of(3), torch.zeros(3, dtype=torch.int64), **filters)
     assert set(token.tolist()) <= set(stay)
     alone = torch.full_like(logits[0], -torch.inf).index_copy(0, longs(*stay), logits[0, stay])
     torch.testing.assert_close(logprob, alone.log_softmax(0)[token], rtol=0, atol=1e-6)
@@ -234,8 +233,10 @@ def test_equal_logits(device, small, filters, value):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.99}, {"top_k": 2, "min_p": 0.1}], ids=str)
-def test_equal_keys_go_to_the_smallest_id(device, small, filters):
+@pytest.mark.parametrize("capacity", [256, 1], ids=["candidates", "row"])
+def test_equal_keys_go_to_the_smallest_id(device, small, monkeypatch, capacity, filters):
     """At 1e9 one ulp of fp32 is 64: the noise rounds away and three tokens, of three chunks, have equal keys."""
+    monkeypatch.setattr(kernels, "CAPACITY", capacity)
     logits = torch.zeros(1, 800)
     logits[0, [641, 7, 430]] = 1e9
     token, logprob = draw(device, logits, rows_of(3), torch.zeros(3, dtype=torch.int64), **filters)
@@ -259,14 +260,14 @@ def test_the_ends_of_the_temperature(device, filters):
 
 @some_filters
 def test_broken_rows_are_flagged_alone(device, small, filters):
-    logits = torch.randn(9, 333, generator=generator(7))
-    logits[1, 320] = torch.nan
-    logits[3, 0] = torch.inf
-    logits[5] = -torch.inf
-    logits[7] = torch.inf
-    logits[8] = torch.nan
-    token, logprob = assert_as_defined(device, logits, rows_of(9), **filters)
-    assert ((token < 0) == logprob.isnan()).all() and (token < 0).nonzero().flatten().tolist() == [1, 3, 5, 7, 8]
+    logits = torch.randn(7, 300, generator=generator(7)) * 3
+    logits[1, 290] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3] = -torch.inf
+    logits[4] = torch.inf
+    logits[5] = torch.nan
+    token, logprob = assert_as_defined(device, logits, rows_of(7), **filters)
+    assert ((token < 0) == logprob.isnan()).all() and (token < 0).tolist() == [False] + 5 * [True] + [False]
 
 
 @some_filters
@@ -281,13 +282,12 @@ def test_few_finite_logits(device, small, filters):
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, ALL_FILTERS], ids=str)
 def test_a_rows_bits_do_not_depend_on_its_batch(device, small, filters):
-    logits = torch.randn(5, 600, generator=generator(5)) * 3
+    logits = torch.randn(4, 300, generator=generator(5)) * 3
     logits[1] = 1.0
-    logits[2, 2:] = -torch.inf
-    logits[3] = torch.nan
-    rows, source = rows_of(6), longs(0, 1, 2, 3, 4, 4)
+    logits[2] = torch.nan
+    rows, source = rows_of(5), longs(0, 1, 2, 3, 3)
     token, logprob = draw(device, logits, rows, source, **filters)
-    for r in range(6):
+    for r in range(5):
         alone = draw(device, logits[source[r : r + 1]], [t[r : r + 1] for t in rows], **filters)
         assert torch.equal(alone[0], token[r : r + 1])
         assert torch.equal(bits_of(alone[1]), bits_of(logprob[r : r + 1]))

@@ -1,0 +1,69 @@
+"""A segment needs no number on the host, as far as that can be seen on a CPU: only then can a CUDA graph hold it."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stars_kernels import StarsConfig
+from stars_kernels.decoder.protocols import Rows
+from stars_kernels.hf.models import view_of
+from stars_kernels.hf.proposer import ModelProposer
+from tests.tiny import tiny_language_model
+
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
+"""On a GPU their results wait for it: a number for the host, or a shape."""
+COPIES = {"lift_fresh"}
+"""What torch.tensor(...) does: a copy from the host."""
+
+
+class Watch(TorchDispatchMode):
+    """The names of the operators of a block, and which of them a GPU could not go on from at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.waits = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = any(i is not None and i.dtype == torch.bool for i in indices)
+        self.seen.append(name)
+        if masks or name in READS | COPIES:
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[False, True], ids=["logits", "fused"])
+def proposer(request):
+    proposer = ModelProposer(view_of(tiny_language_model(torch.float32)), fuse=request.param)
+    with torch.inference_mode():
+        proposer.begin([[1, 2, 3], [40]], 20, 5)
+    return proposer
+
+
+@pytest.mark.parametrize("filters", [{"top_k": None}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}], ids=str)
+@torch.inference_mode()
+def test_a_segment(proposer, monkeypatch, filters):
+    sampling = StarsConfig(**filters).sampling
+    index = torch.arange(6)
+    rows = Rows(prompt=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
+    eos = torch.tensor([257])
+    for name in ("tolist", "cpu", "numpy"):  # no operators, on a CPU
+        monkeypatch.setattr(torch.Tensor, name, None)
+    with Watch() as watch:
+        tokens = proposer._segment(rows, 5, sampling, 0, eos)
+    assert tokens.shape == (6, 5)
+    fused = 4 if proposer.head is not None and filters == {"top_k": None} else 0
+    assert [watch.seen.count(op) for op in ("segment_sample", "lm_head_sample")] == [5 - fused, fused]
+    assert watch.seen.count("fork_attention") == 4 * 2
+    assert watch.waits == 4 * ["is_nonzero"], "more than the CPU's looks whether all rows have ended"
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda t: t.sum().item(), lambda t: t[t > 1], lambda t: torch.tensor([2]), torch.unique]
+)
+def test_what_waits_is_seen(wait):
+    numbers = torch.arange(3)
+    with Watch() as watch:
+        wait(numbers)
+    assert watch.waits

@@ -1,0 +1,89 @@
+"""The kernels' own tests see a bug: each one here is run on a kernel with one line changed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from stars_kernels.ops.triton import fork_attention, kv_commit
+from tests.ops.triton import test_fork_attention, test_kv_commit
+from tests.ops.triton.conftest import SANITIZED
+
+sanitized = pytest.mark.skipif(not SANITIZED, reason="only ttsem sees it: make sanitize")
+COPY = "tl.store(arena + word, tl.load(suffix + word, mask=mask), mask=mask)"
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """plant(module, line, other): the launchers of `module` get kernels in whose source `line` is `other`."""
+
+    def plant(module, line, other):
+        source = Path(module.__file__).read_text()
+        assert source.count(line) == 1
+        file = tmp_path / "planted.py"
+        file.write_text(source.replace(line, other))
+        spec = importlib.util.spec_from_file_location(module.__name__, file)
+        planted = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(planted)
+        for name, value in vars(planted).items():
+            if isinstance(value, JITFunction | InterpretedFunction) and hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+    return plant
+
+
+def commit(device, monkeypatch):
+    test_kv_commit.test_commit(device, torch.float32, {})
+
+
+def attend_in_splits(device, monkeypatch):
+    for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 1)):
+        monkeypatch.setattr(fork_attention, name, value)
+    test_fork_attention.test_long_prefix(device, 3, torch.float32)
+
+
+@sanitized
+@pytest.mark.parametrize(
+    ("module", "line", "other", "check", "kind", "message"),
+    [
+        pytest.param(
+            kv_commit, COPY, "tl.store(arena + word, tl.load(suffix + word, mask=mask))",
+            commit, "oob_write", "past the end of the tensor passed as `arena`", id="a store without its mask",
+        ),
+        pytest.param(
+            kv_commit, COPY, "tl.store(arena + word, tl.load(suffix + word), mask=mask)",
+            commit, "oob_read", "past the end of the tensor passed as `suffix`", id="a load without its mask",
+        ),
+        pytest.param(
+            kv_commit, COPY, f"{COPY}; tl.store(lengths + p * lengths_stride, words // TOKEN)",
+            commit, "race", "both touch element", id="lengths written while others read them",
+        ),
+        pytest.param(
+            fork_attention, "at_out += split.to(tl.int64) * size", "at_out += 0 * size",
+            attend_in_splits, "race", "both touch element", id="all splits write to one place",
+        ),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_kernel(device, monkeypatch, plant, module, line, other, check, kind, message):
+    plant(module, line, other)
+    with pytest.raises(Exception, match=message) as caught:
+        check(device, monkeypatch)
+    assert caught.value.fault.kind == kind
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tl.store(stats + at_out, high, mask=exists)",
+        "tl.store(partial + at_out[:, None] * DV + dv, acc, mask=exists[:, None] & (dv < DV))",
+    ],
+)
+def test_an_unwritten_read(device, monkeypatch, plant, line):
+    """Seen wherever the kernel runs: what is allocated starts as NaN, and _merge reads it."""
+    plant(fork_attention, line, "pass")
+    with pytest.raises(AssertionError) as caught:
+        attend_in_splits(device, monkeypatch)
+    assert str(caught.traceback[-1].statement).strip() == "assert out.isfinite().all()"

@@ -1,0 +1,195 @@
+"""`--device cuda` of the benchmarks without a GPU: the refusal, and the whole way with the CPU in its place."""
+
+import os
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import common, decode, machine, ops, ours, report
+from stars_kernels.hf.graphs import SegmentGraphs
+from tests.hf.test_graphs import rerun
+
+ROOT = Path(__file__).parents[1]
+RATES = machine.Rates(1e10, 1e11)
+
+
+@pytest.mark.parametrize("suite", command.TIMED)
+def test_no_cuda_device(monkeypatch, capsys, suite):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench", suite, "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"argument --device: no CUDA device (torch {torch.__version__})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", command.TIMED)
+def test_the_device_is_a_cpu_by_default(suite):
+    assert command.parse([suite])[2].device == "cpu"
+    assert command.parse([suite, "--device", "cuda"])[2].device == "cuda"
+
+
+def test_a_gpu_is_not_timed_with_the_definitions(monkeypatch):
+    common.check_triton()
+    served = {**common.backends(), "kv_commit": {"cuda": "definition: no Triton kernels (why)"}}
+    monkeypatch.setattr(common, "backends", lambda: served)
+    for suite in (decode, ops):
+        args = Namespace(device="cuda", quick=True, model="tiny", prompts=1, only="", rates=RATES)
+        with pytest.raises(report.CheckError, match=r"found \{'kv_commit': 'definition: no Triton"):
+            suite.run(args)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Segments of the benchmark from stand-ins for CUDA graphs."""
+    made = []
+
+    def stand_in(model, config):
+        if not config.graphs or model.dtype == torch.float64:
+            return None
+        made.append(SegmentGraphs(rerun))
+        return made[-1]
+
+    monkeypatch.setattr(decode, "segment_graphs", stand_in)
+    return made
+
+
+def test_decode_on_a_gpu(graphs, monkeypatch, capsys):
+    monkeypatch.setattr(decode, "SEGMENTS", 2)
+    monkeypatch.setattr(decode, "check_exact", lambda device: None)
+    for name in ("naive", "cached", "plain"):  # they take long
+        monkeypatch.setitem(decode.OTHERS, name, decode.eager)
+    args = Namespace(device="cpu", quick=False, model="tiny", prompts=2, rates=RATES)
+    rows = decode.run_on_gpu(args)
+    jobs = {name: [row.against for row in rows if row.name == name] for name in dict.fromkeys(row.name for row in rows)}
+    one = ["naive", "cached", "batched", "plain", "ours, eager"]
+    assert jobs == {
+        f"{job}, {dtype}": against
+        for dtype in ("float32", "bfloat16")
+        for job, against in (
+            ("one prompt", one),
+            ("2 prompts", ["naive", "batched", "ours, eager"]),
+            ("2 prompts of 200 tokens", ["batched", "ours, eager"]),
+        )
+    }
+    assert all(row.target is None and row.ratio > 0 and row.floor > 0 for row in rows)
+    assert sum(made.replays for made in graphs) > 10
+    printed = capsys.readouterr().out
+    assert printed.index("check in float64") < printed.index("check CUDA graphs") < printed.index("time, one prompt")
+
+
+def test_graphs_that_differ_or_do_not_replay_fail_the_check(graphs, monkeypatch):
+    decode.check_graphs("cpu")
+    monkeypatch.setattr(decode, "eager", lambda job: [])
+    with pytest.raises(report.CheckError, match="CUDA graphs and eager segments differ"):
+        decode.check_graphs("cpu")
+    monkeypatch.setattr(decode, "segment_graphs", lambda model, config: None)
+    with pytest.raises(report.CheckError, match="no segment was replayed"):
+        decode.check_graphs("cpu")
+
+
+def test_graphs_are_for_a_gpu_alone():
+    job = decode.make_job("tiny", prompts=1)
+    assert ours.segment_graphs(job.model, job.config) is None
+
+
+class FakeEvent:
+    """Of torch.cuda: what is recorded takes 20 ms."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 20.0
+
+
+def test_ops_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(ops, "DATA_BYTES", {"cpu": 1})
+    names = []
+    for case in ops.gpu_cases(prefixes=(128,), device="cpu"):
+        case.check(0)
+        names.append(case.name)
+    assert not any("packed_linear" in name for name in names)
+    for dtype in ("fp32", "bf16"):
+        heads = {name.split()[0] for name in names if name.endswith(dtype)}
+        assert heads == {"fork_attention", "segment_sample", "lm_head_sample", "kv_commit", "reward_head"}
+
+    calls = []
+    assert ops.seconds_of(calls.append, 1, 3, "cuda") == pytest.approx(0.02 / ops.CUDA_CALLS)
+    assert calls[:4] == [1, 2, 0, 1] and len(calls) == ops.CUDA_CALLS
+    monkeypatch.setattr(ops, "wait", lambda device: None)
+    row = ops.measure(ops.commit_case(torch.float32, prompts=1, depth=1), RATES, 0.0, "cuda")
+    assert row.target is None and row.ratio == 1.0
+
+
+def test_the_gpu_is_named(monkeypatch):
+    device = Namespace(name="NVIDIA X", total_memory=80e9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(machine, "_output", lambda *command: "580.1" if command[0] == "nvidia-smi" else "abc")
+    facts = machine.describe(RATES, "cuda")
+    assert {"gpu", "driver", "torch", "triton", "date", "cuda", "gemm_dtype"} <= set(facts)
+    assert (facts["gpu"], facts["driver"], facts["compute_capability"]) == ("NVIDIA X", "580.1", "9.0")
+    assert "gpu" not in machine.describe(RATES)
+
+
+def test_a_command_that_is_not_there():
+    assert machine._output("no-such-command-anywhere") is None
+    assert machine._output("echo", "here") == "here"
+
+
+STUB = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$*" in
+  *"import vllm"*) exit ${VLLM:-1} ;;
+  *"bench decode"*) exit ${DECODE:-0} ;;
+esac
+"""
+
+
+def run_script(folder, **environment):
+    """bench/gpu.sh with a stand-in for python: its result, the commands, the report."""
+    folder.mkdir(exist_ok=True)
+    stub = folder / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    out, calls = folder / "out", folder / "calls"
+    environment = {**os.environ, "PYTHON": str(stub), "CALLS": str(calls), **environment}
+    done = subprocess.run([ROOT / "bench/gpu.sh", out], env=environment, capture_output=True, text=True, timeout=60)
+    return done, calls.read_text(), (out / "report.txt").read_text()
+
+
+def test_one_command_for_all(tmp_path):
+    done, calls, written = run_script(tmp_path, DECODE="3")
+    out = tmp_path / "out"
+    wanted = [
+        "setup.py --quiet build_ext --inplace",
+        "-m pytest -m gpu",
+        f"-m bench ops --device cuda --quick --json {out}/ops.json",
+        f"-m bench decode --device cuda --quick --json {out}/decode.json",
+    ]
+    places = [calls.index(command) for command in wanted]
+    assert places == sorted(places) and "rival_vllm" not in calls
+    assert done.returncode == 1 and "FAILED with 3" in written
+    assert "vllm is not installed" in written and "commit" in written
+
+
+def test_one_command_with_vllm(tmp_path):
+    _, calls, written = run_script(tmp_path, VLLM="0")
+    assert "-m bench.rival_vllm --quick --json" in calls and "not installed" not in written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the command takes minutes")
+def test_one_command_without_a_gpu(tmp_path):
+    done = subprocess.run([ROOT / "bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert not (tmp_path / "report.txt").exists()
