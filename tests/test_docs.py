@@ -49,7 +49,17 @@ SAME_ENTRY = {
     "make bench",
 }
 """Other arguments of one of these."""
-BY_CI = {"make demo", "make test", "make lint", "make build", "make asan", "make sanitize", "make gpu-build", "make cuda-ext", ".ci/run"}
+BY_CI = {
+    "make demo",
+    "make test",
+    "make lint",
+    "make build",
+    "make asan",
+    "make sanitize",
+    "make gpu-build",
+    "make cuda-ext",
+    ".ci/run",
+}
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""

@@ -26,7 +26,7 @@ def settings(dtype: torch.dtype, size: int) -> dict[str, int]:
     if dtype == torch.float32:  # no tensor cores: IEEE products from registers
         if size <= 64:
             return {"max_m": 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
-        return {"max_m": 16, "block_n": 32, "num_warps": 8, "num_stages": 3 if size <= 128 else 2}
+        return {"max_m": 16, "block_n": 16, "num_warps": 8, "num_stages": 2}
     return {"max_m": 64 if size <= 128 else 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
 
 

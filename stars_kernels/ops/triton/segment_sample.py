@@ -37,7 +37,7 @@ from stars_kernels.ops.triton.philox import log, noise, token_bits, token_words
 CHUNK = 2048  # tokens a program of race, groups and gather reads: 16 a thread
 GROUP = 64  # tokens behind one maximum
 CAPACITY = 8192  # candidates a row
-TILE = 2048  # candidates, or groups, at a time in bound and draw
+TILE = 1024  # candidates, or groups, at a time in bound and draw
 STREAM_WARPS, SEARCH_WARPS = 4, 8
 MAX_VOCABULARY = 1 << 22  # a row's mass in units of 2^-40 fits 63 bits
 
@@ -215,15 +215,18 @@ def _gather(
     """Appends the chunk's candidates to those of its row; `found` counts those that do not fit, too."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     low = tl.load(bound + row)
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
-    hot = tl.load(maximum + row * groups + at // GROUP, mask=at < vocabulary, other=-float("inf")) >= low
+    group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+    hot = tl.load(maximum + row * groups + group, mask=group < groups, other=-float("inf")) >= low
     if tl.max(hot.to(tl.int32)) > 0:
-        x = _scores(logits + row * stride, at, tl.where(hot, vocabulary, 0), temperature)  # other groups are not read
+        at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        there = hot[:, None] & (at < vocabulary)  # other groups are not read
+        x = tl.load(logits + row * stride + at, mask=there, other=-float("inf")).to(tl.float32)
+        x = tl.reshape(tl.div_rn(x, temperature), [CHUNK])
         stays = (x >= low).to(tl.int32)
         slot = tl.atomic_add(found + row, tl.sum(stays), sem="relaxed") + tl.cumsum(stays) - 1
         fits = (stays > 0) & (slot < CAPACITY)
         tl.store(scores + row * CAPACITY + slot, x, mask=fits)
-        tl.store(ids + row * CAPACITY + slot, at, mask=fits)
+        tl.store(ids + row * CAPACITY + slot, tl.reshape(at, [CHUNK]), mask=fits)
 
 
 @triton.jit(do_not_specialize=["stream", "top_k"])
