@@ -23,10 +23,7 @@ AMD_SHARED = 65536  # bytes a program may have on a gfx942
 SMALL_SPILL = 64  # bytes stored, outside loops
 
 Known = dict[tuple[str, str, str], str]
-KNOWN: Known = {
-    ("_merge", "narrow loads", r"x 64, 64 prompts"): "Two splits of 64 values are two values a thread.",
-    ("_reward_head", "narrow loads", "^896 "): "A row of 896 values is four values a thread.",
-}
+KNOWN: Known = {}
 """(kernel, fault, pattern of its cases): why it stays. One that is gone is a fault itself."""
 TENSOR_CORES = ("_fork_attention", "_lm_head_race")  # in half precision
 

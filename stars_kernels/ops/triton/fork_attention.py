@@ -88,13 +88,13 @@ def fork_attention_triton(
             GROUP=group, DK=key_size, DV=value_size, SPLITS=splits, WINDOW=window > 0, SOFTCAP=softcap > 0,
             ROWS=triton.next_power_of_2(rows), BLOCK_M=block_m, BLOCK_N=use["block_n"],
             BLOCK_DK=max(16, triton.next_power_of_2(key_size)), BLOCK_DV=max(16, triton.next_power_of_2(value_size)),
-            num_warps=use["num_warps"], num_stages=use["num_stages"],
+            num_warps=use["num_warps"], num_stages=use["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             _merge[(size,)](
                 partial, stats, sinks, out, size, heads,
                 DV=value_size, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-                BLOCK_DV=triton.next_power_of_2(value_size), num_warps=2,
+                BLOCK_DV=triton.next_power_of_2(value_size), num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

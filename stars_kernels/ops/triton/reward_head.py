@@ -11,7 +11,7 @@ from stars_kernels.ops.reward_head import reward_head_ref
 from stars_kernels.ops.triton._launch import on_device_of
 
 BLOCK_D = 2048  # elements of a row at a time, 16 bytes a load and thread in half precision
-NUM_WARPS = 8
+NUM_WARPS = 4
 
 
 def reward_head_triton(
@@ -30,7 +30,7 @@ def reward_head_triton(
     with on_device_of(hidden):
         _reward_head[(rows,)](
             hidden, last, weight, bias, norm_weight, reward, hidden.stride(0), hidden.stride(1), last.stride(0), eps,
-            SIZE=size, BLOCK=min(BLOCK_D, triton.next_power_of_2(size)), num_warps=NUM_WARPS,
+            SIZE=size, BLOCK=min(BLOCK_D, triton.next_power_of_2(size)), num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return reward
 
