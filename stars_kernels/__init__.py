@@ -8,7 +8,7 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsOutput
 from stars_kernels.hf.api import decode
-from stars_kernels.hf.models import RewardModel
+from stars_kernels.hf.rewards import RewardModel
 from stars_kernels.ops import backends, reference
 
 __version__ = "0.1.0"

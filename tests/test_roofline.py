@@ -74,8 +74,8 @@ def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
         view = view_of(LlamaForCausalLM(config).bfloat16())
         cache = ForkCache(view.config, [8], 4, torch.bfloat16, torch.device("cpu"))
         cache.fork(torch.tensor([0, 0]))
-        with torch.no_grad(), Count(), cache.extend(1) as positions:
-            view(input_ids=torch.ones(2, 1, dtype=torch.long), position_ids=positions, past_key_values=cache)
+        with torch.no_grad(), Count(), cache.extend(1) as inputs:
+            view(input_ids=torch.ones(2, 1, dtype=torch.long), **inputs)
         return seen
 
     one, two = count(1), count(2)

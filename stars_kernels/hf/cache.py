@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
@@ -104,8 +104,8 @@ class ForkCache(Cache):
         self.rollback()
 
     @contextmanager
-    def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[Tensor]:
-        """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields their position ids."""
+    def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
+        """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields the forward's arguments."""
         device, starts, offsets = self.lengths.device, self.lengths.tolist(), self.offsets.tolist()
         spans, positions, end = [], [], 0
         for p, count in zip(prompts, counts, strict=True):
@@ -114,12 +114,12 @@ class ForkCache(Cache):
             spans.append(_Span(slice(begin, end), slice(slot, slot + count), one, length))
             positions.append(torch.arange(starts[p], starts[p] + count, device=device))
         with self._forward(spans):
-            yield torch.cat(positions)[None]
+            yield self._arguments(torch.cat(positions)[None])
         self.lengths[prompts] += torch.tensor(counts, device=device)
 
     @contextmanager
-    def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[Tensor]:
-        """Forward [R, steps] more suffix tokens of the open rows (query_len [R] of them real); yields position ids."""
+    def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[dict[str, Any]]:
+        """Forward [R, steps] more suffix tokens of the open rows, query_len [R] of them real; yields its arguments."""
         start = self.held
         if start + steps > self.segment_size:
             raise ValueError(f"{start} + {steps} suffix tokens, expected at most segment_size = {self.segment_size}")
@@ -127,8 +127,12 @@ class ForkCache(Cache):
             query_len = torch.full_like(self.prompt, steps)
         positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
         with self._forward(_Suffix(slice(start, start + steps), query_len, query_len + start)):
-            yield positions
+            yield self._arguments(positions)
         self.held = start + steps
+
+    def _arguments(self, positions: Tensor) -> dict[str, Any]:
+        """What the model's forward takes beside its input_ids."""
+        return {"position_ids": positions, "past_key_values": self, "use_cache": True}
 
     @contextmanager
     def _forward(self, plan: list[_Span] | _Suffix) -> Iterator[None]:
@@ -194,6 +198,11 @@ class ForkCache(Cache):
         return [False] * self.num_layers
 
     is_linear = is_dummy = is_sliding
+
+
+def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:
+    """An empty cache for prompts of up to `capacities` tokens each; `model` is a view (`hf.models.view_of`)."""
+    return ForkCache(model.config, capacities, segment_size, model.dtype, model.device)
 
 
 def _stars_attention(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,31 +25,10 @@ from stars_kernels.ops._registry import call_op
 
 LANGUAGE_MODELS = ("LlamaForCausalLM",)
 """Classes whose logits through the fork cache are tested equal to their own."""
-REWARD_MODELS = ("LlamaForSequenceClassification",)
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
 ModelOrPath = PreTrainedModel | str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """A reward model and what the engine needs to know of it.
-
-    model: a sequence classifier, its folder or hub name.
-    tokenizer: its tokenizer, compared with the language model's. (A model that is loaded here brings its own; without
-        one, a model in memory is compared by the size of its vocabulary.)
-    label: the output that is the reward, for models with several.
-    """
-
-    model: ModelOrPath
-    tokenizer: PreTrainedTokenizerBase | None = None
-    label: int | None = None
-
-    def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer)
-        if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
-            raise TypeError(f"label is {self.label!r}, expected an integer or None")
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -72,15 +48,6 @@ def check_path(argument: str, model: object) -> None:
         )
 
 
-def check_reward_path(rm: object) -> None:
-    if isinstance(rm, str | os.PathLike) and os.fspath(rm).endswith(".gguf"):
-        raise ValueError(
-            f"rm is {os.fspath(rm)!r}, and a .gguf file holds no reward head; "
-            "expected a folder, a hub name or a function of texts"
-        )
-    check_path("rm", rm)
-
-
 def load_language_model(
     model: ModelOrPath, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -92,45 +59,8 @@ def load_language_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options, **options
         )
-    _check_model(model, "model", LANGUAGE_MODELS)
+    check_model(model, "model", LANGUAGE_MODELS)
     return model, tokenizer
-
-
-def load_reward_model(
-    rm: RewardModel,
-    language_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, int]:
-    """The reward model, loaded where it is a path, and the index of its reward output; checked against the LM."""
-    model, rm_tokenizer, new_head = rm.model, rm.tokenizer, False
-    if isinstance(model, str | os.PathLike):
-        path = os.path.expanduser(model)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
-        new_head = any(key.startswith("score") for key in info["missing_keys"])
-        if rm_tokenizer is None and _has_tokenizer(path):
-            rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    _check_model(model, "rm", REWARD_MODELS)
-    name = _name(model)
-    head: torch.Tensor = model.get_parameter("score.weight")  # [labels, D]
-    loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
-    if new_head or (loaded and not getattr(head, "_is_hf_initialized", False)):
-        raise ValueError(
-            f"rm {name}: its head score.weight is not in the checkpoint and was newly initialised, so its rewards are "
-            "random; expected a trained reward model (if you trained the head in memory, save and load the model)"
-        )
-    labels = head.shape[0]
-    if rm.label is None and labels != 1:
-        raise ValueError(
-            f"rm {name} has {labels} labels, expected 1; say which one is the reward with RewardModel(rm, label=...)"
-        )
-    label = rm.label or 0
-    if not 0 <= label < labels:
-        raise ValueError(f"label is {label}, but rm {name} has {labels} labels, expected 0 to {labels - 1}")
-    _check_same_tokenizer(model, rm_tokenizer, language_model, tokenizer)
-    return model, label
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,58 +111,33 @@ def _source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     return path, {}
 
 
-def _has_tokenizer(path: str) -> bool:
+def has_tokenizer(path: str) -> bool:
     folder = Path(path)
     return not folder.is_dir() or any(folder.glob("tokenizer*"))
 
 
-def _name(model: PreTrainedModel) -> str:
+def name_of(model: PreTrainedModel) -> str:
     where = getattr(model.config, "name_or_path", "")
     return f"{type(model).__name__} ({where})" if where else type(model).__name__
 
 
-def _check_model(model: object, argument: str, known: tuple[str, ...]) -> None:
+def check_model(model: object, argument: str, known: tuple[str, ...], otherwise: str = "") -> None:
+    """Refuse by name what is not one of the `known` classes, or cannot be decoded exactly."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument} is of type {type(model).__name__}, expected a transformers model or a path to one")
     kind = type(model).__name__
     if kind not in known or not type(model).__module__.startswith("transformers."):
-        expected = f"transformers' {' or '.join(known)}"
-        if known is REWARD_MODELS:
-            expected += ", or a function of texts: rm(prompts, answers) -> floats"
+        expected = f"transformers' {' or '.join(known)}{otherwise}"
         raise ValueError(f"{argument} is a {kind}, not tested with STARS decoding; expected {expected}")
     assert isinstance(model, PreTrainedModel)
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in BATCH_DEPENDENT_ROPE:
         raise ValueError(
-            f"{argument} {_name(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a "
+            f"{argument} {name_of(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a "
             "batch, so other prompts would change an answer; expected another rope_type"
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in ops.DEVICES:
         raise ValueError(
-            f"{argument} {_name(model)} lies on {sorted(map(str, devices))}, expected one device of {ops.DEVICES}"
-        )
-
-
-def _check_same_tokenizer(
-    rm: PreTrainedModel,
-    rm_tokenizer: PreTrainedTokenizerBase | None,
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """The reward model reads the language model's token ids, so both must mean the same text."""
-    name, size, expected = _name(rm), rm.config.vocab_size, lm.config.vocab_size
-    if size != expected:
-        raise ValueError(
-            f"rm {name} has a vocabulary of {size} tokens and the language model one of {expected}: another tokenizer; "
-            "expected a reward model that reads the language model's token ids (or pass a callable)"
-        )
-    if rm_tokenizer is None or tokenizer is None:
-        return
-    ours, theirs = tokenizer.get_vocab(), rm_tokenizer.get_vocab()
-    different = [token for token, i in theirs.items() if ours.get(token) != i] or sorted(set(ours) - set(theirs))
-    if different:
-        raise ValueError(
-            f"rm {name} has another tokenizer than the language model: {len(different)} tokens differ, the first is "
-            f"{different[0]!r}; expected the same tokenizer (or pass a callable)"
+            f"{argument} {name_of(model)} lies on {sorted(map(str, devices))}, expected one device of {ops.DEVICES}"
         )

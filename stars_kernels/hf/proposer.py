@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
-from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.packing import is_plain
 
@@ -67,14 +67,14 @@ class ModelProposer:
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = ForkCache(self.model.config, capacities, segment_size, self.model.dtype, self.device)
+        self.cache = open_cache(self.model, capacities, segment_size)
         vocabulary = self.model.config.vocab_size
         self.logits = torch.empty(len(prompts), vocabulary, dtype=self.model.dtype, device=self.device)
         self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
         for chunk in packed_chunks(prompts):
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
-            with self.cache.prefill(chunk.owners, chunk.counts) as positions:
-                logits = self._logits(torch.tensor([chunk.ids], device=self.device), positions, last)
+            with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
+                logits = self._logits(torch.tensor([chunk.ids], device=self.device), inputs, last)
             self.logits[chunk.finished] = logits[0]
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
@@ -111,9 +111,9 @@ class ModelProposer:
                 ended |= torch.isin(token, eos) | (token < 0)
                 if ended.all():
                     return tokens[:, : step + 1]
-            with cache.extend(1) as positions:
+            with cache.extend(1) as inputs:
                 ids = token[:, None].clamp(min=0)
-                state = self._logits(ids, positions, 1) if head is None else self._hidden(ids, positions)
+                state = self._logits(ids, inputs, 1) if head is None else self._hidden(ids, inputs)
             state, source = state[:, 0], None
         return tokens
 
@@ -128,25 +128,17 @@ class ModelProposer:
         if prompts.numel() == 0:
             return
         self.cache.fork(prompts)
-        with self.cache.extend(1) as positions:
-            self.logits[prompts] = self._logits(self.pending[prompts, None], positions, 1)[:, 0]
+        with self.cache.extend(1) as inputs:
+            self.logits[prompts] = self._logits(self.pending[prompts, None], inputs, 1)[:, 0]
         one = torch.ones_like(prompts)
         self.cache.commit(prompts, torch.arange(len(prompts), device=self.device), one, one.bool())
         self.pending[prompts] = -1
 
-    def _logits(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return output.logits
+    def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
+        return self.model(input_ids=ids, logits_to_keep=keep, **inputs).logits
 
-    def _hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
-        body = self.model.base_model
-        return body(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
+    def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return self.model.base_model(input_ids=ids, **inputs).last_hidden_state
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:

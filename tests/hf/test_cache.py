@@ -25,13 +25,13 @@ def cache(lm):
 
 def fill(view, cache, prompts=PROMPTS):
     for chunk in packed_chunks(prompts):
-        with cache.prefill(chunk.owners, chunk.counts) as positions:
-            view(input_ids=torch.tensor([chunk.ids]), position_ids=positions, past_key_values=cache)
+        with cache.prefill(chunk.owners, chunk.counts) as inputs:
+            view(input_ids=torch.tensor([chunk.ids]), **inputs)
 
 
 def forward(view, cache, tokens, query_len=None):
-    with cache.extend(tokens.shape[1], query_len) as positions, torch.no_grad():
-        return view(input_ids=tokens, position_ids=positions, past_key_values=cache).logits
+    with cache.extend(tokens.shape[1], query_len) as inputs, torch.no_grad():
+        return view(input_ids=tokens, **inputs).logits
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels.hf import api
+from stars_kernels.hf import engine
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of
 from stars_kernels.hf.proposer import ModelProposer
 from tests.hf.test_exactness import CONFIGS, EOS_IDS, IDS, PROMPTS
@@ -63,7 +63,7 @@ def graphs(monkeypatch):
             super().__init__(capture)
             made.append(self)
 
-    monkeypatch.setattr(api, "SegmentGraphs", Recorded)
+    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
     return made
 
 
@@ -182,7 +182,7 @@ def test_a_replay_waits_for_nothing(monkeypatch):
             with no_waiting():
                 return super().run(segment, rows, given, storage)
 
-    monkeypatch.setattr(api, "SegmentGraphs", Watched)
+    monkeypatch.setattr(engine, "SegmentGraphs", Watched)
     assert answers(stars_kernels.decode(*models, PROMPTS, **settings)) == answers(expected)
     assert len(watched) > 3
 
@@ -237,7 +237,7 @@ def test_memory_does_not_grow_over_rounds(monkeypatch):
             allocated.append(torch.cuda.memory_allocated())
             return super().run(*args)
 
-    monkeypatch.setattr(api, "SegmentGraphs", Measured)
+    monkeypatch.setattr(engine, "SegmentGraphs", Measured)
     settings = dict(SETTINGS, reward_threshold=1000.0, beta=0.1, max_attempts=20, max_new_tokens=40, width=NOT_PADDED)
     stars_kernels.decode(*models, PROMPTS[0], **settings)  # 10 segments of 5 rounds
     assert len(allocated) == 50

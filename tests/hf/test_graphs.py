@@ -6,7 +6,7 @@ import torch
 import stars_kernels
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf import api
+from stars_kernels.hf import engine
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.proposer import ModelProposer
 from tests.tiny import EOS
@@ -35,9 +35,9 @@ def graphs(monkeypatch):
             super().__init__(rerun)
             made.append(self)
 
-    monkeypatch.setattr(api, "SegmentGraphs", Recorded)
-    monkeypatch.setattr(api, "CudaCapture", lambda device: None)
-    monkeypatch.setattr(api._Engine, "_why_eager", lambda self: None)
+    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
+    monkeypatch.setattr(engine, "CudaCapture", lambda device: None)
+    monkeypatch.setattr(engine.Engine, "_why_eager", lambda self: None)
     return made
 
 
@@ -104,7 +104,7 @@ def test_fused_draws_are_the_same_draws(lm, rm, graphs, monkeypatch, filters):
     calls = []
     real = ops.lm_head_sample
     monkeypatch.setattr(ops, "lm_head_sample", lambda *given, **options: calls.append(1) or real(*given, **options))
-    monkeypatch.setattr(api, "ModelProposer", lambda model, graphs, fuse: ModelProposer(model, graphs, fuse=True))
+    monkeypatch.setattr(engine, "ModelProposer", lambda model, graphs, fuse: ModelProposer(model, graphs, fuse=True))
     settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, **filters)
     outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
     assert bool(calls) == (filters["top_k"] is None)

@@ -1,0 +1,297 @@
+"""The models and settings of one call, and how batches of requests run on them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.output import Calibration, FinishReason, StarsOutput
+from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
+from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.models import (
+    ModelOrPath,
+    RMSNorm,
+    check_path,
+    check_tokenizer,
+    context_limit,
+    eos_ids,
+    load_language_model,
+    view_of,
+)
+from stars_kernels.hf.packing import pack_linears
+from stars_kernels.hf.prompts import Codec, Prompt
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
+from stars_kernels.ops import backends
+from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
+
+PROGRESS_DELAY = 3.0
+"""Seconds before a progress bar appears."""
+CALIBRATION_WIDTH = 32
+"""Continuations of a prompt decoded side by side, at most; as everywhere, it changes memory and speed only."""
+
+
+@dataclass
+class Request:
+    """A prompt that passed its checks, at its place in the caller's list."""
+
+    index: int
+    id: int | str
+    prompt: Prompt
+
+
+class Engine:
+    """The models of one call and how a batch of requests runs on them."""
+
+    def __init__(
+        self,
+        model: ModelOrPath,
+        rm: Reward,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: StarsConfig,
+        trust_remote_code: bool,
+    ) -> None:
+        seed = secrets.randbits(63) if config.seed is None else config.seed
+        self.config = config.replace(seed=seed)
+        self.calibration: Calibration | None = None
+        check_tokenizer(tokenizer)
+        check_path("model", model)
+        check_reward(rm)
+        language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
+        self.lm = view_of(language_model)
+        self.rewarder = Rewarder(rm, language_model, tokenizer, trust_remote_code)
+        self.limit = min(context_limit(self.lm), self.rewarder.limit)
+        self.bodies = [self.lm, *self.rewarder.bodies]
+        self.packed_bytes = 0
+        if config.pack:
+            dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
+            self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
+        self.eager = self._why_eager()
+        self.fuse = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
+        self.backends = self._backends()
+        self._check_ids("eos_token_id", config.eos_token_id or ())
+        self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
+        self.codec = Codec(tokenizer, config.stop_strings, self.eos)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[Any], request_ids: Any) -> list[StarsOutput | Exception]:
+        """One result a prompt, in order."""
+        results: list[StarsOutput | Exception | None] = [None] * len(prompts)
+        try:
+            requests = self._admit(prompts, request_ids, results)
+            beta_needed = self.config.beta is None and self.config.accept == "soft"
+            if self.config.reward_threshold is None or beta_needed:
+                requests = self._calibrate(requests, results)
+            size = self.config.batch_size
+            with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
+                for start in range(0, len(requests), size):
+                    self._run_batch(requests[start : start + size], results, bar)
+        except KeyboardInterrupt as interrupt:
+            interrupt.results = results  # type: ignore[attr-defined]
+            raise
+        return [result for result in results if result is not None]
+
+    def _admit(
+        self, prompts: list[Any], request_ids: Any, results: list[StarsOutput | Exception | None]
+    ) -> list[Request]:
+        """Encode and check every prompt; those that fail become their own result."""
+        encoded: dict[int, Prompt] = {}
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded[index] = self._check(self.codec.encode(prompt))
+            except Exception as error:  # a tokenizer's and a chat template's errors are of many kinds
+                failed = (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}")
+                failed.__cause__ = error
+                results[index] = failed
+        ids = _request_ids(request_ids, len(prompts), encoded)
+        return [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+
+    def _check(self, prompt: Prompt) -> Prompt:
+        self._check_ids("token id", prompt.ids)
+        if not prompt.ids:
+            raise ValueError("it has no tokens, expected at least one")
+        if len(prompt.ids) >= self.limit:
+            raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {self.limit}")
+        return prompt
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        vocabulary = self.lm.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+
+    def _calibrate(self, requests: list[Request], results: list[StarsOutput | Exception | None]) -> list[Request]:
+        """Find what is not given of r* and beta; the requests that can go on (all, or none where it failed)."""
+        if not requests:
+            return []
+        began = time.perf_counter()
+        config, chosen = self.config, requests[: self.config.calibration_samples]
+        samples = -(-config.calibration_samples // len(chosen))
+        # One segment as long as an answer, never accepted: its attempts are plain continuations of one shared prefix.
+        plain = config.replace(
+            segment_size=config.max_new_tokens,
+            max_attempts=samples,
+            width=min(samples, CALIBRATION_WIDTH),
+            accept="hard",
+            reward_threshold=UNREACHABLE,
+        )
+        answers: list[Answer] = []
+        with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
+            for start in range(0, len(chosen), config.batch_size):
+                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE)
+                loop.run()
+                answers += loop.answers
+                bar.update(sum(answer.counts.sampled for answer in loop.answers))
+        done = [answer for answer in answers if answer.error is None]
+        rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
+        if not rewards:
+            for request in requests:
+                results[request.index] = RuntimeError(
+                    f"prompt {request.index}: calibration found no finite reward among its plain continuations; "
+                    f"the first: {answers[0].error or answers[0].segments[0].rewards}"
+                )
+            return []
+        target, beta = config.reward_threshold, config.beta
+        if target is None:
+            target = calibrate_target(rewards, config.calibration_quantile)
+        if beta is None and config.accept == "soft":
+            beta = calibrate_beta(rewards, target, config.calibration_acceptance)
+        self.config = config.replace(reward_threshold=target, beta=beta)
+        self.calibration = Calibration(
+            rewards=rewards,
+            sampled=sum(answer.counts.sampled for answer in answers),
+            rm_scored=sum(answer.counts.rm_scored for answer in answers),
+            seconds=time.perf_counter() - began,
+        )
+        return requests
+
+    def _loop(
+        self,
+        requests: list[Request],
+        config: StarsConfig,
+        stream: int,
+        on_tokens: Callable[[int], Any] = lambda count: None,
+    ) -> Loop:
+        assert config.seed is not None
+        answers = [
+            Answer(
+                key=request_key(config.seed, r.id),
+                prompt=r.prompt.ids,
+                limit=min(config.max_new_tokens, self.limit - len(r.prompt.ids)),
+            )
+            for r in requests
+        ]
+        scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device)
+        find_stop = self.codec.find_stop if self.codec.stops else None
+        graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
+        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse)
+        return Loop(proposer, scorer, config, answers, self.eos, find_stop, stream, on_tokens)
+
+    def _run_batch(
+        self, requests: list[Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any]
+    ) -> None:
+        loop = self._loop(requests, self.config, STREAM_SAMPLE, bar.update)
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            for answer in loop.answers:
+                if answer.active:
+                    answer.finish_reason = "interrupted"
+            raise
+        finally:
+            for request, answer in zip(requests, loop.answers, strict=True):
+                if answer.error is not None:
+                    failed = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
+                    failed.__cause__ = answer.error.__cause__
+                    results[request.index] = failed
+                elif answer.finish_reason is not None:
+                    results[request.index] = self._output(request, answer, answer.finish_reason, loop.seconds)
+                    bar.update(self.config.max_new_tokens - len(answer.tokens))
+
+    def _output(
+        self, request: Request, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]
+    ) -> StarsOutput:
+        return StarsOutput(
+            text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
+            token_ids=answer.tokens,
+            reward=answer.reward,
+            finish_reason=finish_reason,
+            config=self.config,
+            request_id=request.id,
+            prompt_reward=answer.prompt_reward,
+            segments=[segment for segment in answer.segments if segment.attempts],
+            counts=answer.counts,
+            seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
+            calibration=self.calibration,
+            backends=dict(self.backends),
+        )
+
+    def _why_eager(self) -> str | None:
+        """Why segments do not run as CUDA graphs; None where they do."""
+        if self.lm.device.type != "cuda":
+            return "the model is not on a GPU"
+        if not self.config.graphs:
+            return "graphs=False"
+        served = {op: backends()[op]["cuda"] for op in ("segment_sample", "fork_attention")}
+        for op, implementation in served.items():
+            if implementation != "triton":
+                return f"{op} is served by its {implementation}"
+        if self.lm.dtype == torch.float64:
+            return "float64 is served by the definitions, which wait for the host"
+        return None
+
+    def _backends(self) -> dict[str, str]:
+        """What ran: each op's implementation on this device, the models' linear layers, on a GPU the segments."""
+        served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
+        packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
+        modules = [module for body in self.bodies for module in body.modules()]
+        if not any(isinstance(module, RMSNorm) for module in modules):
+            served["rms_norm"] = "the model's own"
+        plain = sum(type(module) is nn.Linear for module in modules)
+        linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
+        if self.packed_bytes and plain:
+            linear += f"; torch: {plain} layers"
+        if not self.fuse:
+            served["lm_head_sample"] = "not used"
+        if self.lm.device.type == "cuda":
+            served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
+        return {**served, "linear": linear}
+
+    def _progress(self, total: int | None, what: str) -> tqdm[Any]:
+        return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
+
+
+def _request_ids(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Sequence[int | str] | dict[int, str]:
+    """The ids by prompt index: the caller's, or a hash of the token ids plus the occurrence number."""
+    if given is None:
+        seen: Counter[str] = Counter()
+        ids: dict[int, str] = {}
+        for index, prompt in encoded.items():
+            digest = hashlib.blake2b(repr(prompt.ids).encode(), digest_size=16).hexdigest()
+            ids[index] = f"{digest}#{seen[digest]}"
+            seen[digest] += 1
+        return ids
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"request_ids is of type {type(given).__name__}, expected a list of int or str")
+    if len(given) != count:
+        raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
+    for request_id in given:
+        if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+            raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
+    repeated = [i for i, n in Counter(given).items() if n > 1]
+    if repeated:
+        raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")
+    return given
