@@ -1,18 +1,14 @@
-"""Reward models as Scorers: a sequence classifier with a cache of its own, or any callable on texts."""
+"""Any function of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores
-from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposer import packed_chunks
 
 RewardFunction = Callable[[list[str], list[str]], Any]
 """rm(prompts, answers) -> one float each; answers come without prompt and special tokens."""
@@ -20,43 +16,6 @@ RewardFunction = Callable[[list[str], list[str]], Any]
 
 class WrongRewards(ValueError):
     """A reward function returned something that is not one float for each answer."""
-
-
-class ClassifierScorer:
-    """A causal sequence classifier that reads each accepted token once.
-
-    The reward is the head's output at the LAST token of prompt + answer, an EOS included. (transformers reads it at the
-    last token that is not the pad token: one earlier where an answer ends in EOS and pad is EOS.)
-    """
-
-    def __init__(self, model: PreTrainedModel, label: int) -> None:
-        """model: a view with the stars attention; label: the output that is the reward."""
-        self.backbone = cast(PreTrainedModel, model.base_model)
-        self.weight = model.get_parameter("score.weight")[label]  # [D]
-        self.device = model.device
-
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.backbone, capacities, segment_size)
-        rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
-        for chunk in packed_chunks(prompts):
-            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
-            with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
-                hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), inputs)
-            rewards[chunk.finished] = ops.reward_head(hidden.expand(len(last), -1, -1), last, self.weight).double()
-        return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
-
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        self.cache.fork(rows.prompt)
-        with self.cache.extend(tokens.shape[1], lengths) as inputs:
-            hidden = self._hidden(tokens, inputs)
-        return Scores(ops.reward_head(hidden, lengths - 1, self.weight).double(), lengths)
-
-    def commit(self, commit: Commit) -> None:
-        self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
-
-    def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return self.backbone(input_ids=ids, **inputs).last_hidden_state
 
 
 class CallableScorer:
