@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from bench.common import Judge, Result
 from bench.machine import Forward
 from stars_kernels import StarsConfig
-from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.models import view_of
@@ -40,6 +41,9 @@ class _Judged:
 
     def commit(self, commit: Commit) -> None:
         self.scorer.commit(commit)
+
+    def release(self) -> None:
+        self.scorer.release()
 
 
 def segment_graphs(model: PreTrainedModel, config: StarsConfig) -> SegmentGraphs | None:

@@ -6,8 +6,8 @@ print(output.text, output.reward)
 
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
-from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsOutput
-from stars_kernels.hf.api import decode
+from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
+from stars_kernels.hf.api import decode, stream
 from stars_kernels.hf.rewards import RewardModel
 from stars_kernels.ops import backends, reference
 
@@ -20,8 +20,10 @@ __all__ = [
     "Segment",
     "StarsConfig",
     "StarsError",
+    "StarsEvent",
     "StarsOutput",
     "backends",
     "decode",
     "reference",
+    "stream",
 ]

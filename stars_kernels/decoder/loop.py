@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.output import Counts, FinishReason, Segment
+from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.output import Segment
 from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer
 from stars_kernels.decoder.threshold import start_reward, threshold
 from stars_kernels.decoder.width import AcceptanceHistory
@@ -27,46 +29,6 @@ from stars_kernels.ops.philox import STREAM_SAMPLE
 
 FindStop = Callable[[list[int], int], int | None]
 """(answer tokens, tokens accepted before) -> answer tokens up to the one that completes a stop string, or None."""
-
-
-@dataclass
-class Answer:
-    """One prompt on its way."""
-
-    key: int
-    prompt: Sequence[int]
-    limit: int
-    """Tokens the answer may have: the budget, or less where the context ends."""
-    tokens: list[int] = field(default_factory=list)
-    reward: float = math.nan
-    prompt_reward: float = math.nan
-    segments: list[Segment] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-    finish_reason: FinishReason | None = None
-    error: Exception | None = None
-    kept: list[int] = field(default_factory=list)
-    """Tokens of the attempt to keep so far: the winner, or the best of those rejected."""
-
-    @property
-    def active(self) -> bool:
-        return self.finish_reason is None and self.error is None
-
-    @property
-    def room(self) -> int:
-        """Tokens the answer may still grow by."""
-        return self.limit - len(self.tokens)
-
-    @property
-    def segment(self) -> Segment:
-        """The segment under decision."""
-        if not self.segments or self.segments[-1].outcome != "undecided":
-            self.segments.append(Segment())
-        return self.segments[-1]
-
-    def fail(self, what: str, cause: Exception | None = None) -> None:
-        why = "" if cause is None else f": {type(cause).__name__}: {cause}"
-        self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}{why}")
-        self.error.__cause__ = cause
 
 
 @dataclass(frozen=True)
@@ -94,7 +56,7 @@ class _Trial:
 
 @dataclass
 class Loop:
-    """Runs one batch; `answers` and `seconds` are readable at any time, also after an interrupt."""
+    """Runs one batch: `begin`, then `rounds`; `answers` and `seconds` are readable at any time."""
 
     proposer: Proposer
     scorer: Scorer
@@ -103,29 +65,18 @@ class Loop:
     eos: tuple[int, ...] = ()
     find_stop: FindStop | None = None
     stream: int = STREAM_SAMPLE
-    on_tokens: Callable[[int], None] = lambda count: None
-    """Told how many answer tokens a round added (for progress)."""
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
+    """Shrinks where memory runs out."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Bring every answer to its end or its error; an exception (of a model's forward, say) ends the unfinished."""
-        try:
-            self._run()
-        except Exception as error:
-            for answer in self.answers:
-                if answer.active:
-                    answer.fail("the batch failed", error)
+        """Bring every answer to its end or its error."""
+        self.begin()
+        for _ in self.rounds():
+            pass
 
-    def _run(self) -> None:
-        self._begin()
-        history = AcceptanceHistory()
-        while active := [p for p, answer in enumerate(self.answers) if answer.active]:
-            width = self.config.width
-            if width == "auto":
-                width = history.best_width(len(active), self.config.max_attempts)
-            self._round(active, width, history)
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
         prompts = [answer.prompt for answer in self.answers]
         size = (max((a.limit for a in self.answers), default=0), self.config.segment_size)
         with self._timed("prefill"):
@@ -140,11 +91,56 @@ class Loop:
             elif not math.isfinite(rewards[p]):
                 answer.fail(f"the reward of the empty answer is {rewards[p]}, expected a finite number")
 
-    def _round(self, active: list[int], width: int, history: AcceptanceHistory) -> None:
+    def rounds(self) -> Iterator[list[int]]:
+        """Bring every begun answer to its end or its error; yields the prompts of every round, after it.
+
+        Until it is judged, a round changes nothing. So where memory runs out, it is tried again with half the attempts,
+        then with half the prompts. Any other exception (of a model's forward, say) ends the answers in the round.
+        """
+        history = AcceptanceHistory()
+        yield list(range(len(self.answers)))  # begun, or failed there
+        while active := [p for p, answer in enumerate(self.answers) if answer.active]:
+            turn = active[: self.limits.prompts]
+            widths = self._widths(turn, history)
+            again = False
+            trials: list[_Trial] = []
+            try:
+                trials = self._round(turn, widths)
+                self._settle(turn, trials, history)
+            except Exception as error:
+                again = not trials and sum(widths) > 1 and is_out_of_memory(error)
+                if not again:
+                    self.fail(turn, error)
+            if again:  # out here nothing holds the round's tensors any more: the exception did
+                self._shrink(len(turn), max(widths))
+            else:
+                yield turn
+
+    def fail(self, prompts: Sequence[int], error: Exception) -> None:
+        """End those of `prompts` that have not ended."""
+        if is_out_of_memory(error):
+            error.__traceback__ = None  # its frames hold the tensors that the others need room for
+        for p in prompts:
+            if self.answers[p].active:
+                self.answers[p].fail("the batch failed", error)
+
+    def _shrink(self, prompts: int, width: int) -> None:
+        self.limits.halve_round(prompts, width)
+        self.proposer.release()
+        self.scorer.release()
+        free_memory()
+
+    def _widths(self, active: list[int], history: AcceptanceHistory) -> list[int]:
+        """How many attempts of each prompt to decode side by side."""
+        width, left = self.config.width, [self.config.max_attempts - self.answers[p].segment.attempts for p in active]
+        if width == "auto":
+            width = history.best_width(len(active), self.config.max_attempts)
+        return [min(width, self.limits.width or width, attempts) for attempts in left]
+
+    def _round(self, active: list[int], widths: list[int]) -> list[_Trial]:
+        """Propose, score and judge widths[i] attempts for prompt active[i]; changes nothing that a repeat would see."""
         config = self.config
-        first = [self.answers[p].segment.attempts for p in active]
-        widths = [min(width, config.max_attempts - a) for a in first]
-        rows = self._rows(active, first, widths)
+        rows = self._rows(active, widths)
         size = max(min(config.segment_size, self.answers[p].room) for p in active)
 
         with self._timed("propose"):
@@ -160,29 +156,32 @@ class Loop:
             thresholds, outcome, chosen = self._judge(active, widths, rows, lengths, rewards)
             read = torch.zeros_like(lengths) if scores.tokens is None else scores.tokens
             columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, broken, read)]
-            head = 0
-            kept: list[tuple[int, _Trial]] = []
-            for i, p in enumerate(active):
-                mine = [column[head : head + widths[i]] for column in columns]
-                errors = {row - head: error for row, error in scores.errors.items()}
-                trial = _Trial(head, outcome[i], chosen[i], errors, *mine)
-                if self._book(self.answers[p], trial, history):
-                    kept.append((p, trial))
-                head += widths[i]
+        trials, head = [], 0
+        for i, width in enumerate(widths):
+            mine = [column[head : head + width] for column in columns]
+            errors = {row - head: error for row, error in scores.errors.items()}
+            trials.append(_Trial(head, outcome[i], chosen[i], errors, *mine))
+            head += width
+        return trials
+
+    def _settle(self, active: list[int], trials: list[_Trial], history: AcceptanceHistory) -> None:
+        """Write a judged round on the answers, and commit what is kept of it."""
         with self._timed("commit"):
+            round_ = zip(active, trials, strict=True)
+            kept = [(p, trial) for p, trial in round_ if self._book(self.answers[p], trial, history)]
             if kept:
                 commit = self._commit(kept)
                 self.proposer.commit(commit)
                 self.scorer.commit(commit)
 
-    def _rows(self, active: list[int], first: list[int], widths: list[int]) -> Rows:
+    def _rows(self, active: list[int], widths: list[int]) -> Rows:
         answers = [self.answers[p] for p in active]
         repeats = torch.tensor(widths)
 
         def per_row(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64).repeat_interleave(repeats).to(self.proposer.device)
 
-        attempts = [a for start, w in zip(first, widths, strict=True) for a in range(start, start + w)]
+        attempts = [a.segment.attempts + i for a, width in zip(answers, widths, strict=True) for i in range(width)]
         return Rows(
             prompt=per_row(active),
             attempt=torch.tensor(attempts, dtype=torch.int64, device=self.proposer.device),
@@ -309,7 +308,6 @@ class Loop:
             answer.finish_reason = "eos"
         elif answer.room == 0:
             answer.finish_reason = "length" if answer.limit == config.max_new_tokens else "context"
-        self.on_tokens(len(answer.kept))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -112,6 +112,7 @@ class StarsOutput:
     seconds: wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
     calibration: a `Calibration`; None where r* and beta were given.
     backends: which implementation of each op ran, and of the models' linear layers ("linear").
+    memory_limits: what running out of memory halved, and to what: "batch_size", "prompts" of it in a round, "width".
     """
 
     text: str | None
@@ -126,9 +127,31 @@ class StarsOutput:
     seconds: dict[str, float]
     calibration: Calibration | None
     backends: dict[str, str]
+    memory_limits: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
             f"StarsOutput(text={self.text!r}, reward={self.reward:.4f}, finish_reason={self.finish_reason!r}, "
             f"tokens={len(self.token_ids)}, segments={len(self.segments)}, attempts={self.counts.attempts})"
         )
+
+
+@dataclass(frozen=True)
+class StarsEvent:
+    """What `stream` yields: a segment that a prompt's answer grew by, or its end, or both.
+
+    index: the prompt's place in the list.
+    request_id: as in its `StarsOutput`; None if it failed before it had one.
+    token_ids: the tokens that the answer grew by.
+    text: the text that it grew by; None without a tokenizer, or if it failed before it had an answer. A prompt's texts,
+        joined, are its output's text: half a character, and what may become a stop string, are held back.
+    segment: the trace of the segment; None for a failure.
+    output: None until the prompt is finished; then its `StarsOutput`, or the exception that ended it.
+    """
+
+    index: int
+    request_id: int | str | None
+    token_ids: list[int]
+    text: str | None
+    segment: Segment | None
+    output: StarsOutput | Exception | None

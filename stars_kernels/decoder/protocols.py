@@ -65,9 +65,13 @@ class Proposer(Protocol):
         """[R, <= size] int64 tokens, -1 where a row's logits were not usable.
 
         Sampling may go on past a row's end of sequence, and may stop early once every row has ended.
+        May be asked again before a commit, for other rows.
         """
 
     def commit(self, commit: Commit) -> None: ...
+
+    def release(self) -> None:
+        """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
 
 
 class Scorer(Protocol):
@@ -77,6 +81,9 @@ class Scorer(Protocol):
         """Read the prompts; the rewards r(x) of the empty answers, [P]."""
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        """The rewards of prompt + accepted answer + tokens[r, :lengths[r]], [R]."""
+        """The rewards of prompt + accepted answer + tokens[r, :lengths[r]], [R]; may be asked again."""
 
     def commit(self, commit: Commit) -> None: ...
+
+    def release(self) -> None:
+        """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""

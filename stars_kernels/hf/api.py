@@ -1,15 +1,15 @@
-"""`stars_kernels.decode`: models, prompts and settings in; aligned answers out."""
+"""`stars_kernels.decode` and `stream`: models, prompts and settings in; aligned answers out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.config import StarsConfig, resolve_config
 from stars_kernels.decoder.errors import StarsError
-from stars_kernels.decoder.output import StarsOutput
+from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.models import ModelOrPath
 from stars_kernels.hf.prompts import split_prompts
@@ -57,14 +57,53 @@ def decode(
         StarsError: some prompts of a list failed; `.results` holds the others.
         KeyboardInterrupt: `.results` holds what was done: finished answers, partial ones ("interrupted"), or None.
     """
-    settings = resolve_config(config, overrides)
-    prompts, many = split_prompts(prompt)
-    if not prompts:
-        return []
-    engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-    results = engine.run(prompts, request_ids if many or request_ids is None else [request_ids])
+    events = stream(
+        model,
+        rm,
+        prompt,
+        tokenizer=tokenizer,
+        config=config,
+        request_ids=request_ids,
+        trust_remote_code=trust_remote_code,
+        **overrides,
+    )
+    ends = {event.index: event.output for event in events if event.output is not None}
+    results = [ends[index] for index in sorted(ends)]
+    _, many = split_prompts(prompt)
     errors = [result for result in results if isinstance(result, Exception)]
     if errors:
         raise StarsError(results) if many else errors[0]
     outputs = [result for result in results if isinstance(result, StarsOutput)]
     return outputs if many else outputs[0]
+
+
+def stream(
+    model: ModelOrPath,
+    rm: Reward,
+    prompt: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: StarsConfig | Mapping[str, Any] | None = None,
+    request_ids: Sequence[int | str] | int | str | None = None,
+    trust_remote_code: bool = False,
+    **overrides: Any,
+) -> Generator[StarsEvent, None, None]:
+    """`decode` as it goes: an event for every segment that joins an answer, and for every prompt that is finished.
+
+    The answers are those of `decode`, whose arguments it takes. The prompts of a batch grow in lock-step, and their
+    events come interleaved. Work is done only while the next event is waited for; closing the generator ends it.
+
+    Returns:
+        A generator of `StarsEvent`. A prompt that fails is an event too (its `output` is the exception), also where it
+        is the only one, and the others go on.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: at the call: the settings, models or request ids are not usable.
+        KeyboardInterrupt: as from `decode`, where it struck while the next event was waited for.
+    """
+    settings = resolve_config(config, overrides)
+    prompts, many = split_prompts(prompt)
+    if not prompts:
+        return (event for event in list[StarsEvent]())
+    engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
+    return engine.run(prompts, request_ids if many or request_ids is None else [request_ids])

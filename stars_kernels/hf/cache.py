@@ -98,6 +98,10 @@ class ForkCache(Cache):
             raise ValueError(f"rollback to {held} suffix tokens, expected 0 to {self.held}")
         self.held = held
 
+    def release(self) -> None:
+        """Give back the memory of the suffixes; the next fork takes what it needs."""
+        self.suffix, self._suffix_layers = self.suffix[:, :, :0].clone(), []
+
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
         ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)

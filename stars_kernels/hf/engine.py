@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +13,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.loop import Answer, Loop
-from stars_kernels.decoder.output import Calibration, FinishReason, StarsOutput
+from stars_kernels.decoder.loop import Loop
+from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.models import (
@@ -34,6 +33,7 @@ from stars_kernels.hf.models import (
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.requests import Request, Told, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
@@ -42,15 +42,6 @@ PROGRESS_DELAY = 3.0
 """Seconds before a progress bar appears."""
 CALIBRATION_WIDTH = 32
 """Continuations of a prompt decoded side by side, at most; as everywhere, it changes memory and speed only."""
-
-
-@dataclass
-class Request:
-    """A prompt that passed its checks, at its place in the caller's list."""
-
-    index: int
-    id: int | str
-    prompt: Prompt
 
 
 class Engine:
@@ -85,39 +76,49 @@ class Engine:
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
+        self.limits = MemoryLimits()
+        self.results: list[StarsOutput | Exception | None] = []
+        """Of the prompts that are finished, also after an interrupt."""
 
-    @torch.inference_mode()
-    def run(self, prompts: list[Any], request_ids: Any) -> list[StarsOutput | Exception]:
-        """One result a prompt, in order."""
-        results: list[StarsOutput | Exception | None] = [None] * len(prompts)
+    def run(self, prompts: list[Any], request_ids: Any) -> Generator[StarsEvent, None, None]:
+        """Segments and finished prompts as they come; wrong request ids raise at the call."""
+        self.results = [None] * len(prompts)
+        return self._run(*self._admit(prompts, request_ids))
+
+    @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
+    def _run(self, requests: list[Request], failed: list[StarsEvent]) -> Generator[StarsEvent, None, None]:
         try:
-            requests = self._admit(prompts, request_ids, results)
+            for event in failed:
+                self.results[event.index] = event.output
+                yield event
             beta_needed = self.config.beta is None and self.config.accept == "soft"
-            if self.config.reward_threshold is None or beta_needed:
-                requests = self._calibrate(requests, results)
-            size = self.config.batch_size
+            if requests and (self.config.reward_threshold is None or beta_needed):
+                why = self._calibrate(requests)
+                if why is not None:
+                    for request in requests:
+                        yield failure(request.index, request.id, RuntimeError(f"prompt {request.index}: {why}"))
+                    return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
-                for start in range(0, len(requests), size):
-                    self._run_batch(requests[start : start + size], results, bar)
+                while requests:
+                    count = yield from self._run_batch(requests, bar)
+                    requests = requests[count:]
         except KeyboardInterrupt as interrupt:
-            interrupt.results = results  # type: ignore[attr-defined]
+            interrupt.results = self.results  # type: ignore[attr-defined]
             raise
-        return [result for result in results if result is not None]
 
-    def _admit(
-        self, prompts: list[Any], request_ids: Any, results: list[StarsOutput | Exception | None]
-    ) -> list[Request]:
-        """Encode and check every prompt; those that fail become their own result."""
+    def _admit(self, prompts: list[Any], request_ids: Any) -> tuple[list[Request], list[StarsEvent]]:
+        """Encode and check every prompt; those that fail are events at once."""
         encoded: dict[int, Prompt] = {}
+        errors: dict[int, Exception] = {}
         for index, prompt in enumerate(prompts):
             try:
                 encoded[index] = self._check(self.codec.encode(prompt))
             except Exception as error:  # a tokenizer's and a chat template's errors are of many kinds
-                failed = (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}")
-                failed.__cause__ = error
-                results[index] = failed
-        ids = _request_ids(request_ids, len(prompts), encoded)
-        return [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+                errors[index] = (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}")
+                errors[index].__cause__ = error
+        ids = number_requests(request_ids, len(prompts), encoded)
+        requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+        return requests, [failure(index, ids.get(index), error) for index, error in errors.items()]
 
     def _check(self, prompt: Prompt) -> Prompt:
         self._check_ids("token id", prompt.ids)
@@ -133,10 +134,8 @@ class Engine:
         if wrong is not None:
             raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
 
-    def _calibrate(self, requests: list[Request], results: list[StarsOutput | Exception | None]) -> list[Request]:
-        """Find what is not given of r* and beta; the requests that can go on (all, or none where it failed)."""
-        if not requests:
-            return []
+    def _calibrate(self, requests: list[Request]) -> str | None:
+        """Find what is not given of r* and beta; the reason why that is not possible, or None."""
         began = time.perf_counter()
         config, chosen = self.config, requests[: self.config.calibration_samples]
         samples = -(-config.calibration_samples // len(chosen))
@@ -150,20 +149,15 @@ class Engine:
         )
         answers: list[Answer] = []
         with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
-            for start in range(0, len(chosen), config.batch_size):
-                loop = self._loop(chosen[start : start + config.batch_size], plain, STREAM_CALIBRATE)
-                loop.run()
-                answers += loop.answers
-                bar.update(sum(answer.counts.sampled for answer in loop.answers))
+            while len(answers) < len(chosen):
+                done = self._sample(chosen[len(answers) :], plain)
+                answers += done
+                bar.update(sum(answer.counts.sampled for answer in done))
         done = [answer for answer in answers if answer.error is None]
         rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
-            for request in requests:
-                results[request.index] = RuntimeError(
-                    f"prompt {request.index}: calibration found no finite reward among its plain continuations; "
-                    f"the first: {answers[0].error or answers[0].segments[0].rewards}"
-                )
-            return []
+            first = answers[0].error or answers[0].segments[0].rewards
+            return f"calibration found no finite reward among its plain continuations; the first: {first}"
         target, beta = config.reward_threshold, config.beta
         if target is None:
             target = calibrate_target(rewards, config.calibration_quantile)
@@ -176,15 +170,32 @@ class Engine:
             rm_scored=sum(answer.counts.rm_scored for answer in answers),
             seconds=time.perf_counter() - began,
         )
-        return requests
+        return None
 
-    def _loop(
-        self,
-        requests: list[Request],
-        config: StarsConfig,
-        stream: int,
-        on_tokens: Callable[[int], Any] = lambda count: None,
-    ) -> Loop:
+    def _sample(self, requests: list[Request], plain: StarsConfig) -> list[Answer]:
+        """Plain continuations of the first of `requests`, as many as make a batch."""
+        loop = self._begin(requests, plain, STREAM_CALIBRATE)
+        for _ in loop.rounds():
+            pass
+        return loop.answers
+
+    def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
+        """A loop that has read the first of `requests`: batch_size of them, or as many as memory allows."""
+        while True:
+            batch = requests[: self.limits.batch_size or config.batch_size]
+            loop = self._loop(batch, config, stream)
+            try:
+                loop.begin()
+                return loop
+            except Exception as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    loop.fail(range(len(batch)), error)
+                    return loop
+            del loop
+            self.limits.halve_batch(len(batch))
+            free_memory()
+
+    def _loop(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
         assert config.seed is not None
         answers = [
             Answer(
@@ -198,28 +209,37 @@ class Engine:
         find_stop = self.codec.find_stop if self.codec.stops else None
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
         proposer = ModelProposer(self.lm, graphs, fuse=self.fuse)
-        return Loop(proposer, scorer, config, answers, self.eos, find_stop, stream, on_tokens)
+        return Loop(proposer, scorer, config, answers, self.eos, find_stop, stream, self.limits)
 
-    def _run_batch(
-        self, requests: list[Request], results: list[StarsOutput | Exception | None], bar: tqdm[Any]
-    ) -> None:
-        loop = self._loop(requests, self.config, STREAM_SAMPLE, bar.update)
+    def _run_batch(self, requests: list[Request], bar: tqdm[Any]) -> Generator[StarsEvent, None, int]:
+        """Decode the first of `requests`, as many as make a batch; returns their number."""
+        loop = self._begin(requests, self.config, STREAM_SAMPLE)
+        batch = list(zip(requests, loop.answers, [Told(self.codec) for _ in loop.answers], strict=False))
         try:
-            loop.run()
+            for turn in loop.rounds():
+                for request, answer, told in (batch[p] for p in turn):
+                    result, before = self._result(request, answer, loop.seconds), told.tokens
+                    if result is not None or len(answer.tokens) > before:
+                        bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
+                        yield told.event(request, answer, result)
         except KeyboardInterrupt:
-            for answer in loop.answers:
+            for request, answer, _ in batch:
                 if answer.active:
                     answer.finish_reason = "interrupted"
+                self._result(request, answer, loop.seconds)
             raise
-        finally:
-            for request, answer in zip(requests, loop.answers, strict=True):
-                if answer.error is not None:
-                    failed = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
-                    failed.__cause__ = answer.error.__cause__
-                    results[request.index] = failed
-                elif answer.finish_reason is not None:
-                    results[request.index] = self._output(request, answer, answer.finish_reason, loop.seconds)
-                    bar.update(self.config.max_new_tokens - len(answer.tokens))
+        return len(batch)
+
+    def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> StarsOutput | Exception | None:
+        """What a prompt has come to; None while it is on its way."""
+        result: StarsOutput | Exception | None = None
+        if answer.error is not None:
+            result = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
+            result.__cause__ = answer.error.__cause__
+        elif answer.finish_reason is not None:
+            result = self._output(request, answer, answer.finish_reason, seconds)
+        self.results[request.index] = result
+        return result
 
     def _output(
         self, request: Request, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]
@@ -237,6 +257,7 @@ class Engine:
             seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
             calibration=self.calibration,
             backends=dict(self.backends),
+            memory_limits=self.limits.halved,
         )
 
     def _why_eager(self) -> str | None:
@@ -272,26 +293,3 @@ class Engine:
 
     def _progress(self, total: int | None, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
-
-
-def _request_ids(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Sequence[int | str] | dict[int, str]:
-    """The ids by prompt index: the caller's, or a hash of the token ids plus the occurrence number."""
-    if given is None:
-        seen: Counter[str] = Counter()
-        ids: dict[int, str] = {}
-        for index, prompt in encoded.items():
-            digest = hashlib.blake2b(repr(prompt.ids).encode(), digest_size=16).hexdigest()
-            ids[index] = f"{digest}#{seen[digest]}"
-            seen[digest] += 1
-        return ids
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"request_ids is of type {type(given).__name__}, expected a list of int or str")
-    if len(given) != count:
-        raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
-    for request_id in given:
-        if not isinstance(request_id, int | str) or isinstance(request_id, bool):
-            raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
-    repeated = [i for i, n in Counter(given).items() if n > 1]
-    if repeated:
-        raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")
-    return given

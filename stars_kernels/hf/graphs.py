@@ -77,8 +77,7 @@ class SegmentGraphs:
         have moved, graphs of the old ones are worth nothing.
         """
         if storage != self._storage:
-            self._seen.clear()
-            self._captured.clear()
+            self.clear()
             self._storage = storage
         key = (len(rows), settings)
         if key not in self._seen:
@@ -92,3 +91,8 @@ class SegmentGraphs:
             getattr(static, field.name).copy_(getattr(rows, field.name))
         self.replays += 1
         return replay().clone()
+
+    def clear(self) -> None:
+        """Forget all graphs, and the memory that they hold."""
+        self._seen.clear()
+        self._captured.clear()

@@ -72,6 +72,12 @@ class Codec:
         cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
+    def settled(self, ids: list[int]) -> str:
+        """The text of an answer that goes on, but for its end where that may become a stop string."""
+        text = self.decode(ids)
+        starts = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
+        return text[: -max((len(start) for start in starts if text.endswith(start)), default=0) or None]
+
     def find_stop(self, tokens: list[int], accepted: int) -> int | None:
         """How many of `tokens` it takes to complete a stop string, given that the first `accepted` complete none."""
 

@@ -122,6 +122,11 @@ class ModelProposer:
         self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
         self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
 
+    def release(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.cache.release()
+
     def _read_pending(self, prompts: Tensor) -> None:
         """Feed the last accepted token of each prompt that has one: one row a prompt."""
         prompts = prompts[self.pending[prompts] >= 0]
@@ -130,9 +135,10 @@ class ModelProposer:
         self.cache.fork(prompts)
         with self.cache.extend(1) as inputs:
             self.logits[prompts] = self._logits(self.pending[prompts, None], inputs, 1)[:, 0]
-        one = torch.ones_like(prompts)
-        self.cache.commit(prompts, torch.arange(len(prompts), device=self.device), one, one.bool())
-        self.pending[prompts] = -1
+        one, rows = torch.ones_like(prompts), torch.arange(len(prompts), device=self.device)
+        read = torch.zeros_like(self.pending, dtype=torch.bool).index_fill_(0, prompts, True)
+        self.cache.commit(prompts, rows, one, one.bool())
+        self.pending.masked_fill_(read, -1)  # takes no memory: running out of it here would feed the tokens twice
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
         return self.model(input_ids=ids, logits_to_keep=keep, **inputs).logits

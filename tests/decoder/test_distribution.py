@@ -12,8 +12,9 @@ import torch
 from scipy import stats
 
 from stars_kernels.decoder import loop as loop_module
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.loop import Answer, Loop
+from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Scores
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.loop import Answer, Loop
-from stars_kernels.decoder.width import AcceptanceHistory
+from stars_kernels.decoder.loop import Loop
 from stars_kernels.hf.cache import ForkCache
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.proposer import PREFILL_TOKENS, ModelProposer, packed_chunks
@@ -107,23 +107,26 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
         segment_size=5, max_new_tokens=20, max_attempts=5, width=2, reward_threshold=2.5, beta=0.3, seed=0
     )
     loop = loop_of(lm, rm, config)
-    loop._begin()
+    loop.begin()
     caches = loop.proposer.cache, loop.scorer.cache
     for cache in caches:
         poison(cache)
         watch(cache)
-    history = AcceptanceHistory()
-    while active := [p for p, answer in enumerate(loop.answers) if answer.active]:
-        prefixes = [
+
+    def prefixes():
+        return [
             [cache.arena[:, :, o : o + n].clone() for o, n in zip(cache.offsets, cache.lengths, strict=True)]
             for cache in caches
         ]
-        loop._round(active, 2, history)
-        for cache, before in zip(caches, prefixes, strict=True):  # no byte below the length has changed
-            for p, prefix in enumerate(before):
+
+    before = prefixes()
+    for _ in loop.rounds():
+        for cache, saved in zip(caches, before, strict=True):  # no byte below the length has changed
+            for p, prefix in enumerate(saved):
                 start = cache.offsets[p]
                 now = cache.arena[:, :, start : start + prefix.shape[2]]
                 assert torch.equal(now.contiguous().view(torch.int64), prefix.view(torch.int64))
+        before = prefixes()
     assert all(seen.values()), seen
 
 

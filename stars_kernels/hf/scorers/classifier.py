@@ -48,5 +48,8 @@ class ClassifierScorer:
     def commit(self, commit: Commit) -> None:
         self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
 
+    def release(self) -> None:
+        self.cache.release()
+
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state

@@ -49,6 +49,9 @@ class CallableScorer:
             if advance:
                 self.accepted[p] += self.tail[p]
 
+    def release(self) -> None:
+        """It holds no rows on a device."""
+
     def _call(self, owners: list[int], answers: list[str]) -> Scores:
         """One call for all rows; where it raises, one call a row, so that only the rows at fault have no reward.
 

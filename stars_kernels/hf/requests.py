@@ -1,0 +1,76 @@
+"""The prompts of a call: their ids, and the events that tell of them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.output import StarsEvent, StarsOutput
+from stars_kernels.hf.prompts import Codec, Prompt
+
+
+@dataclass
+class Request:
+    """A prompt that passed its checks, at its place in the caller's list."""
+
+    index: int
+    id: int | str
+    prompt: Prompt
+
+
+def number_requests(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Mapping[int, int | str]:
+    """The ids by prompt index: the caller's, or a hash of the token ids plus the occurrence number."""
+    if given is None:
+        seen: Counter[str] = Counter()
+        ids: dict[int, int | str] = {}
+        for index, prompt in encoded.items():
+            digest = hashlib.blake2b(repr(prompt.ids).encode(), digest_size=16).hexdigest()
+            ids[index] = f"{digest}#{seen[digest]}"
+            seen[digest] += 1
+        return ids
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"request_ids is of type {type(given).__name__}, expected a list of int or str")
+    if len(given) != count:
+        raise ValueError(f"{len(given)} request_ids for {count} prompts, expected one each")
+    for request_id in given:
+        if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+            raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
+    repeated = [i for i, n in Counter(given).items() if n > 1]
+    if repeated:
+        raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")
+    return dict(enumerate(given))
+
+
+def failure(index: int, request_id: int | str | None, error: Exception) -> StarsEvent:
+    """The event of a prompt that failed before it had an answer."""
+    return StarsEvent(index, request_id, token_ids=[], text=None, segment=None, output=error)
+
+
+@dataclass
+class Told:
+    """How much of a prompt's answer its events have told."""
+
+    codec: Codec
+    tokens: int = 0
+    text: str = ""
+
+    def event(self, request: Request, answer: Answer, result: StarsOutput | Exception | None) -> StarsEvent:
+        """What is new; result: what the prompt has come to, None while it is on its way."""
+        new = answer.tokens[self.tokens :]
+        piece = None if self.codec.tokenizer is None else self._piece(answer.tokens, isinstance(result, StarsOutput))
+        self.tokens = len(answer.tokens)
+        return StarsEvent(request.index, request.id, new, piece, answer.segments[-1] if new else None, result)
+
+    def _piece(self, tokens: list[int], whole: bool) -> str:
+        text = self.codec.decode(tokens) if whole else self.codec.settled(tokens)
+        if not text.startswith(self.text):
+            warnings.warn(
+                f"the tokenizer rewrote text that an event has told: {self.text!r} became {text!r}", stacklevel=2
+            )
+        piece, self.text = text[len(self.text) :], text
+        return piece
