@@ -13,7 +13,7 @@ import pytest
 
 from bench import __main__ as bench
 from bench import rival_vllm
-from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsOutput
+from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsEvent, StarsOutput
 from stars_kernels.decoder.output import FinishReason
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def test_examples_run():
     assert namespace["output"].text and len(namespace["outputs"]) == 2
 
 
-@pytest.mark.parametrize("kind", [StarsConfig, StarsOutput, Segment, Counts, Calibration])
+@pytest.mark.parametrize("kind", [StarsConfig, StarsOutput, StarsEvent, Segment, Counts, Calibration])
 def test_help_explains_every_field(kind):
     """A string under a field is invisible to help(); the class's own text is not."""
     names = [field.name for field in dataclasses.fields(kind)]

@@ -47,20 +47,18 @@ class MemoryLimits:
     def halve_batch(self, prompts: int) -> None:
         """There was no memory for a batch of `prompts` > 1."""
         self.batch_size = prompts // 2
-        _warn(f"as a batch of {prompts} prompts began", f"batches of {self.batch_size}")
+        _warn(f"as a batch of {prompts} prompts began", f"batch_size={self.batch_size}")
 
     def halve_round(self, prompts: int, width: int) -> None:
         """There was no memory for a round of `prompts` x `width` > 1 rows."""
         happened = f"in a round of {prompts} prompts x {width} attempts"
         if width > 1:
             self.width = width // 2
-            _warn(happened, f"{self.width} attempts of a prompt at a time")
+            _warn(happened, f"width={self.width}")
         else:
             self.prompts = prompts // 2
-            _warn(happened, f"{self.prompts} prompts at a time")
+            _warn(happened, f"prompts={self.prompts} in a round")
 
 
 def _warn(happened: str, rest: str) -> None:
-    warnings.warn(
-        f"out of memory {happened}: going on with {rest}; answers do not change", RuntimeWarning, stacklevel=3
-    )
+    warnings.warn(f"out of memory {happened}: going on with {rest}", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,266 @@
+"""Out of memory: half the width, then half the prompts, then half the batch; said once each, and the same answers."""
+
+import gc
+import re
+import warnings
+import weakref
+
+import pytest
+import torch
+
+import stars_kernels
+from stars_kernels import StarsConfig, StarsError
+from stars_kernels.decoder.memory import is_out_of_memory
+from tests.sequential import sequential_decode
+from tests.tiny import EOS, tiny_language_model, tiny_reward_model
+
+PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11], [90, 91]]
+IDS = [10, 11, "twelve", 13]
+CONFIG = StarsConfig(
+    seed=3,
+    reward_threshold=3.0,
+    beta=1.0,
+    max_new_tokens=22,
+    segment_size=4,
+    max_attempts=7,
+    width=7,
+    eos_token_id=(EOS, 3, 77),
+)
+EXHAUSTED = {
+    "cuda": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": (RuntimeError, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    "python": (MemoryError, ""),
+}
+
+
+def exhausted(kind="cuda"):
+    error, message = EXHAUSTED[kind]
+    return error(message)
+
+
+def limited(model, rows, tokens=10**9, error="cuda", nth=1):
+    """`model` with memory for forwards of `rows` rows, or of `tokens` packed tokens where there is one row.
+
+    nth: the layer in which it runs out: before it, all of a forward's work is done.
+    """
+
+    def check(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[0] > rows or (hidden.shape[0] == 1 and hidden.shape[1] > tokens):
+            raise exhausted(error)
+
+    model.base_model.layers[nth].register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+def told(caught):
+    """The messages of the warnings, which are all about memory."""
+    assert {warning.category for warning in caught} <= {RuntimeWarning}
+    return [str(warning.message) for warning in caught]
+
+
+def run(lm, rm, prompts=PROMPTS, **changes):
+    """Outputs by `decode`, and the warnings; `stream` gives the same."""
+    settings = dict(dict(config=CONFIG, request_ids=IDS[: len(prompts)]), **changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = stars_kernels.decode(lm, rm, prompts, **settings)
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        events = list(stars_kernels.stream(lm, rm, prompts, **settings))
+    assert told(again) == told(caught)
+    for index, output in enumerate(outputs):
+        mine = [event for event in events if event.index == index]
+        assert [token for event in mine for token in event.token_ids] == output.token_ids
+        assert [event.segment for event in mine] == output.segments
+        assert mine[-1].output.memory_limits == output.memory_limits
+    return outputs, told(caught)
+
+
+@pytest.fixture(scope="module")
+def truth(lm, rm):
+    return [
+        sequential_decode(lm, rm, prompt, id_, CONFIG, CONFIG.eos_token_id)
+        for prompt, id_ in zip(PROMPTS, IDS, strict=True)
+    ]
+
+
+def check(outputs, truth):
+    assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == truth[: len(outputs)]
+    for output in outputs:  # nothing is counted twice
+        assert output.counts.attempts == sum(s.attempts for s in output.segments)
+        assert output.counts.judged == sum(sum(s.lengths) for s in output.segments)
+
+
+WIDTHS = [f"in a round of 4 prompts x {n} attempts: going on with width={n // 2}" for n in (7, 3)]
+TURNS = [f"in a round of {n} prompts x 1 attempts: going on with prompts={n // 2} in a round" for n in (4, 2)]
+BY_ROWS = {  # rows that fit: what is said, and what the limits are in the end
+    28: ([], {}),
+    27: (WIDTHS[:1], {"width": 3}),
+    11: (WIDTHS, {"width": 1}),
+    4: (WIDTHS, {"width": 1}),
+    3: ([*WIDTHS, TURNS[0]], {"width": 1, "prompts": 2}),
+    1: ([*WIDTHS, *TURNS], {"width": 1, "prompts": 1}),
+}
+
+
+@pytest.mark.parametrize("rows", BY_ROWS)
+@pytest.mark.parametrize("whose", ["lm", "rm"])
+def test_a_round_is_halved_until_it_fits(lm, rm, truth, rows, whose):
+    models = {"lm": lm, "rm": rm}
+    models[whose] = limited(tiny_language_model() if whose == "lm" else tiny_reward_model(), rows)
+    outputs, said = run(**models)
+    check(outputs, truth)
+    words, limits = BY_ROWS[rows]
+    assert said == [f"out of memory {what}" for what in words]
+    assert outputs[-1].memory_limits == limits
+    widths = [width for output in outputs for segment in output.segments for width in segment.widths]
+    assert max(widths) == limits.get("width", 7)
+
+
+@pytest.mark.parametrize("error", EXHAUSTED)
+@pytest.mark.parametrize("width", [2, 5, "auto"])
+def test_every_width_and_kind_of_error(lm, rm, truth, error, width):
+    outputs, said = run(limited(tiny_language_model(), 5, error=error), rm, width=width)
+    check(outputs, truth)
+    assert said and outputs[-1].memory_limits["width"] == 1
+    assert all(re.fullmatch(r"out of memory in a round of 4 prompts x \d+ attempts: going on with .*", s) for s in said)
+
+
+def test_memory_that_runs_out_on_the_way(lm, rm, truth):
+    """Not in the first round but between others, in every forward in turn: a round leaves nothing behind."""
+    outcomes = set()
+    for when in range(1, 60):
+        calls = 0
+
+        def fail_once(module, args, when=when):
+            nonlocal calls
+            calls += 1
+            if calls == when:
+                raise exhausted()
+
+        models = tiny_language_model(), tiny_reward_model()
+        for model in models:
+            model.base_model.layers[1].register_forward_pre_hook(fail_once)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outputs = stars_kernels.decode(*models, PROMPTS, request_ids=IDS, config=CONFIG)
+        check(outputs, truth)
+        outcomes |= {"a batch" in message for message in told(caught)}
+    assert outcomes == {True, False}  # rounds and beginnings were hit
+
+
+@pytest.mark.parametrize("whose", ["lm", "rm"])
+@pytest.mark.parametrize("rows", [100, 3])
+def test_a_batch_is_halved_until_it_can_begin(lm, rm, truth, whose, rows):
+    models = {"lm": lm, "rm": rm}
+    models[whose] = limited(tiny_language_model() if whose == "lm" else tiny_reward_model(), rows, tokens=7)
+    outputs, said = run(**models)
+    check(outputs, truth)
+    assert said[0] == "out of memory as a batch of 4 prompts began: going on with batch_size=2"
+    if rows == 3:  # then rounds of 2 prompts x 7 attempts; what was learned holds for the second batch too
+        assert said[1:] == [
+            f"out of memory in a round of 2 prompts x {n} attempts: going on with width={n // 2}" for n in (7, 3)
+        ]
+    assert outputs[-1].memory_limits == {"batch_size": 2} | ({"width": 1} if rows == 3 else {})
+
+
+def test_calibration_takes_the_same_path(lm, rm):
+    settings = dict(config=CONFIG.replace(reward_threshold=None, beta=None), calibration_samples=12)
+    expected, said = run(lm, rm, **settings)
+    assert not said
+    outputs, said = run(limited(tiny_language_model(), 5), rm, **settings)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert [o.config for o in outputs] == [o.config for o in expected]
+    assert outputs[0].calibration.rewards == expected[0].calibration.rewards
+    assert said[0] == "out of memory in a round of 4 prompts x 3 attempts: going on with width=1"
+    assert len(said) == 1  # decoding begins with what calibration learned
+    outputs, said = run(limited(tiny_language_model(), 100, tokens=7), rm, **settings)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert said == ["out of memory as a batch of 4 prompts began: going on with batch_size=2"]
+
+
+def test_one_row_that_does_not_fit_fails_its_prompt_alone(lm, rm, truth):
+    prompts = [*PROMPTS[:2], list(range(100, 150)), PROMPTS[3]]
+    model = limited(tiny_language_model(), 100, tokens=20)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(StarsError) as failed:
+        warnings.simplefilter("always")
+        stars_kernels.decode(model, rm, prompts, request_ids=IDS, config=CONFIG)
+    assert [message.partition("going on with ")[2] for message in told(caught)] == ["batch_size=2", "batch_size=1"]
+    check([failed.value.results[i] for i in (0, 1, 3)], [truth[i] for i in (0, 1, 3)])
+    assert list(failed.value.errors) == [2]
+    assert "prompt 2 (request twelve), segment 0: the batch failed: OutOfMemoryError" in str(failed.value.results[2])
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(RuntimeError, match="CUDA out of memory"):
+        warnings.simplefilter("always")
+        stars_kernels.decode(limited(tiny_language_model(), 0), rm, [1], config=CONFIG)
+    assert not caught  # it ran out in the prefill of one prompt: there is nothing to halve
+
+
+@pytest.fixture
+def no_collection():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_the_failed_rounds_tensors_are_gone_before_the_next(lm, no_collection):
+    """Else there would be no more room for half of them. No collection of cycles is needed."""
+    held, alive = [], []
+
+    def watch(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if held:
+            alive.append(held[0]() is not None)
+        held.clear()
+        if hidden.shape[0] > 4:
+            held.append(weakref.ref(hidden))
+            raise exhausted()
+
+    for nth in (0, 1):
+        rm = tiny_reward_model()
+        rm.model.layers[nth].register_forward_pre_hook(watch, with_kwargs=True)
+        with pytest.warns(RuntimeWarning, match="out of memory"):
+            stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, config=CONFIG)
+    assert alive and not any(alive)
+
+
+def test_suffixes_are_given_back(lm, rm):
+    from stars_kernels.hf.cache import open_cache
+    from stars_kernels.hf.models import view_of
+
+    cache = open_cache(view_of(lm), [10, 10], 4)
+    empty = cache.kv_tokens
+    cache.fork(torch.tensor([0, 0, 1]))
+    assert cache.kv_tokens == empty + 3 * 4
+    suffix = weakref.ref(cache.suffix.untyped_storage())
+    cache.release()
+    assert cache.kv_tokens == empty and suffix() is None
+    cache.fork(torch.tensor([1]))
+    assert cache.kv_tokens == empty + 4
+
+
+def test_what_is_out_of_memory():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(failed.value)
+    assert all(is_out_of_memory(exhausted(kind)) for kind in EXHAUSTED)
+    late = RuntimeError("operation failed due to a previous error during capture")
+    late.__context__ = exhausted()
+    assert is_out_of_memory(late)
+    for other in (RuntimeError("shape mismatch"), ValueError("can't allocate memory"), KeyError("x"), OSError()):
+        assert not is_out_of_memory(other)
+
+
+def test_other_errors_are_not_tried_again(rm):
+    calls = []
+
+    def fail(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 3:
+            calls.append(1)
+            raise RuntimeError("a bug")
+
+    model = tiny_language_model()
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(StarsError, match="the batch failed: RuntimeError: a bug"):
+        stars_kernels.decode(model, rm, PROMPTS, config=CONFIG)
+    assert calls == [1]
