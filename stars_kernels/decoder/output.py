@@ -143,8 +143,8 @@ class StarsEvent:
     index: the prompt's place in the list.
     request_id: as in its `StarsOutput`; None if it failed before it had one.
     token_ids: the tokens that the answer grew by.
-    text: the text that it grew by; None without a tokenizer, or if it failed before it had an answer. A prompt's texts,
-        joined, are its output's text: half a character, and what may become a stop string, are held back.
+    text: the text that it grew by; None without a tokenizer. A prompt's texts, joined, are its output's text: half a
+        character, and what may become a stop string, are held back.
     segment: the trace of the segment; None for a failure.
     output: None until the prompt is finished; then its `StarsOutput`, or the exception that ended it.
     """

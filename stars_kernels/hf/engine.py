@@ -96,7 +96,9 @@ class Engine:
                 why = self._calibrate(requests)
                 if why is not None:
                     for request in requests:
-                        yield failure(request.index, request.id, RuntimeError(f"prompt {request.index}: {why}"))
+                        yield failure(
+                            self.codec, request.index, request.id, RuntimeError(f"prompt {request.index}: {why}")
+                        )
                     return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
                 while requests:
@@ -118,7 +120,7 @@ class Engine:
                 errors[index].__cause__ = error
         ids = number_requests(request_ids, len(prompts), encoded)
         requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
-        return requests, [failure(index, ids.get(index), error) for index, error in errors.items()]
+        return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
 
     def _check(self, prompt: Prompt) -> Prompt:
         self._check_ids("token id", prompt.ids)

@@ -46,9 +46,10 @@ def number_requests(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Ma
     return dict(enumerate(given))
 
 
-def failure(index: int, request_id: int | str | None, error: Exception) -> StarsEvent:
+def failure(codec: Codec, index: int, request_id: int | str | None, error: Exception) -> StarsEvent:
     """The event of a prompt that failed before it had an answer."""
-    return StarsEvent(index, request_id, token_ids=[], text=None, segment=None, output=error)
+    text = None if codec.tokenizer is None else ""
+    return StarsEvent(index, request_id, token_ids=[], text=text, segment=None, output=error)
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 import gc
 import re
+import subprocess
+import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +254,26 @@ def test_what_is_out_of_memory():
         assert not is_out_of_memory(other)
 
 
+def test_a_round_that_was_judged_is_not_tried_again(lm, rm, monkeypatch):
+    """Its decisions are on the answers, and maybe half of them in the caches: out of memory there ends its answers."""
+    from stars_kernels.hf.proposer import ModelProposer
+
+    real, calls = ModelProposer.commit, []
+
+    def commit(self, commit):
+        real(self, commit)
+        calls.append(1)
+        if len(calls) == 2:
+            raise exhausted()
+
+    monkeypatch.setattr(ModelProposer, "commit", commit)
+    with warnings.catch_warnings(), pytest.raises(StarsError) as failed:
+        warnings.simplefilter("error")
+        stars_kernels.decode(lm, rm, PROMPTS, config=CONFIG, request_ids=IDS)
+    assert len(calls) == 2 and sorted(failed.value.errors) == [0, 1, 2, 3]
+    assert "the batch failed: OutOfMemoryError" in str(failed.value)
+
+
 def test_other_errors_are_not_tried_again(rm):
     calls = []
 
@@ -264,3 +287,32 @@ def test_other_errors_are_not_tried_again(rm):
     with pytest.raises(StarsError, match="the batch failed: RuntimeError: a bug"):
         stars_kernels.decode(model, rm, PROMPTS, config=CONFIG)
     assert calls == [1]
+
+
+SMALL_PROCESS = """
+import resource, warnings, torch, stars_kernels
+from tests.tiny import tiny_language_model, tiny_reward_model
+
+torch.set_num_threads(1)
+lm, rm = tiny_language_model(torch.float64, intermediate_size=16384), tiny_reward_model()
+settings = dict(seed=0, reward_threshold=50.0, beta=0.5, max_new_tokens=6, segment_size=3, max_attempts=64, pack=False)
+
+def decode(width):
+    return [o.token_ids for o in stars_kernels.decode(lm, rm, [[1, 2], [3], [4, 5], [6]], width=width, **settings)]
+
+expected = decode(width=2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))  # a round of 64 would take 3 times 33 MB
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert decode(width=64) == expected
+print(*(warning.message for warning in caught), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_truly_runs_out():
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", SMALL_PROCESS], cwd=root, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "out of memory in a round of 4 prompts x 64 attempts: going on with width=32" in run.stdout

@@ -110,7 +110,7 @@ def test_half_characters_and_beginnings_of_stop_strings_are_held_back(rm, segmen
 def test_a_tokenizer_that_rewrites_its_text_is_told_of(lm, rm, tokenizer):
     rewriting = byte_tokenizer()
     rewriting.decode = lambda ids, **options: str(len(ids))
-    with pytest.warns(UserWarning, match="the tokenizer rewrote text that an event has told: '4' became '8'"):
+    with pytest.warns(UserWarning, match=r"the tokenizer rewrote text that an event has told: '\d+' became '\d+'"):
         list(stars_kernels.stream(lm, rm, [1], tokenizer=rewriting, **dict(SET, eos_token_id=())))
 
 
@@ -133,7 +133,7 @@ def test_failures_are_events(lm, tokenizer):
         if isinstance(result, StarsOutput):
             assert tokens == output.token_ids == result.token_ids and "".join(texts) == output.text
         else:
-            assert str(output) == str(result)
+            assert str(output) == str(result) and None not in texts
     assert sorted(failed.value.errors) == [1, 2, 3, 4]
     assert told[4][0] and isinstance(told[4][3][0].__cause__, OSError)  # it grew before it failed
     (_, _, _, (alone,)) = tell(stars_kernels.stream(lm, reward, "never", **settings))[0]
