@@ -8,8 +8,11 @@ from stars_kernels.ops.philox import accept_uniform, request_key
 from stars_kernels.ops.segment_sample import segment_sample_ref
 
 
-def sequential_decode(lm, rm, prompt, request_id, config, eos):
-    """The answer's tokens and the number of attempts of each segment; config with r*, beta and seed given."""
+def sequential_decode(lm, rm, prompt, request_id, config, eos, process=lambda ids, logits: logits, stops=None):
+    """The answer's tokens and the number of attempts of each segment; config with r*, beta and seed given.
+
+    process([1, T] token ids, [1, V] logits) -> [1, V] logits; stops(answer) -> whether it ends with its last token.
+    """
     key = torch.tensor([request_key(config.seed, request_id)])
     filters = config.sampling
     filters = (filters["temperature"], filters["top_k"], filters["top_p"], filters["min_p"], 0)
@@ -20,18 +23,22 @@ def sequential_decode(lm, rm, prompt, request_id, config, eos):
     def candidate(answer, attempt):
         tokens = []
         for position in range(len(answer), min(len(answer) + config.segment_size, config.max_new_tokens)):
-            logits = lm(torch.tensor([prompt + answer + tokens])).logits[:, -1]
+            ids = torch.tensor([prompt + answer + tokens])
+            logits = process(ids, lm(ids).logits[:, -1])
             token, _ = segment_sample_ref(
                 logits, key, torch.tensor([attempt]), torch.tensor([position]), None, *filters
             )
             tokens.append(token.item())
-            if tokens[-1] in eos:
+            if ended(answer + tokens):
                 break
         return tokens
 
+    def ended(answer):
+        return bool(answer) and (answer[-1] in eos or (stops is not None and stops(answer)))
+
     answer, attempts, target = [], [], config.reward_threshold
     r0 = (1 - config.alpha) * reward([]) + config.alpha * target
-    while len(answer) < config.max_new_tokens and not (answer and answer[-1] in eos):
+    while len(answer) < config.max_new_tokens and not ended(answer):
         best = (-math.inf, None)
         for attempt in range(config.max_attempts):
             tokens = candidate(answer, attempt)

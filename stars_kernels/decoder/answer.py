@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
+
+FindStop = Callable[[list[int], int], int | None]
+"""(answer tokens, tokens accepted before) -> answer tokens up to the one that ends the answer, or None."""
 
 
 @dataclass
@@ -17,6 +20,7 @@ class Answer:
     prompt: Sequence[int]
     limit: int
     """Tokens the answer may have: the budget, or less where the context ends."""
+    find_stop: FindStop | None = None
     tokens: list[int] = field(default_factory=list)
     reward: float = math.nan
     prompt_reward: float = math.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,9 +26,6 @@ from stars_kernels.decoder.width import AcceptanceHistory
 from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
 from stars_kernels.ops.philox import STREAM_SAMPLE
-
-FindStop = Callable[[list[int], int], int | None]
-"""(answer tokens, tokens accepted before) -> answer tokens up to the one that completes a stop string, or None."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class Loop:
     config: StarsConfig  # with r*, and beta for soft acceptance
     answers: list[Answer]
     eos: tuple[int, ...] = ()
-    find_stop: FindStop | None = None
     stream: int = STREAM_SAMPLE
     limits: MemoryLimits = field(default_factory=MemoryLimits)
     """Shrinks where memory runs out."""
@@ -190,19 +186,20 @@ class Loop:
         )
 
     def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
-        """Each candidate's true length [R] (to its EOS, its stop string or its limit) and whether it holds a -1 [R]."""
+        """Each candidate's true length [R] (to its EOS, its stop or its limit) and whether it holds a -1 [R]."""
         size = tokens.shape[1]
         owners = rows.prompt.tolist()
         room = [self.answers[p].room for p in owners]
         ends = torch.isin(tokens, eos)
         ended = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size)
         lengths = ended.clamp(max=torch.tensor(room, device=tokens.device))
-        if self.find_stop is not None:
+        if any(answer.find_stop is not None for answer in self.answers):
             cut = lengths.tolist()
             for r, (p, candidate) in enumerate(zip(owners, tokens.tolist(), strict=True)):
-                accepted = self.answers[p].tokens
-                stop = self.find_stop(accepted + [max(t, 0) for t in candidate[: cut[r]]], len(accepted))
-                cut[r] = cut[r] if stop is None else stop - len(accepted)
+                accepted, find_stop = self.answers[p].tokens, self.answers[p].find_stop
+                if find_stop is not None:
+                    stop = find_stop(accepted + [max(t, 0) for t in candidate[: cut[r]]], len(accepted))
+                    cut[r] = cut[r] if stop is None else stop - len(accepted)
             lengths = torch.tensor(cut, device=tokens.device)
         inside = torch.arange(size, device=tokens.device) < lengths[:, None]
         return lengths, ((tokens < 0) & inside).any(dim=1)
@@ -301,8 +298,7 @@ class Loop:
         before = len(answer.tokens)
         answer.tokens += answer.kept
         answer.reward = segment.reward
-        stopped = self.find_stop is not None and self.find_stop(answer.tokens, before) is not None
-        if stopped:
+        if answer.find_stop is not None and answer.find_stop(answer.tokens, before) is not None:
             answer.finish_reason = "stop"
         elif answer.tokens[-1] in self.eos:
             answer.finish_reason = "eos"

@@ -111,7 +111,8 @@ class StarsOutput:
     counts: the work done for this prompt, a `Counts`.
     seconds: wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
     calibration: a `Calibration`; None where r* and beta were given.
-    backends: which implementation of each op ran, and of the models' linear layers ("linear").
+    backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
+        were asked ("processors").
     memory_limits: what running out of memory halved, and to what: "batch_size", "prompts" of it in a round, "width".
     """
 

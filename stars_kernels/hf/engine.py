@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import time
@@ -13,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
@@ -31,6 +32,7 @@ from stars_kernels.hf.models import (
     view_of,
 )
 from stars_kernels.hf.packing import pack_linears
+from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.requests import Request, Told, failure, number_requests
@@ -54,7 +56,9 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None,
         config: StarsConfig,
         trust_remote_code: bool,
+        rules: TokenRules | None = None,
     ) -> None:
+        self.rules = TokenRules() if rules is None else rules
         seed = secrets.randbits(63) if config.seed is None else config.seed
         self.config = config.replace(seed=seed)
         self.calibration: Calibration | None = None
@@ -71,7 +75,8 @@ class Engine:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
         self.eager = self._why_eager()
-        self.fuse = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
+        fused = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
+        self.fuse = fused and not self.rules.processors
         self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
@@ -204,14 +209,26 @@ class Engine:
                 key=request_key(config.seed, r.id),
                 prompt=r.prompt.ids,
                 limit=min(config.max_new_tokens, self.limit - len(r.prompt.ids)),
+                find_stop=self._find_stop(r.index),
             )
             for r in requests
         ]
         scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device)
-        find_stop = self.codec.find_stop if self.codec.stops else None
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
-        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse)
-        return Loop(proposer, scorer, config, answers, self.eos, find_stop, stream, self.limits)
+        processors = self.rules.batch([r.index for r in requests])
+        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse, processors=processors)
+        return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits)
+
+    def _find_stop(self, index: int) -> FindStop | None:
+        """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""
+        finders = [self.codec.find_stop] if self.codec.stops else []
+        if self.rules.criteria:
+            finders.append(functools.partial(self.rules.find_stop, index))
+
+        def find_stop(tokens: list[int], accepted: int) -> int | None:
+            return min((n for find in finders if (n := find(tokens, accepted)) is not None), default=None)
+
+        return find_stop if finders else None
 
     def _run_batch(self, requests: list[Request], bar: tqdm[Any]) -> Generator[StarsEvent, None, int]:
         """Decode the first of `requests`, as many as make a batch; returns their number."""
@@ -268,6 +285,8 @@ class Engine:
             return "the model is not on a GPU"
         if not self.config.graphs:
             return "graphs=False"
+        if self.rules.processors:
+            return "logits processors are asked at each token"
         served = {op: backends()[op]["cuda"] for op in ("segment_sample", "fork_attention")}
         for op, implementation in served.items():
             if implementation != "triton":
@@ -289,6 +308,8 @@ class Engine:
             linear += f"; torch: {plain} layers"
         if not self.fuse:
             served["lm_head_sample"] = "not used"
+        if self.rules.processors:
+            served["processors"] = ", ".join(type(processor).__name__ for processor in self.rules.processors)
         if self.lm.device.type == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
         return {**served, "linear": linear}

@@ -15,6 +15,7 @@ from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.packing import is_plain
+from stars_kernels.hf.processors import BatchProcessors
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
@@ -58,9 +59,19 @@ def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
 class ModelProposer:
     """`model` is a view with the stars attention (`hf.models.view_of`)."""
 
-    def __init__(self, model: PreTrainedModel, graphs: SegmentGraphs | None = None, fuse: bool = False) -> None:
-        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits where that works."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graphs: SegmentGraphs | None = None,
+        fuse: bool = False,
+        processors: BatchProcessors | None = None,
+    ) -> None:
+        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits where that works.
+
+        processors: asked for the logits of every token; with them, neither graphs nor fuse.
+        """
         self.model = model
+        self.processors = processors
         self.device = model.device
         self.graphs = graphs
         self.head = output_weight(model) if fuse else None
@@ -80,7 +91,8 @@ class ModelProposer:
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
         if self.graphs is None:
-            return self._segment(rows, size, sampling, stream, eos)
+            self.candidates = self._segment(rows, size, sampling, stream, eos)
+            return self.candidates
         wide = padded(rows, bucket_of(len(rows)))
         self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
         settings = (size, stream, *sampling.items())
@@ -98,6 +110,9 @@ class ModelProposer:
         source: Tensor | None = rows.prompt  # every first token comes from its prompt's one row of logits
         head = None if any(sampling[name] != off for name, off in NO_FILTER.items()) else self.head
         for step in range(size):
+            if self.processors is not None:
+                logits = state if source is None else state[source]
+                state, source = self.processors(rows, tokens[:, :step].clamp(min=0), logits), None
             draws = (rows.key, rows.attempt, rows.position + step)
             if head is None or step == 0:
                 token, _ = ops.segment_sample(state, *draws, source=source, stream=stream, **sampling)
@@ -121,6 +136,8 @@ class ModelProposer:
         # The last token of a candidate was never fed, so its keys and values are not among the suffix's.
         self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
         self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
+        if self.processors is not None:
+            self.processors.commit(commit, self.candidates)
 
     def release(self) -> None:
         if self.graphs is not None:

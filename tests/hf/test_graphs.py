@@ -104,7 +104,7 @@ def test_fused_draws_are_the_same_draws(lm, rm, graphs, monkeypatch, filters):
     calls = []
     real = ops.lm_head_sample
     monkeypatch.setattr(ops, "lm_head_sample", lambda *given, **options: calls.append(1) or real(*given, **options))
-    monkeypatch.setattr(engine, "ModelProposer", lambda model, graphs, fuse: ModelProposer(model, graphs, fuse=True))
+    monkeypatch.setattr(engine, "ModelProposer", lambda model, graphs, **_: ModelProposer(model, graphs, fuse=True))
     settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, **filters)
     outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
     assert bool(calls) == (filters["top_k"] is None)

@@ -1,0 +1,188 @@
+"""transformers' logits processors and stopping criteria: what the engine does itself is lifted, the rest is asked.
+
+Those asked are functions of the tokens: each sees what it would see in `model.generate`, the input as given there (left
+padding included), the answer so far and, of a candidate, its own tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    ClassifierFreeGuidanceLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation import (
+    ConfidenceCriteria,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+
+from stars_kernels.decoder.protocols import Commit, Rows
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""(input_ids [R, T], logits [R, V]) -> logits [R, V]"""
+Criterion = Callable[..., Any]
+"""(input_ids [1, T], scores=None) -> whether the answer ends with its last token"""
+
+WARPERS: dict[type, str] = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+"""In the order in which `ops.segment_sample` applies them."""
+NO_SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+NO_FUNCTIONS = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale needs a second forward with a cache of its own",
+    ClassifierFreeGuidanceLogitsProcessor: "guidance needs a second forward",
+    SynthIDTextWatermarkLogitsProcessor: "it keeps a state from token to token",
+    EncoderRepetitionPenaltyLogitsProcessor: "it belongs to models with an encoder",
+    EncoderNoRepeatNGramLogitsProcessor: "it belongs to models with an encoder",
+}
+"""Processors that are no functions of one row's tokens."""
+
+
+def lift_processors(processors: Iterable[Processor]) -> tuple[list[Processor], dict[str, Any]]:
+    """(processors to be asked, `StarsConfig` settings of those that the op applies).
+
+    Lifted is the longest tail of the list that stands in the op's own order, so that every one is applied once, and in
+    the order of the list.
+    """
+    rest, settings, names = list(processors), dict(NO_SAMPLING), list(WARPERS.values())
+    while rest and (name := _setting_of(rest[-1])) in names:
+        settings[name] = getattr(rest.pop(), name)
+        names = names[: names.index(name)]
+    for processor in rest:
+        for kind, why in NO_FUNCTIONS.items():
+            if isinstance(processor, kind):
+                raise ValueError(f"{type(processor).__name__} does not work with STARS decoding: {why}")
+    return rest, settings
+
+
+def _setting_of(processor: Processor) -> str | None:
+    """The setting that a warper is, where the op does the same."""
+    special = getattr(processor, "filter_value", -torch.inf) != -torch.inf
+    special |= getattr(processor, "min_tokens_to_keep", 1) != 1
+    return None if special else WARPERS.get(type(processor))
+
+
+@dataclass
+class Stops:
+    """Stopping criteria, those known by what they stand for; max_length counts the input's tokens too."""
+
+    max_length: int = sys.maxsize
+    eos: list[int] = field(default_factory=list)
+    strings: list[str] = field(default_factory=list)
+    rest: list[Criterion] = field(default_factory=list)
+
+
+def lift_criteria(criteria: Iterable[Criterion]) -> Stops:
+    stops = Stops()
+    for criterion in criteria:
+        if isinstance(criterion, MaxTimeCriteria | ConfidenceCriteria):
+            reads = "a clock" if isinstance(criterion, MaxTimeCriteria) else "logits"
+            raise ValueError(
+                f"{type(criterion).__name__} reads {reads}, expected stopping criteria that are functions of the tokens"
+            )
+        if type(criterion) is MaxLengthCriteria:
+            stops.max_length = min(stops.max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            stops.eos += criterion.eos_token_id.tolist()
+        elif type(criterion) is StopStringCriteria:
+            stops.strings += criterion.stop_strings
+        else:
+            stops.rest.append(criterion)
+    return stops
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What is asked at every token of a call's answers; the default asks nothing.
+
+    inputs: [P, T] int64, the prompts as processors and criteria see them; these are asked on its device.
+    """
+
+    processors: Sequence[Processor] = ()
+    criteria: Sequence[Criterion] = ()
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    def find_stop(self, index: int, tokens: list[int], accepted: int) -> int | None:
+        """How many of the answer's `tokens` there are when a criterion first ends it (see `decoder.loop.FindStop`)."""
+        ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
+        length = self.inputs.shape[1]
+        return next((n for n in range(accepted + 1, len(tokens) + 1) if self._ends(ids[:, : length + n])), None)
+
+    def _ends(self, ids: Tensor) -> bool:
+        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.criteria)
+
+    def batch(self, indices: Sequence[int]) -> BatchProcessors | None:
+        """The processors for a lock-step batch of prompts; None where there are none."""
+        if not self.processors:
+            return None
+        own = [[_for_prompt(processor, index) for processor in self.processors] for index in indices]
+        return BatchProcessors(own, self.inputs[list(indices)])
+
+
+def _for_prompt(processor: Processor, index: int) -> Processor:
+    """The processor for rows that are all of one prompt, where it counts the rows of the whole call."""
+    if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, Tensor):
+        return RepetitionPenaltyLogitsProcessor(processor.penalty, int(processor.prompt_ignore_length[index]))
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(index, ids), 1)
+    return processor
+
+
+class BatchProcessors:
+    """The processors of each prompt of a lock-step batch, and the tokens they read."""
+
+    def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor) -> None:
+        """inputs: [P, T] int64"""
+        self.processors, self.device = processors, inputs.device
+        self.accepted: list[list[int]] = inputs.tolist()
+        self.tail: list[list[int]] = [[] for _ in self.accepted]
+        """The candidate to keep so far, behind the accepted tokens."""
+
+    def __call__(self, rows: Rows, suffix: Tensor, logits: Tensor) -> Tensor:
+        """suffix [R, n] int64, each row's tokens since its prefix; logits [R, V] after them -> [R, V] float32."""
+        owners, counts = rows.prompt.unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        scores = logits.to(self.device, torch.float32, copy=True)  # as in `model.generate`: it may be written on
+        groups = zip(owners.tolist(), suffix.to(self.device).split(sizes), scores.split(sizes), strict=True)
+        return torch.cat([self._process(*group) for group in groups]).to(logits.device)
+
+    def _process(self, prompt: int, suffix: Tensor, scores: Tensor) -> Tensor:
+        known = suffix.new_tensor(self.accepted[prompt]).expand(len(suffix), -1)
+        ids, shape = torch.cat([known, suffix], dim=1), scores.shape
+        for processor in self.processors[prompt]:
+            scores = processor(ids, scores)
+            if scores.shape != shape:
+                name = type(processor).__name__
+                raise ValueError(f"{name} returned logits of shape {list(scores.shape)}, expected {list(shape)}")
+        return scores
+
+    def commit(self, commit: Commit, candidates: Tensor) -> None:
+        """candidates [R, S] int64: the round's tokens, as proposed."""
+        columns = (commit.prompt, commit.row, commit.length, commit.advance)
+        for p, row, length, advance in zip(*(column.tolist() for column in columns), strict=True):
+            if row >= 0:
+                self.tail[p] = candidates[row, :length].tolist()
+            if advance:
+                self.accepted[p] += self.tail[p]
