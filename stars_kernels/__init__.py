@@ -8,6 +8,7 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
 from stars_kernels.hf.api import decode, stream
+from stars_kernels.hf.generate import StarsGenerateOutput, generate
 from stars_kernels.hf.rewards import RewardModel
 from stars_kernels.ops import backends, reference
 
@@ -21,9 +22,11 @@ __all__ = [
     "StarsConfig",
     "StarsError",
     "StarsEvent",
+    "StarsGenerateOutput",
     "StarsOutput",
     "backends",
     "decode",
+    "generate",
     "reference",
     "stream",
 ]

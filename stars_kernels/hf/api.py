@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.config import StarsConfig, resolve_config
-from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.models import ModelOrPath
 from stars_kernels.hf.prompts import split_prompts
+from stars_kernels.hf.requests import collect
 from stars_kernels.hf.rewards import Reward
 
 
@@ -67,13 +67,8 @@ def decode(
         trust_remote_code=trust_remote_code,
         **overrides,
     )
-    ends = {event.index: event.output for event in events if event.output is not None}
-    results = [ends[index] for index in sorted(ends)]
     _, many = split_prompts(prompt)
-    errors = [result for result in results if isinstance(result, Exception)]
-    if errors:
-        raise StarsError(results) if many else errors[0]
-    outputs = [result for result in results if isinstance(result, StarsOutput)]
+    outputs = collect(events, many)
     return outputs if many else outputs[0]
 
 

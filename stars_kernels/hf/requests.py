@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.prompts import Codec, Prompt
 
@@ -50,6 +51,16 @@ def failure(codec: Codec, index: int, request_id: int | str | None, error: Excep
     """The event of a prompt that failed before it had an answer."""
     text = None if codec.tokenizer is None else ""
     return StarsEvent(index, request_id, token_ids=[], text=text, segment=None, output=error)
+
+
+def collect(events: Iterable[StarsEvent], many: bool) -> list[StarsOutput]:
+    """One output a prompt, in order; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
+    ends = {event.index: event.output for event in events if event.output is not None}
+    results = [ends[index] for index in sorted(ends)]
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        raise StarsError(results) if many else errors[0]
+    return [result for result in results if isinstance(result, StarsOutput)]
 
 
 @dataclass
