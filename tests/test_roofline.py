@@ -18,7 +18,7 @@ from bench import kernels, roofline, rounds
 from bench.kernels import GPUS, MODELS
 from bench.rounds import Job
 from stars_kernels.decoder import width as decoder_width
-from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import view_of
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
             num_key_value_heads=2, max_position_embeddings=64,
         )  # fmt: skip
         view = view_of(LlamaForCausalLM(config).bfloat16())
-        cache = ForkCache(view.config, [8], 4, torch.bfloat16, torch.device("cpu"))
+        cache = open_cache(view, [8], 4)
         cache.fork(torch.tensor([0, 0]))
         with torch.no_grad(), Count(), cache.extend(1) as inputs:
             view(input_ids=torch.ones(2, 1, dtype=torch.long), **inputs)

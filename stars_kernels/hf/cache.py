@@ -1,124 +1,154 @@
 """ForkCache: one stored prefix per prompt, one short suffix per row, read through transformers' attention hook.
 
-    arena   [L, 2, N, Hkv, D]    prompt p owns slots from offset_p on, the first length_p of them are its prefix
-    suffix  [L, 2, R, T, Hkv, D] a row's own tokens since the prefix
+    arena   [G, 2, N, Hkv, D]    prompt p owns slots from offset_p on, the first length_p of them are its prefix
+    suffix  [G, 2, R, T, Hkv, D] a row's own tokens since the prefix
 
 `fork` opens rows on their prompts' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
-behind the prefixes. The model is never patched: attention reaches this cache because `update()` of a layer runs just
-before that layer's attention, in the same thread.
+behind the prefixes. The model is never patched: its attention calls reach the cache of the forward that runs in their
+thread (`hf.attention`). Keys and values are stored there, not in `update()`, which latent attention calls before it
+expands them. Layers whose keys and values are of one shape, dtype and device share an arena and a suffix (`Group`).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
+from stars_kernels.hf.attention import Mask, answered_by, check_options
+from stars_kernels.hf.layout import Layout, layout_of
+from stars_kernels.hf.states import States
+from stars_kernels.hf.storage import BoundLayer, Group, Place, Span, Suffix
 from stars_kernels.ops._registry import call_op
-
-ATTENTION = "stars"
-"""The name of our attention in transformers' registry."""
-
-_current = threading.local()
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A part of a packed forward: the next tokens of one prompt, and where they go."""
-
-    tokens: slice
-    slots: slice
-    prompt: Tensor  # [1]
-    count: Tensor  # [1]
-
-
-@dataclass(frozen=True)
-class _Suffix:
-    """A forward of a few tokens a row, stored in the suffixes' `slots`."""
-
-    slots: slice
-    query_len: Tensor  # [R]
-    suffix_len: Tensor  # [R]
 
 
 class ForkCache(Cache):
     """Storage and attention of one model for a batch of prompts."""
 
+    packs = True
+    """Whether a forward may read several prompts, one after the other."""
+    cuts = True
+    """Whether a prompt may be read in several forwards."""
+
     def __init__(
-        self, config: PreTrainedConfig, capacities: Sequence[int], segment_size: int, dtype: torch.dtype,
-        device: torch.device,
+        self, layout: Layout, capacities: Sequence[int], segment_size: int, device: torch.device,
+        states: States | None = None,
     ) -> None:  # fmt: skip
-        """capacities: tokens each prompt may hold, answer included."""
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.num_layers = config.num_hidden_layers
-        self.segment_size = segment_size
-        self.arena = torch.empty(self.num_layers, 2, sum(capacities), heads, size, dtype=dtype, device=device)
-        self._arena_layers = [layer.unbind() for layer in self.arena.unbind()]
-        self.suffix = self.arena.new_empty(self.num_layers, 2, 0, segment_size, heads, size)
-        self._suffix_layers: list[tuple[Tensor, ...]] = []  # keys and values of the open rows
+        """capacities: tokens each prompt may hold, answer included. device: where the bookkeeping lies."""
+        self.layout, self.segment_size, self.device, self.states = layout, segment_size, device, states
+        self.packs, self.cuts = self.packs and states is None, states is None
+        self.layers = [] if states is None else states.layers
         sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
         self.offsets = sizes.cumsum(0)[:-1]  # [P]
         self.lengths = torch.zeros_like(self.offsets)  # [P]
-        self.prompt = self.lengths[:0]  # [R] the prompt of each open row
+        self._forked = self.prompt = self.lengths[:0]  # [R] the prompt of each forked row, and of each selected one
         self.held = 0  # suffix tokens every open row holds
-        self._plan: list[_Span] | _Suffix | None = None
-        self._layers_seen = 0
+        own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
+        self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size) for plane in own}
+        self._places = {d: self._place(d) for d in [device, *(group.device for group in self.groups)]}
+        self._selected = slice(0)
+        self._layers = self._bind(self._selected)
+        self._asked = 0  # attention calls of the running forward
+        self.makes_mask = False
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(self._groups.values())
 
     @property
     def kv_tokens(self) -> int:
         """Tokens of KV this cache takes: the prompts' arena slots, and rows * segment_size of suffix."""
-        return self.arena.shape[2] + self.suffix.shape[2] * self.suffix.shape[3]
+        return max((g.arena.shape[2] + g.suffix.shape[2] * g.suffix.shape[3] for g in self.groups), default=0)
 
     @property
     def kv_bytes(self) -> int:
-        return (self.arena.numel() + self.suffix.numel()) * self.arena.element_size()
+        return sum(group.arena.nbytes + group.suffix.nbytes for group in self.groups)
+
+    @property
+    def storage(self) -> tuple[int, ...]:
+        """Where the buffers lie; a captured graph of this cache is worth nothing once they have moved."""
+        return tuple(tensor.data_ptr() for group in self.groups for tensor in (group.arena, group.suffix))
 
     def fork(self, prompt: Tensor) -> None:
-        """Open one row for each entry of `prompt` [R] on that prompt's prefix; nothing is copied."""
-        rows = prompt.shape[0]
-        if rows > self.suffix.shape[2]:
-            shape = list(self.suffix.shape)
-            shape[2] = rows
-            self.suffix = self.suffix.new_empty(shape)
-        self._suffix_layers = [layer.unbind() for layer in self.suffix[:, :, :rows].unbind()]
-        self.prompt, self.held = prompt, 0
+        """Open one row for each entry of `prompt` [R] on that prompt's prefix; no key or value is copied."""
+        self._forked = prompt.to(self.device)
+        for group in self.groups:
+            group.make_room(prompt.shape[0])
+        if self.states is not None:
+            self.states.fork(self._forked)
+        self.select(slice(prompt.shape[0]))
+
+    def select(self, rows: slice) -> None:
+        """Let the next forwards extend these of the forked rows alone, from the start of their suffixes."""
+        self.prompt, self.held, self._selected = self._forked[rows], 0, rows
+        self._layers = self._bind(rows)
+        self._send()
+        if self.states is not None:
+            self.states.open(rows)
+
+    def cut(self, prompt: Tensor, length: Tensor) -> None:
+        """Shorten the prefixes of `prompt` [C] to `length` [C] tokens where they are longer; no byte moves."""
+        if self.states is not None and bool((self.lengths[prompt] > length).any()):
+            raise ValueError("a prefix is to be cut short, but this model has states, which have no tokens to cut")
+        self.lengths[prompt] = torch.minimum(self.lengths[prompt], length)
 
     def rollback(self, held: int = 0) -> None:
-        """Forget all but the first `held` suffix tokens of every row; no byte moves."""
+        """Forget all but the first `held` suffix tokens of every row; no key or value moves."""
         if not 0 <= held <= self.held:
             raise ValueError(f"rollback to {held} suffix tokens, expected 0 to {self.held}")
+        if self.states is not None and held != self.held:
+            if held:
+                raise ValueError(f"rollback to {held} suffix tokens, expected 0: the model has states, kept per prefix")
+            self.states.open(self._selected)
         self.held = held
 
     def release(self) -> None:
         """Give back the memory of the suffixes; the next fork takes what it needs."""
-        self.suffix, self._suffix_layers = self.suffix[:, :, :0].clone(), []
+        for group in self.groups:
+            group.release()
+        self._forked = self._forked[:0]
+        self.select(slice(0))
 
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
-        ops.kv_commit(self.suffix, self.arena, self.lengths, self.offsets, prompt, row, count, advance)
+        prompt, row, count, advance = (t.to(self.device) for t in (prompt, row, count, advance))
+        if self.states is not None:
+            self.states.commit(prompt, row, count, advance, self.held)
+        for group in self.groups[1:]:
+            here = (self.lengths, self.offsets, prompt, row, count, torch.zeros_like(advance))
+            ops.kv_commit(group.suffix, group.arena, *(t.to(group.device) for t in here))
+        for group in self.groups[:1]:  # the last to be written, as it moves the lengths
+            ops.kv_commit(group.suffix, group.arena, self.lengths, self.offsets, prompt, row, count, advance)
+        if not self.groups:
+            self.lengths[prompt] += count * advance
         self.rollback()
 
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
         """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields the forward's arguments."""
+        if len(prompts) > 1 and not self.packs:
+            raise ValueError(f"a forward of {len(prompts)} prompts, expected one: this model's prompts are not packed")
         device, starts, offsets = self.lengths.device, self.lengths.tolist(), self.offsets.tolist()
         spans, positions, end = [], [], 0
         for p, count in zip(prompts, counts, strict=True):
             slot, begin, end = offsets[p] + starts[p], end, end + count
             one, length = torch.tensor([p], device=device), torch.tensor([count], device=device)
-            spans.append(_Span(slice(begin, end), slice(slot, slot + count), one, length))
+            spans.append(Span(slice(begin, end), slice(slot, slot + count), one, length))
             positions.append(torch.arange(starts[p], starts[p] + count, device=device))
+        self._send()
+        if self.states is not None:
+            self.states.start(prompts[0], starts[prompts[0]])
         with self._forward(spans):
             yield self._arguments(torch.cat(positions)[None])
+        if self.states is not None:
+            self.states.keep(prompts[0])
         self.lengths[prompts] += torch.tensor(counts, device=device)
 
     @contextmanager
@@ -130,65 +160,96 @@ class ForkCache(Cache):
         if query_len is None:
             query_len = torch.full_like(self.prompt, steps)
         positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
-        with self._forward(_Suffix(slice(start, start + steps), query_len, query_len + start)):
+        with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
             yield self._arguments(positions)
         self.held = start + steps
 
     def _arguments(self, positions: Tensor) -> dict[str, Any]:
         """What the model's forward takes beside its input_ids."""
-        return {"position_ids": positions, "past_key_values": self, "use_cache": True}
+        arguments: dict[str, Any] = {self.layout.argument: self, "use_cache": True}
+        return arguments | {"position_ids": positions} if self.layout.positions else arguments
 
     @contextmanager
-    def _forward(self, plan: list[_Span] | _Suffix) -> Iterator[None]:
-        self._plan, self._layers_seen = plan, 0
+    def _forward(self, plan: list[Span] | Suffix) -> Iterator[None]:
+        self._asked = 0
+        for place in self._places.values():
+            place.plan = plan if place.device == self.device else _moved(plan, place.device)
         try:
-            yield
+            with answered_by(self):
+                yield
         finally:
-            self._plan = None
-            _current.cache = None
-        if self._layers_seen != self.num_layers:
+            for place in self._places.values():
+                place.plan = None
+        if self._asked != len(self._layers):
             raise RuntimeError(
-                f"{self._layers_seen} of {self.num_layers} layers called the stars attention hook: this model does not "
-                "go through transformers' attention interface, so its result would be wrong"
+                f"{self._asked} of {len(self._layers)} layers called the stars attention hook in a forward, expected "
+                "all of them as in the model's first: its result would be wrong"
             )
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """transformers calls this in each layer; `attend` does the storing, with the layer's own queries at hand."""
-        _current.cache = self
-        return key_states, value_states
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [B, Hq, S, D], key and value [B, Hkv, S, D] of the new tokens, which are stored -> [B, S, Hq, D]."""
-        self._layers_seen += 1
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores keys and values."""
+        layer = self._layers[self._asked]
+        self._asked += 1
+        place = layer.place
+        plan = place.plan
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        arena_keys, arena_values = self._arena_layers[layer]
-        plan = self._plan
-        if isinstance(plan, _Suffix):
-            keys, values = self._suffix_layers[layer]  # [R, T, Hkv, D]
-            keys[:, plan.slots], values[:, plan.slots] = key, value
+        if isinstance(plan, Suffix):
+            if layer.stores:
+                layer.keys[:, plan.slots], layer.values[:, plan.slots] = key, value
             return call_op(  # its arguments are right by construction, and this runs thousands of times a second
-                "fork_attention", query, keys, values, plan.suffix_len, plan.query_len, arena_keys, arena_values,
-                self.offsets, self.lengths, self.prompt, scale, 0, 0.0, None,
+                "fork_attention", query, layer.keys, layer.values, plan.suffix_len, plan.query_len, layer.arena_keys,
+                layer.arena_values, place.offsets, place.lengths, place.prompt, scale, mask.window, layer.softcap,
+                layer.sinks,
             )  # fmt: skip
         if plan is None:
             raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
-        out = torch.empty_like(query)  # [1, N, Hq, D]
+        check_options(mask, options)
+        out = query.new_empty(*query.shape[:3], value.shape[-1])  # [1, N, Hq, Dv]
         for span in plan:
             new = span.tokens
             out[:, new] = ops.fork_attention(
-                query[:, new], key[:, new], value[:, new], span.count, span.count, arena_keys, arena_values,
-                self.offsets, self.lengths, span.prompt, scale=scale,
+                query[:, new], key[:, new], value[:, new], span.count, span.count, layer.arena_keys,
+                layer.arena_values, place.offsets, place.lengths, span.prompt, scale=scale, window=mask.window,
+                softcap=layer.softcap, sinks=layer.sinks,
             )  # fmt: skip
-            arena_keys[span.slots], arena_values[span.slots] = key[0, new], value[0, new]
+            if layer.stores:
+                layer.arena_keys[span.slots], layer.arena_values[span.slots] = key[0, new], value[0, new]
         return out
 
-    # What transformers asks of a cache; the mask is ours, so the sizes do not matter.
+    def _place(self, device: torch.device) -> Place:
+        return Place(device, self.offsets.to(device), self.lengths.to(device), self.prompt.to(device))
+
+    def _send(self) -> None:
+        """Tell the other devices what has changed."""
+        for place in self._places.values():
+            place.lengths, place.prompt = self.lengths.to(place.device), self.prompt.to(place.device)
+
+    def _bind(self, rows: slice) -> list[BoundLayer]:
+        arenas = {plane: iter(group.arena_planes) for plane, group in self._groups.items()}
+        suffixes = {plane: iter(group.suffix_planes(rows)) for plane, group in self._groups.items()}
+        bound: list[BoundLayer] = []
+        for layer in self.layout.layers:
+            if layer.source is not None:
+                bound.append(replace(bound[layer.source], softcap=layer.softcap, sinks=layer.sinks, stores=False))
+                continue
+            keys, values = layer.key, layer.value
+            storage = next(arenas[keys]), next(arenas[values]), next(suffixes[keys]), next(suffixes[values])
+            bound.append(BoundLayer(self._places[keys[3]], *storage, layer.softcap, layer.sinks, True))
+        return bound
+
+    # What transformers asks of a cache. Masks are patterns here, so their sizes do not matter.
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.held
+        return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
@@ -197,36 +258,72 @@ class ForkCache(Cache):
     def is_compileable(self) -> bool:
         return False
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * self.num_layers
 
-    is_linear = is_dummy = is_sliding
+class GatheredCache(ForkCache):
+    """The cache of models without the attention hook, which get copies of whole rows.
+
+    `update()` stores a layer's new keys and values and returns those of every row's prefix and suffix, padded on the
+    left; the model's own attention does the rest, with a 2-D mask. It is exact, and gives up what forking saves: each
+    layer copies each row's prefix.
+    """
+
+    packs = False
+
+    @contextmanager
+    def _forward(self, plan: list[Span] | Suffix) -> Iterator[None]:
+        """Before it: which slots [R, T] each row's keys come from, and which of them are real."""
+        if isinstance(plan, Suffix):
+            lengths, offsets = self.lengths[self.prompt], self.offsets[self.prompt]
+            self._past, new = int(lengths.max()) + plan.slots.start, plan.slots.stop - plan.slots.start
+            prefix = self._past - plan.slots.start
+        else:
+            (span,) = plan
+            lengths, offsets = self.lengths[span.prompt], self.offsets[span.prompt]
+            prefix = self._past = int(lengths)
+            new = span.slots.stop - span.slots.start
+        place = torch.arange(prefix, device=self.device) - prefix + lengths[:, None]  # [R, T] negative where padding
+        self._slots = offsets[:, None] + place.clamp(min=0)  # padding reads a finite key, which the mask hides
+        self._mask = torch.nn.functional.pad((place >= 0).long(), (0, self._past + new - prefix), value=1)
+        with super()._forward(plan):
+            yield
+
+    def _arguments(self, positions: Tensor) -> dict[str, Any]:
+        return super()._arguments(positions) | {"attention_mask": self._mask}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """[B, Hkv, S, D] of the new tokens -> [B, Hkv, T + S, D] of all."""
+        layer = self._layers[self._asked]
+        self._asked += 1
+        plan, slots = layer.place.plan, self._slots.to(layer.place.device)
+        new = key_states.transpose(1, 2), value_states.transpose(1, 2)  # [B, S, Hkv, D]
+        arenas, suffixes = (layer.arena_keys, layer.arena_values), (layer.keys, layer.values)
+        if isinstance(plan, Suffix):
+            for suffix, tokens in zip(suffixes, new, strict=True):
+                suffix[:, plan.slots] = tokens
+            new = layer.keys[:, : plan.slots.stop], layer.values[:, : plan.slots.stop]
+        elif plan is not None:
+            for arena, tokens in zip(arenas, new, strict=True):
+                arena[plan[0].slots] = tokens[0]
+        gathered = (torch.cat([a[slots], tokens], dim=1) for a, tokens in zip(arenas, new, strict=True))
+        return tuple(tensor.transpose(1, 2).contiguous() for tensor in gathered)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._past + query_length, 0
+
+
+def _moved(plan: list[Span] | Suffix, device: torch.device) -> list[Span] | Suffix:
+    if isinstance(plan, Suffix):
+        return replace(plan, query_len=plan.query_len.to(device), suffix_len=plan.suffix_len.to(device))
+    return [replace(span, prompt=span.prompt.to(device), count=span.count.to(device)) for span in plan]
 
 
 def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:
     """An empty cache for prompts of up to `capacities` tokens each; `model` is a view (`hf.models.view_of`)."""
-    return ForkCache(model.config, capacities, segment_size, model.dtype, model.device)
-
-
-def _stars_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    cache = getattr(_current, "cache", None)
-    if cache is None:
-        raise RuntimeError('attn_implementation "stars" needs a ForkCache as past_key_values')
-    return cache.attend(module.layer_idx, query, key, value, scaling), None
-
-
-def _stars_mask(**kwargs: Any) -> None:
-    """No mask: causality follows from the cache's own lengths."""
-
-
-AttentionInterface.register(ATTENTION, _stars_attention)
-AttentionMaskInterface.register(ATTENTION, _stars_mask)
+    layout = layout_of(model)
+    kind = ForkCache if layout.mode == "hook" else GatheredCache
+    states = States(model.config, len(capacities)) if layout.states else None
+    device = layout.layers[0].key[3] if layout.layers else model.device
+    return kind(layout, capacities, segment_size, device, states)

@@ -21,6 +21,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import (
     ModelOrPath,
     RMSNorm,
@@ -287,6 +288,8 @@ class Engine:
             return "graphs=False"
         if self.rules.processors:
             return "logits processors are asked at each token"
+        if (why := layout_of(self.lm).why_eager) is not None:
+            return why
         served = {op: backends()[op]["cuda"] for op in ("segment_sample", "fork_attention")}
         for op, implementation in served.items():
             if implementation != "triton":
@@ -298,6 +301,8 @@ class Engine:
     def _backends(self) -> dict[str, str]:
         """What ran: each op's implementation on this device, the models' linear layers, on a GPU the segments."""
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
+        if layout_of(self.lm).mode == "gathered":
+            served["fork_attention"] = "gathered: the model has no attention hook"
         packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
         modules = [module for body in self.bodies for module in body.modules()]
         if not any(isinstance(module, RMSNorm) for module in modules):

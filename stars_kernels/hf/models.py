@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stars_kernels import ops
-from stars_kernels.hf.cache import ATTENTION
+from stars_kernels.hf.attention import ATTENTION
+from stars_kernels.hf.families import REFUSED, WORKS
+from stars_kernels.hf.layout import has_hook
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.ops._registry import call_op
 
-LANGUAGE_MODELS = ("LlamaForCausalLM",)
-"""Classes whose logits through the fork cache are tested equal to their own."""
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
 ModelOrPath = PreTrainedModel | str | os.PathLike[str]
@@ -59,18 +61,35 @@ def load_language_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options, **options
         )
-    check_model(model, "model", LANGUAGE_MODELS)
-    return model, tokenizer
+    inner = unwrapped(model, "model")
+    check_model(inner, "model", WORKS, "a decoder-only language model of a tested family")
+    return inner, tokenizer
+
+
+def unwrapped(model: object, argument: str) -> Any:
+    """The transformers model inside a PEFT model, its adapters in place; anything else as it is."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(
+            f"{argument} is a PEFT model with {kind}, which puts virtual tokens before the prompt; expected adapters "
+            "inside the layers, such as LoRA"
+        )
+    return model.get_base_model()
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """A model that shares every tensor with `model` but has its own config and modules: eval mode, our attention.
 
-    The user's model is left alone, so other threads may go on using it.
+    A class without the attention hook keeps its own. The user's model is left alone, so other threads may go on using
+    it.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     view: PreTrainedModel = copy.deepcopy(model, memo={id(t): t for t in tensors})
-    view.set_attn_implementation(ATTENTION)
+    if has_hook(view):
+        view.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
             if is_plain(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
@@ -90,8 +109,9 @@ class RMSNorm(nn.Module):
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Tokens of prompt and answer the model's positions are made for."""
-    return int(model.config.max_position_embeddings)
+    """Tokens of prompt and answer the model's positions are made for; sys.maxsize where it names no limit."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((int(limit) for name in names if (limit := getattr(model.config, name, None))), sys.maxsize)
 
 
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -121,23 +141,31 @@ def name_of(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} ({where})" if where else type(model).__name__
 
 
-def check_model(model: object, argument: str, known: tuple[str, ...], otherwise: str = "") -> None:
-    """Refuse by name what is not one of the `known` classes, or cannot be decoded exactly."""
+def check_model(model: object, argument: str, works: Collection[str], expected: str) -> None:
+    """Refuse by name what is not one of the classes in `works`, or cannot be decoded exactly."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument} is of type {type(model).__name__}, expected a transformers model or a path to one")
     kind = type(model).__name__
-    if kind not in known or not type(model).__module__.startswith("transformers."):
-        expected = f"transformers' {' or '.join(known)}{otherwise}"
-        raise ValueError(f"{argument} is a {kind}, not tested with STARS decoding; expected {expected}")
+    if kind not in works or not type(model).__module__.startswith("transformers."):
+        why = REFUSED.get(kind, "not tested with STARS decoding")
+        raise ValueError(f"{argument} is a {kind}, {why}; expected {expected}")
     assert isinstance(model, PreTrainedModel)
-    rope = (model.config.rope_parameters or {}).get("rope_type", "default")
-    if rope in BATCH_DEPENDENT_ROPE:
+    for rope in sorted(_rope_types(getattr(model.config, "rope_parameters", None)) & BATCH_DEPENDENT_ROPE):
         raise ValueError(
             f"{argument} {name_of(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a "
             "batch, so other prompts would change an answer; expected another rope_type"
         )
     devices = {p.device for p in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ops.DEVICES:
+    if any(device.type not in ops.DEVICES for device in devices):
         raise ValueError(
-            f"{argument} {name_of(model)} lies on {sorted(map(str, devices))}, expected one device of {ops.DEVICES}"
+            f"{argument} {name_of(model)} lies on {sorted(map(str, devices))}, expected devices of {ops.DEVICES}"
+            "; 'meta' is where weights stand that are offloaded to the CPU or a disk"
         )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The rope types of a config's rope_parameters: one set of them, or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    found = {parameters["rope_type"]} if "rope_type" in parameters else set()
+    return found.union(*map(_rope_types, parameters.values()))

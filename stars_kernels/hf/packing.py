@@ -77,7 +77,8 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     if not is_plain(module, nn.Linear):
         return False
     weight = module.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+    dense = type(weight) is nn.Parameter  # and no subclass, such as torchao's quantized weights
+    return dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:

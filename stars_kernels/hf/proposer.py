@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
-from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.layout import takes
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.hf.processors import BatchProcessors
 
@@ -35,16 +36,17 @@ class Chunk:
     """Where in `ids` that token is."""
 
 
-def packed_chunks(prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
-    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS.
+def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterator[Chunk]:
+    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS, as far as `cache` allows.
 
     A prompt is cut by its own length alone, so that its rounding does not depend on what it is packed with.
     """
     chunk = Chunk()
     for p, prompt in enumerate(prompts):
-        for begin in range(0, len(prompt), PREFILL_TOKENS):
-            piece = prompt[begin : begin + PREFILL_TOKENS]
-            if len(chunk.ids) + len(piece) > PREFILL_TOKENS:
+        size = PREFILL_TOKENS if cache.cuts else len(prompt)
+        for begin in range(0, len(prompt), size):
+            piece = prompt[begin : begin + size]
+            if chunk.ids and (not cache.packs or len(chunk.ids) + len(piece) > PREFILL_TOKENS):
                 yield chunk
                 chunk = Chunk()
             chunk.owners.append(p)
@@ -75,18 +77,19 @@ class ModelProposer:
         self.device = model.device
         self.graphs = graphs
         self.head = output_weight(model) if fuse else None
+        self.keeps = takes(model, "logits_to_keep")
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
-        vocabulary = self.model.config.vocab_size
-        self.logits = torch.empty(len(prompts), vocabulary, dtype=self.model.dtype, device=self.device)
         self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
-        for chunk in packed_chunks(prompts):
+        for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
-                logits = self._logits(torch.tensor([chunk.ids], device=self.device), inputs, last)
-            self.logits[chunk.finished] = logits[0]
+                logits = self._logits(torch.tensor([chunk.ids], device=self.device), inputs, last)[0]
+            if i == 0:
+                self.logits = logits.new_empty(len(prompts), logits.shape[1])  # [P, V] what follows each prefix
+            self.logits[chunk.finished] = logits
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
@@ -96,7 +99,7 @@ class ModelProposer:
         wide = padded(rows, bucket_of(len(rows)))
         self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
         settings = (size, stream, *sampling.items())
-        storage = (self.cache.arena.data_ptr(), self.cache.suffix.data_ptr())
+        storage = self.cache.storage
         tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, stream, eos), wide, settings, storage)
         return tokens[: len(rows)]
 
@@ -158,7 +161,11 @@ class ModelProposer:
         self.pending.masked_fill_(read, -1)  # takes no memory: running out of it here would feed the tokens twice
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
-        return self.model(input_ids=ids, logits_to_keep=keep, **inputs).logits
+        """Logits [B, K, V] after the last `keep` tokens, or after those at the indices `keep` [K]."""
+        if self.keeps:
+            return self.model(input_ids=ids, logits_to_keep=keep, **inputs).logits
+        logits = self.model(input_ids=ids, **inputs).logits
+        return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.model.base_model(input_ids=ids, **inputs).last_hidden_state

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
+from stars_kernels.hf.families import CLASSIFIERS
 from stars_kernels.hf.models import (
     ModelOrPath,
     check_model,
@@ -22,12 +23,11 @@ from stars_kernels.hf.models import (
     context_limit,
     has_tokenizer,
     name_of,
+    unwrapped,
     view_of,
 )
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.scorers import CallableScorer, ClassifierScorer, RewardFunction
-
-REWARD_MODELS = ("LlamaForSequenceClassification",)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def load_reward_model(
         new_head = any(key.startswith("score") for key in info["missing_keys"])
         if rm_tokenizer is None and has_tokenizer(path):
             rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    check_model(model, "rm", REWARD_MODELS, ", or a function of texts: rm(prompts, answers) -> floats")
+    model = unwrapped(model, "rm")
+    expected = "a causal sequence classifier of a tested family, or a function of texts: rm(prompts, answers) -> floats"
+    check_model(model, "rm", CLASSIFIERS, expected)
     name = name_of(model)
     head: torch.Tensor = model.get_parameter("score.weight")  # [labels, D]
     loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())

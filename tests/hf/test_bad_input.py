@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import BatchEncoding, BertConfig, BertForTokenClassification, BertLMHeadModel
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
@@ -117,11 +117,11 @@ def test_over_long_for_the_reward_model_alone(lm):
 
 
 def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
-    gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=260, num_labels=1)
-    with pytest.raises(ValueError, match="model is a GPT2LMHeadModel, not tested with STARS decoding; expected"):
-        stars_kernels.decode(GPT2LMHeadModel(gpt2), rm, [1], **SET)
-    with pytest.raises(ValueError, match=r"rm is a GPT2ForSequenceClassification, .*, or a function of texts"):
-        stars_kernels.decode(lm, GPT2ForSequenceClassification(gpt2), [1], **SET)
+    bert = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=260)
+    with pytest.raises(ValueError, match="model is a BertLMHeadModel, not tested with STARS decoding; expected"):
+        stars_kernels.decode(BertLMHeadModel(bert), rm, [1], **SET)
+    with pytest.raises(ValueError, match=r"rm is a BertForTokenClassification, .*, or a function of texts"):
+        stars_kernels.decode(lm, BertForTokenClassification(bert), [1], **SET)
     with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
     with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):

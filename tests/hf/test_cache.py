@@ -6,7 +6,7 @@ import torch
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.loop import Loop
-from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.proposer import PREFILL_TOKENS, ModelProposer, packed_chunks
 from stars_kernels.hf.scorers import ClassifierScorer
@@ -18,13 +18,13 @@ PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
 
 @pytest.fixture
 def cache(lm):
-    cache = ForkCache(lm.config, [len(p) + 12 for p in PROMPTS], 6, torch.float64, torch.device("cpu"))
-    cache.arena.fill_(torch.nan)
+    cache = open_cache(view_of(lm), [len(p) + 12 for p in PROMPTS], 6)
+    cache.groups[0].arena.fill_(torch.nan)
     return cache
 
 
 def fill(view, cache, prompts=PROMPTS):
-    for chunk in packed_chunks(prompts):
+    for chunk in packed_chunks(prompts, cache):
         with cache.prefill(chunk.owners, chunk.counts) as inputs:
             view(input_ids=torch.tensor([chunk.ids]), **inputs)
 
@@ -40,7 +40,7 @@ def test_logits_equal_the_models_own(lm, cache):
     fill(view, cache)
     rows = torch.tensor([2, 0, 0, 1, 2])
     cache.fork(rows)
-    cache.suffix.fill_(torch.nan)
+    cache.groups[0].suffix.fill_(torch.nan)
     tokens = torch.randint(0, 250, (5, 6), generator=torch.Generator().manual_seed(0))
     step_by_step = [forward(view, cache, tokens[:, i : i + 1]) for i in range(3)]
     at_once = forward(view, cache, tokens[:, 3:])
@@ -74,10 +74,10 @@ def loop_of(lm, rm, config, prompts=PROMPTS):
 
 
 def poison(cache):
-    cache.suffix.fill_(torch.nan)
+    cache.groups[0].suffix.fill_(torch.nan)
     for p, (offset, length) in enumerate(zip(cache.offsets.tolist(), cache.lengths.tolist(), strict=True)):
-        end = cache.offsets[p + 1] if p + 1 < len(cache.offsets) else cache.arena.shape[2]
-        cache.arena[:, :, offset + length : end] = torch.nan
+        end = cache.offsets[p + 1] if p + 1 < len(cache.offsets) else cache.groups[0].arena.shape[2]
+        cache.groups[0].arena[:, :, offset + length : end] = torch.nan
 
 
 @torch.inference_mode()
@@ -89,16 +89,16 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
         real = cache.commit
 
         def commit(prompt, row, count, advance):
-            before, lengths = cache.arena.clone(), cache.lengths.clone()
+            before, lengths = cache.groups[0].arena.clone(), cache.lengths.clone()
             real(prompt, row, count, advance)
             expected, moved = before.clone(), lengths.clone()
             for p, r, n, go in zip(prompt.tolist(), row.tolist(), count.tolist(), advance.tolist(), strict=True):
                 start = int(cache.offsets[p] + lengths[p])
                 if r >= 0:
-                    expected[:, :, start : start + n] = cache.suffix[:, :, r, :n]
+                    expected[:, :, start : start + n] = cache.groups[0].suffix[:, :, r, :n]
                 moved[p] += n * go
                 seen["advanced" if go and r >= 0 else "stored earlier" if go else "best so far"] += 1
-            assert torch.equal(cache.arena.view(torch.int64), expected.view(torch.int64))
+            assert torch.equal(cache.groups[0].arena.view(torch.int64), expected.view(torch.int64))
             assert torch.equal(cache.lengths, moved)
 
         monkeypatch.setattr(cache, "commit", commit)
@@ -115,7 +115,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
 
     def prefixes():
         return [
-            [cache.arena[:, :, o : o + n].clone() for o, n in zip(cache.offsets, cache.lengths, strict=True)]
+            [cache.groups[0].arena[:, :, o : o + n].clone() for o, n in zip(cache.offsets, cache.lengths, strict=True)]
             for cache in caches
         ]
 
@@ -124,7 +124,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
         for cache, saved in zip(caches, before, strict=True):  # no byte below the length has changed
             for p, prefix in enumerate(saved):
                 start = cache.offsets[p]
-                now = cache.arena[:, :, start : start + prefix.shape[2]]
+                now = cache.groups[0].arena[:, :, start : start + prefix.shape[2]]
                 assert torch.equal(now.contiguous().view(torch.int64), prefix.view(torch.int64))
         before = prefixes()
     assert all(seen.values()), seen
@@ -154,7 +154,7 @@ def test_memory_of_a_round(lm, rm, width):
         assert (
             sum(
                 t.numel() * t.element_size()
-                for t in vars(cache).values()
+                for t in [*vars(cache).values(), *vars(cache.groups[0]).values()]
                 if torch.is_tensor(t) and t.is_floating_point()
             )
             == cache.kv_bytes
@@ -175,7 +175,9 @@ def test_a_model_that_does_not_call_the_hook_is_refused(lm):
     view = view_of(tiny_language_model())
     view.config._attn_implementation = "sdpa"
     proposer = ModelProposer(view)
-    with pytest.raises(RuntimeError, match="0 of 2 layers called the stars attention hook"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM cannot be decoded exactly: 0 of 2 layers called the stars attention hook"
+    ):
         proposer.begin([[1, 2, 3]], 4, 2)
 
 

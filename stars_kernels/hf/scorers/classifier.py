@@ -32,7 +32,7 @@ class ClassifierScorer:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.backbone, capacities, segment_size)
         rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
-        for chunk in packed_chunks(prompts):
+        for chunk in packed_chunks(prompts, self.cache):
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
                 hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), inputs)

@@ -1,0 +1,174 @@
+"""What a model keeps of its past, found by one forward of one token: no config is read for shapes.
+
+`layout_of(view)` tells each attention layer's keys and values, the order in which the layers ask, which of them read
+another layer's keys, and whether the model has conv or recurrent states of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+
+from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
+
+Plane = tuple[int, int, torch.dtype, torch.device]
+"""Heads, head size, dtype and device of one layer's keys, or of its values."""
+Mode = Literal["hook", "gathered"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call of a forward."""
+
+    key: Plane
+    value: Plane
+    softcap: float = 0.0
+    sinks: Tensor | None = None  # [Hq]
+    source: int | None = None
+    """The earlier call whose keys and values this one reads; None = its own."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """mode: "hook" where attention calls reach the cache, "gathered" where the class has no hook."""
+
+    mode: Mode
+    layers: list[Layer]
+    states: bool
+    """Whether some layers have conv or recurrent states."""
+    positions: bool
+    """Whether the forward takes position_ids (models with ALiBi need none)."""
+    argument: str
+    """What the forward calls its cache."""
+    makes_mask: bool
+    """Whether the model makes a padding mask of its own, whose every use is a look whether it hides anything."""
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why a segment of this model cannot be a CUDA graph; None where it can."""
+        if self.mode == "gathered":
+            return "the model has no attention hook"
+        if self.makes_mask:
+            return "the model makes a padding mask of its own"
+        if self.states:
+            return "the model has states of its own"
+        if len({layer.key[3] for layer in self.layers}) > 1:
+            return "the model lies on several devices"
+        return None
+
+
+def layout_of(view: PreTrainedModel) -> Layout:
+    """The layout of a view (`hf.models.view_of`), found at its first call."""
+    found: Layout | None = getattr(view, "_stars_layout", None)
+    if found is None:
+        found = _probe(view)
+        view._stars_layout = found  # type: ignore[assignment]
+    return found
+
+
+@torch.no_grad()
+def _probe(view: PreTrainedModel) -> Layout:
+    probe, argument = _Probe(view), _cache_argument(view)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
+    positions = {"position_ids": one} if takes(view, "position_ids") else {}
+    try:
+        with answered_by(probe):
+            view(input_ids=one, use_cache=True, **{argument: probe}, **positions)
+        return Layout(
+            mode="hook" if has_hook(view) else "gathered",
+            layers=probe.attention_layers(has_hook(view)),
+            states=any(_has_states(layer) for layer in probe.layers),
+            positions=bool(positions),
+            argument=argument,
+            makes_mask=probe.makes_mask,
+        )
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{type(view).__name__} cannot be decoded exactly: {error}") from None
+
+
+def _cache_argument(view: PreTrainedModel) -> str:
+    """What the forward calls its cache: state space models have another word for it."""
+    parameters = inspect.signature(view.forward).parameters
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+
+def has_hook(view: PreTrainedModel) -> bool:
+    """Whether the class goes through transformers' attention interface."""
+    return bool(type(view)._can_set_attn_implementation())
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has a parameter of that name, or takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _has_states(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and any(
+        (*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values())
+    )
+
+
+def _plane(tensor: Tensor) -> Plane:
+    """tensor: [B, H, S, D]."""
+    return tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
+
+
+class _Probe(Cache):
+    """Notes what a forward of one token asks of its cache; the token sees itself alone."""
+
+    def __init__(self, view: PreTrainedModel) -> None:
+        self.layers = DynamicCache(config=view.config).layers
+        self.updates: list[Layer] = []
+        self.calls: list[Layer] = []
+        self.makes_mask = False
+        self._answered: set[int] = set()  # how many updates there had been at each call
+        self._stored: list[tuple[Tensor, Tensor]] = []  # of each call, kept alive so that none is another's by chance
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.updates.append(Layer(_plane(key_states), _plane(value_states)))
+        return key_states, value_states
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        check_options(mask, options)
+        source = next((i for i, (k, v) in enumerate(self._stored) if k is key and v is value), None)
+        if len(self.updates) in self._answered and not any(key is k for k, _ in self._stored):
+            raise UnsupportedModel("it attends to keys that it did not tell its cache of")
+        self._answered.add(len(self.updates))
+        softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
+        self.calls.append(Layer(_plane(key), _plane(value), float(softcap), sinks, source))
+        self._stored.append((key, value))
+        if sinks is not None and sinks.shape != (query.shape[1],):
+            raise UnsupportedModel(f"its attention sinks have shape {list(sinks.shape)}, expected [{query.shape[1]}]")
+        group = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(group, dim=1).transpose(1, 2)  # the softmax of one score, but for sinks
+
+    def attention_layers(self, hook: bool) -> list[Layer]:
+        """What was seen, in the order in which it is asked for."""
+        answered, updates = len(self._answered), len(self.updates)
+        if hook and answered != updates:
+            raise UnsupportedModel(
+                f"{answered} of {updates} layers called the stars attention hook, so it does not go through "
+                "transformers' attention interface"
+            )
+        if not updates and not any(_has_states(layer) for layer in self.layers):
+            raise UnsupportedModel("it keeps nothing in its cache")
+        return self.calls if hook else self.updates
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0

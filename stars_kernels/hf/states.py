@@ -1,0 +1,82 @@
+"""The conv and recurrent states of hybrid models, which have no token to point at: copied for each row.
+
+A prompt has one state per layer, after its prefix, and one after its best candidate so far. Rows start from copies of
+the first. A state cannot be cut back to an earlier token: rows go back to their prefix or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+
+class States:
+    """The states of a batch of `prompts` prompts, and those of the rows of the running forward."""
+
+    def __init__(self, config: PreTrainedConfig, prompts: int) -> None:
+        self.layers: list[Any] = DynamicCache(config=config).layers
+        """transformers' own; those with states hold the rows'."""
+        self.prompts = prompts
+        self.prefix: dict[Any, Tensor] = {}  # [P, ...] of each state, after the prefix
+        self.best: dict[Any, Tensor] = {}  # [P, ...] after the candidate that lies behind the prefix
+        self.rows: dict[Any, Tensor] = {}  # [R, ...] of the forked rows
+
+    def start(self, prompt: int, length: int) -> None:
+        """Before the forward that reads a prompt, all of it at once."""
+        if length:
+            raise ValueError(f"prompt {prompt} has {length} tokens already, expected 0: states need it in one forward")
+        for layer, held, ready, index in self._slots():
+            held[index], ready[index] = None, False
+            layer.has_previous_state[index] = False
+
+    def keep(self, prompt: int) -> None:
+        """After that forward."""
+        for layer, held, _, index in self._slots():
+            key, state = (id(layer), held is layer.conv_states, index), held[index]
+            if state is None:
+                continue
+            if key not in self.prefix:
+                shape = (self.prompts, *state.shape[1:])
+                self.prefix[key], self.best[key] = (state.new_full(shape, torch.nan) for _ in range(2))
+            self.prefix[key][prompt] = state[0]
+
+    def fork(self, prompt: Tensor) -> None:
+        """Room for a state of each row; prompt: [R], the prompt of each."""
+        self.prompt = prompt
+        self.rows = {key: stored.new_empty(len(prompt), *stored.shape[1:]) for key, stored in self.prefix.items()}
+
+    def open(self, rows: slice) -> None:
+        """Give each of these rows its prompt's state; the layers then work on these alone, in place."""
+        for layer, held, ready, index in self._slots():
+            key = (id(layer), held is layer.conv_states, index)
+            if key in self.rows:
+                stored = self.prefix[key]
+                self.rows[key][rows] = stored[self.prompt[rows].to(stored.device)]
+                held[index], ready[index] = self.rows[key][rows], True
+                layer.has_previous_state[index] = True
+
+    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int) -> None:
+        """Keep the rows' states for their prompts.
+
+        A state is that after all `held` tokens. A candidate with fewer was ended by EOS, a stop string or the limit:
+        if it is chosen its answer is finished and its state never read. NaN makes sure of that: read, it would show.
+        """
+        for key, state in self.rows.items():
+            p, r, n, go = (t.to(state.device) for t in (prompt, row, count, advance))
+            one = (-1, *[1] * (state.dim() - 1))
+            new = state[r.clamp(min=0)].masked_fill((n != held).view(one), torch.nan)
+            self.best[key][p] = torch.where((r >= 0).view(one), new, self.best[key][p])
+            self.prefix[key][p] = torch.where(go.view(one), self.best[key][p], self.prefix[key][p])
+
+    def _slots(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
+        """Each layer that may have a state, where it holds it, where it says so, and its index there."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for index in range(layer.number_of_states):
+                    yield layer, layer.conv_states, layer.is_conv_states_initialized, index
+                    yield layer, layer.recurrent_states, layer.is_recurrent_states_initialized, index
