@@ -190,7 +190,7 @@ class ForkCache(Cache):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
         options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores keys and values."""
+        """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores the last two."""
         layer = self._layers[self._asked]
         self._asked += 1
         place = layer.place
