@@ -113,8 +113,7 @@ class ForkCache(Cache):
         """Give back the memory of the suffixes; the next fork takes what it needs."""
         for group in self.groups:
             group.release()
-        self._forked = self._forked[:0]
-        self.select(slice(0))
+        self.fork(self._forked[:0])
 
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
