@@ -80,6 +80,18 @@ def unwrapped(model: object, argument: str) -> Any:
     return model.get_base_model()
 
 
+def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
+    """The linear layer behind a classifier's rewards; PEFT's wrapper of a trained one is looked into."""
+    head, peft = model.score, sys.modules.get("peft")
+    if peft is not None and isinstance(head, peft.utils.ModulesToSaveWrapper):
+        trained = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
+        head = head.modules_to_save[head.active_adapters[0]] if trained else head.original_module
+    if type(head) is not nn.Linear:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise ValueError(f"{argument} {name_of(model)} has a {kind} as its head, expected a torch.nn.Linear")
+    return head
+
+
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """A model that shares every tensor with `model` but has its own config and modules: eval mode, our attention.
 

@@ -2,11 +2,16 @@
 
 Only on the engine's view of a model, never on the user's. It costs a second copy of the weights, kept for as long as
 the originals live and shared by all views of them. What cannot be replaced without a difference stays as it is: weights
-of another dtype or device, and modules with hooks or a forward of their own.
+of another dtype or device, those that the model's code reads by themselves, and modules with hooks or a forward of
+their own.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import threading
+from functools import lru_cache
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -20,6 +25,7 @@ from stars_kernels.ops._registry import call_op
 Kind = TypeVar("Kind", bound=nn.Module)
 
 _packed = WeakTensorKeyDictionary()  # weight -> {dtype: (the weight's fingerprint when packed, the packed copy)}
+_packing = threading.Lock()  # a decode that needs the same weights waits for them
 
 
 class PackedLinear(nn.Module):
@@ -55,13 +61,24 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
             mlp = PackedMLP(child, dtype)
             setattr(view, name, mlp)
             size += mlp.gate.nbytes + mlp.up.nbytes + mlp.down_proj.packed.nbytes
-        elif _is_packable(child):
+        elif _is_packable(child) and not _reads_weight(type(view), name):
             layer = PackedLinear(child, dtype)
+            if name == "base_layer":  # of a PEFT layer, which reads it
+                layer.weight = child.weight
             setattr(view, name, layer)
             size += layer.packed.nbytes
         else:
             size += pack_linears(child, dtype)
     return size
+
+
+@lru_cache(maxsize=None)
+def _reads_weight(parent: type[nn.Module], name: str) -> bool:
+    """Whether a module's code takes the weight of its linear layer `name` by itself, as some routers and mixers do."""
+    try:
+        return re.search(rf"\.{re.escape(name)}\.weight\b", inspect.getsource(parent)) is not None
+    except (OSError, TypeError):  # no source: nobody knows
+        return True
 
 
 def _is_swiglu(mlp: LlamaMLP) -> bool:
@@ -91,12 +108,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    copies = _packed.setdefault(weight, {})
-    fingerprint = _fingerprint(weight)
-    known, packed = copies.get(dtype, (None, None))
-    if known != fingerprint:
-        packed = ops.pack_linear(weight.detach(), dtype)
-        copies[dtype] = (fingerprint, packed)
+    with _packing:
+        copies = _packed.setdefault(weight, {})
+        fingerprint = _fingerprint(weight)
+        known, packed = copies.get(dtype, (None, None))
+        if known != fingerprint:
+            packed = ops.pack_linear(weight.detach(), dtype)
+            copies[dtype] = (fingerprint, packed)
     assert packed is not None
     return packed
 

@@ -23,6 +23,7 @@ from stars_kernels.hf.models import (
     context_limit,
     has_tokenizer,
     name_of,
+    score_head,
     unwrapped,
     view_of,
 )
@@ -130,8 +131,9 @@ def load_reward_model(
     expected = "a causal sequence classifier of a tested family, or a function of texts: rm(prompts, answers) -> floats"
     check_model(model, "rm", CLASSIFIERS, expected)
     name = name_of(model)
-    head: torch.Tensor = model.get_parameter("score.weight")  # [labels, D]
-    loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
+    head = score_head(model, "rm").weight  # [labels, D]
+    adapted = type(model.score) is not nn.Linear  # a head that came with the adapters is no checkpoint's
+    loaded = not adapted and any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
     if new_head or (loaded and not getattr(head, "_is_hf_initialized", False)):
         raise ValueError(
             f"rm {name}: its head score.weight is not in the checkpoint and was newly initialised, so its rewards are "

@@ -141,3 +141,22 @@ def test_weights_written_through_data_are_seen():
         PackedLinear(linear, torch.float32)
         change()
         torch.testing.assert_close(PackedLinear(linear, torch.float32)(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+class Router(nn.Module):
+    """It takes one of its weights by itself, as some of transformers' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.out = nn.Linear(8, 4, bias=False), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(nn.functional.linear(x, self.gate.weight))
+
+
+def test_a_weight_that_is_read_by_itself_stays():
+    router, x = Router(), torch.randn(3, 8)
+    expected = router(x)
+    assert pack_linears(router) > 0
+    assert (type(router.gate), type(router.out)) == (nn.Linear, PackedLinear)
+    torch.testing.assert_close(router(x), expected)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores
 from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.models import score_head
 from stars_kernels.hf.proposer import packed_chunks
 
 
@@ -25,7 +26,10 @@ class ClassifierScorer:
     def __init__(self, model: PreTrainedModel, label: int) -> None:
         """model: a view with the stars attention; label: the output that is the reward."""
         self.backbone = cast(PreTrainedModel, model.base_model)
-        self.weight = model.get_parameter("score.weight")[label]  # [D]
+        head = score_head(model, "rm")
+        quantized = type(head.weight) is not nn.Parameter
+        self.weight = (head.weight.dequantize() if quantized else head.weight)[label]  # [D]
+        self.bias = None if head.bias is None else head.bias[label : label + 1]  # [1]
         self.device = model.device
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
@@ -36,20 +40,24 @@ class ClassifierScorer:
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
                 hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), inputs)
-            rewards[chunk.finished] = ops.reward_head(hidden.expand(len(last), -1, -1), last, self.weight).double()
+            rewards[chunk.finished] = self._rewards(hidden.expand(len(last), -1, -1), last)
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         self.cache.fork(rows.prompt)
         with self.cache.extend(tokens.shape[1], lengths) as inputs:
             hidden = self._hidden(tokens, inputs)
-        return Scores(ops.reward_head(hidden, lengths - 1, self.weight).double(), lengths)
+        return Scores(self._rewards(hidden, lengths - 1), lengths)
 
     def commit(self, commit: Commit) -> None:
         self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
 
     def release(self) -> None:
         self.cache.release()
+
+    def _rewards(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """hidden [R, S, D] and each row's last token [R] -> [R]."""
+        return ops.reward_head(hidden, last, self.weight, bias=self.bias).double()
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state
