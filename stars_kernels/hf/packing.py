@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from functools import lru_cache
+from functools import cache
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -56,14 +56,17 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     if ops.backends()["packed_linear"]["cpu"] != "cpp":
         return 0  # its definition would unpack the weights at each call
     size = 0
+    adapter = type(view).__module__.startswith("peft.")
     for name, child in list(view.named_children()):
+        if adapter and name != "base_layer":
+            continue  # small, and read by their weights
         if is_plain(child, LlamaMLP) and _is_swiglu(child):
             mlp = PackedMLP(child, dtype)
             setattr(view, name, mlp)
             size += mlp.gate.nbytes + mlp.up.nbytes + mlp.down_proj.packed.nbytes
         elif _is_packable(child) and not _reads_weight(type(view), name):
             layer = PackedLinear(child, dtype)
-            if name == "base_layer":  # of a PEFT layer, which reads it
+            if adapter:
                 layer.weight = child.weight
             setattr(view, name, layer)
             size += layer.packed.nbytes
@@ -72,8 +75,8 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     return size
 
 
-@lru_cache(maxsize=None)
-def _reads_weight(parent: type[nn.Module], name: str) -> bool:
+@cache
+def _reads_weight(parent: type, name: str) -> bool:
     """Whether a module's code takes the weight of its linear layer `name` by itself, as some routers and mixers do."""
     try:
         return re.search(rf"\.{re.escape(name)}\.weight\b", inspect.getsource(parent)) is not None
