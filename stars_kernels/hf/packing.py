@@ -64,7 +64,7 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
             mlp = PackedMLP(child, dtype)
             setattr(view, name, mlp)
             size += mlp.gate.nbytes + mlp.up.nbytes + mlp.down_proj.packed.nbytes
-        elif _is_packable(child) and not _reads_weight(type(view), name):
+        elif _is_packable(child) and not _reads_weight(type(view), name):  # type: ignore[arg-type]
             layer = PackedLinear(child, dtype)
             if adapter:
                 layer.weight = child.weight
