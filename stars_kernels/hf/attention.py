@@ -125,7 +125,7 @@ def describe(mask_function: Callable[..., Any]) -> str:
     for cell in getattr(mask_function, "__closure__", None) or ():
         parts += cell.cell_contents if isinstance(cell.cell_contents, tuple) else [cell.cell_contents]
     names = [getattr(part, "__qualname__", "").partition(".<locals>")[0] for part in parts]
-    return " of ".join([names[0], " and ".join(filter(None, names[1:]))] if any(names[1:]) else names[:1])
+    return " of ".join(filter(None, [names[0], " and ".join(filter(None, names[1:]))])) or repr(mask_function)
 
 
 def check_options(mask: Any, options: dict[str, Any]) -> None:

@@ -156,6 +156,8 @@ class ForkCache(Cache):
         start = self.held
         if start + steps > self.segment_size:
             raise ValueError(f"{start} + {steps} suffix tokens, expected at most segment_size = {self.segment_size}")
+        if steps > 1 and self.layout.steps:
+            raise ValueError(f"{steps} tokens at once, expected 1: behind a state this model reads one at a time")
         if query_len is None:
             query_len = torch.full_like(self.prompt, steps)
         positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)

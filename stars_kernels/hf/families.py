@@ -12,6 +12,8 @@ GATHERED = "gathered"
 """Attention has no hook: each layer gets copies of whole rows."""
 STATES = "states"
 """As HOOK, and conv or recurrent states are copied for each row."""
+STEPS = "steps"
+"""As STATES, but transformers itself is wrong for several tokens behind a state: as a language model only."""
 
 WORKS: dict[str, str] = {
     "BloomForCausalLM": GATHERED,
@@ -24,10 +26,12 @@ WORKS: dict[str, str] = {
     "GPTNeoXForCausalLM": HOOK,
     "Gemma2ForCausalLM": HOOK,
     "Gemma3ForCausalLM": HOOK,
+    "Gemma3nForCausalLM": HOOK,
     "GptOssForCausalLM": HOOK,
     "GraniteForCausalLM": HOOK,
     "Lfm2ForCausalLM": STATES,
     "LlamaForCausalLM": HOOK,
+    "MambaForCausalLM": STEPS,
     "MistralForCausalLM": HOOK,
     "MixtralForCausalLM": HOOK,
     "MptForCausalLM": GATHERED,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
+from stars_kernels.hf.families import STEPS, WORKS
 
 Plane = tuple[int, int, torch.dtype, torch.device]
 """Heads, head size, dtype and device of one layer's keys, or of its values."""
@@ -46,6 +47,8 @@ class Layout:
     """Whether the forward takes position_ids (models with ALiBi need none)."""
     argument: str
     """What the forward calls its cache."""
+    steps: bool
+    """Whether a forward behind a state may read one token only (`hf.families.STEPS`)."""
     makes_mask: bool
     """Whether the model makes a padding mask of its own, whose every use is a look whether it hides anything."""
 
@@ -86,6 +89,7 @@ def _probe(view: PreTrainedModel) -> Layout:
             states=any(_has_states(layer) for layer in probe.layers),
             positions=bool(positions),
             argument=argument,
+            steps=WORKS.get(type(view).__name__) == STEPS,
             makes_mask=probe.makes_mask,
         )
     except UnsupportedModel as error:

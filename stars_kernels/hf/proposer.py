@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,12 @@ from stars_kernels.hf.processors import BatchProcessors
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+PLAIN_HEAD = [
+    "hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)",
+    "logits = self.lm_head(hidden_states)",
+]
+"""What a forward does with the base model's hidden states where logits are nothing else."""
 
 
 @dataclass
@@ -172,6 +180,15 @@ class ModelProposer:
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:
-    """The weight [V, D] of the output layer where logits = hidden weight^T and nothing else; else None."""
+    """The weight [V, D] of the output layer where logits = hidden weight^T and nothing else; else None.
+
+    Many families scale or cap what goes into the layer or comes out of it: these must be the only lines of the
+    forward that do anything with either.
+    """
     head = model.get_output_embeddings()
+    _, *lines = re.findall(r"\b(?:\w*hidden_states?|logits) [-+*/]?= .*", inspect.getsource(type(model).forward)) or [
+        ""
+    ]
+    if lines != PLAIN_HEAD:
+        return None
     return head.weight if is_plain(head, nn.Linear) and head.bias is None else None
