@@ -1,5 +1,6 @@
 """What a model keeps of its past, as one forward of one token tells; and what is refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -33,13 +34,14 @@ from transformers.masking_utils import (
 )
 
 import stars_kernels
+from stars_kernels.hf import layout as layout_module
 from stars_kernels.hf.attention import FULL, Mask, UnsupportedModel, check_options, pattern_of
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.proposer import output_weight, packed_chunks
 from tests.hf.fork_check import PROMPTS, ROWS, check_decode, check_logits
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, tiny_reward_model
 
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -142,6 +144,24 @@ def test_the_output_says_which_attention_ran(lm, rm):
     assert stars_kernels.decode(lm, rm, [1], **settings).backends["fork_attention"] != "gathered"
     gathered = stars_kernels.decode(bloom(), rm, [1], **settings).backends["fork_attention"]
     assert gathered == "gathered: the model has no attention hook"
+
+
+def test_layers_on_several_devices(monkeypatch):
+    """The bookkeeping is copied to each device, and is never stale: "cpu:0" stands for a second one, as torch copies."""
+    real = layout_module._probe
+
+    def split(view):
+        found = real(view)
+        key, value = ((*plane[:3], torch.device("cpu", 0)) for plane in (found.layers[1].key, found.layers[1].value))
+        return replace(found, layers=[found.layers[0], replace(found.layers[1], key=key, value=value)])
+
+    monkeypatch.setattr(layout_module, "_probe", split)
+    model, rm = tiny(LlamaConfig, num_hidden_layers=2), tiny_reward_model()
+    cache = open_cache(view_of(model), [10], 4)
+    assert [group.arena.shape[0] for group in cache.groups] == [1, 1] and len(cache._places) == 2
+    assert cache.layout.why_eager == "the model lies on several devices"
+    check_logits(model)
+    check_decode(model, rm)
 
 
 def visible(mask_function, window):

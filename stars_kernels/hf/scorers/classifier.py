@@ -56,8 +56,9 @@ class ClassifierScorer:
         self.cache.release()
 
     def _rewards(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """hidden [R, S, D] and each row's last token [R] -> [R]."""
-        return ops.reward_head(hidden, last, self.weight, bias=self.bias).double()
+        """hidden [R, S, D] and each row's last token [R] -> [R]; where the model lies on several devices, so may these."""
+        hidden, last = hidden.to(self.weight.device), last.to(self.weight.device)
+        return ops.reward_head(hidden, last, self.weight, bias=self.bias).double().to(self.device)
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state
