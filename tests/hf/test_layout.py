@@ -147,7 +147,7 @@ def test_the_output_says_which_attention_ran(lm, rm):
 
 
 def test_layers_on_several_devices(monkeypatch):
-    """The bookkeeping is copied to each device, and is never stale: "cpu:0" stands for a second one, as torch copies."""
+    """The bookkeeping is copied to each device and never stale; to "cpu:0" torch copies as to a second device."""
     real = layout_module._probe
 
     def split(view):

@@ -56,7 +56,7 @@ class ClassifierScorer:
         self.cache.release()
 
     def _rewards(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """hidden [R, S, D] and each row's last token [R] -> [R]; where the model lies on several devices, so may these."""
+        """hidden [R, S, D] and each row's last token [R] -> [R]; they may lie on several devices, as the model may."""
         hidden, last = hidden.to(self.weight.device), last.to(self.weight.device)
         return ops.reward_head(hidden, last, self.weight, bias=self.bias).double().to(self.device)
 
