@@ -133,7 +133,7 @@ def test_every_width_and_kind_of_error(lm, rm, truth, error, width):
 def test_memory_that_runs_out_on_the_way(lm, rm, truth):
     """Not in the first round but between others, in every forward in turn: a round leaves nothing behind."""
     outcomes = set()
-    for when in range(1, 60):
+    for when in range(2, 60):  # the first forward is the layout's probe: one token of one row
         calls = 0
 
         def fail_once(module, args, when=when):
@@ -235,7 +235,7 @@ def test_suffixes_are_given_back(lm, rm):
     empty = cache.kv_tokens
     cache.fork(torch.tensor([0, 0, 1]))
     assert cache.kv_tokens == empty + 3 * 4
-    suffix = weakref.ref(cache.suffix.untyped_storage())
+    suffix = weakref.ref(cache.groups[0].suffix.untyped_storage())
     cache.release()
     assert cache.kv_tokens == empty and suffix() is None
     cache.fork(torch.tensor([1]))
