@@ -30,6 +30,7 @@ from stars_kernels.hf.models import (
     context_limit,
     eos_ids,
     load_language_model,
+    text_config,
     view_of,
 )
 from stars_kernels.hf.packing import pack_linears
@@ -137,7 +138,7 @@ class Engine:
         return prompt
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        vocabulary = self.lm.config.vocab_size
+        vocabulary = text_config(self.lm).vocab_size
         wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -120,10 +121,16 @@ class RMSNorm(nn.Module):
         return call_op("rms_norm", x, self.weight, self.eps)
 
 
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of its language model, where a model has other parts too."""
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    return config
+
+
 def context_limit(model: PreTrainedModel) -> int:
     """Tokens of prompt and answer the model's positions are made for; sys.maxsize where it names no limit."""
-    names = ("max_position_embeddings", "max_seq_len")
-    return next((int(limit) for name in names if (limit := getattr(model.config, name, None))), sys.maxsize)
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    return next((int(limit) for name in names if (limit := getattr(text_config(model), name, None))), sys.maxsize)
 
 
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -131,7 +138,7 @@ def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
-        eos = model.config.eos_token_id
+        eos = getattr(text_config(model), "eos_token_id", None)
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 

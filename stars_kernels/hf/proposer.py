@@ -16,7 +16,6 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
-from stars_kernels.hf.layout import takes
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.hf.processors import BatchProcessors
 
@@ -85,7 +84,7 @@ class ModelProposer:
         self.device = model.device
         self.graphs = graphs
         self.head = output_weight(model) if fuse else None
-        self.keeps = takes(model, "logits_to_keep")
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]

@@ -24,6 +24,7 @@ from stars_kernels.hf.models import (
     has_tokenizer,
     name_of,
     score_head,
+    text_config,
     unwrapped,
     view_of,
 )
@@ -158,7 +159,7 @@ def _check_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """The reward model reads the language model's token ids, so both must mean the same text."""
-    name, size, expected = name_of(rm), rm.config.vocab_size, lm.config.vocab_size
+    name, size, expected = name_of(rm), text_config(rm).vocab_size, text_config(lm).vocab_size
     if size != expected:
         raise ValueError(
             f"rm {name} has a vocabulary of {size} tokens and the language model one of {expected}: another tokenizer; "

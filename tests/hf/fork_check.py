@@ -4,7 +4,7 @@ import torch
 
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.models import view_of
+from stars_kernels.hf.models import text_config, view_of
 from stars_kernels.hf.proposer import packed_chunks
 from tests.sequential import sequential_decode
 from tests.tiny import tiny_reward_model
@@ -24,7 +24,7 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
     """
     view, worst = view_of(model), 0.0
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
+    vocabulary = text_config(model).vocab_size
     tokens = torch.randint(0, min(250, vocabulary), (len(ROWS), 9), generator=generator)
     prompts = [[t % vocabulary for t in prompt] for prompt in PROMPTS]
     with torch.no_grad():
@@ -86,7 +86,7 @@ def check_decode(model, reward=None, prompts=PROMPTS[1:], widths=(1, 3), **chang
     reward: what decode takes as its reward model; None = a tiny Llama with the model's vocabulary.
     """
     if reward is None:
-        reward = tiny_reward_model(vocab_size=model.config.vocab_size)
+        reward = tiny_reward_model(vocab_size=text_config(model).vocab_size)
     settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=10, segment_size=4, max_attempts=4)
     config = stars_kernels.StarsConfig(**{**settings, "eos_token_id": (3, 77, 130), **changes})
     with torch.no_grad():
