@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 import stars_kernels
 from stars_kernels.hf.families import CLASSIFIERS, REFUSED, WORKS
-from stars_kernels.hf.layout import takes
+from stars_kernels.hf.layout import layout_of, takes
+from stars_kernels.hf.models import view_of
 from tests.hf import families
 from tests.hf.family_table import DOCUMENT, measured, table
 from tests.hf.fork_check import check_decode, check_logits
@@ -62,7 +63,7 @@ def test_every_family_of_transformers_is_known():
 @torch.no_grad()
 def own_cache_error(model, cuts):
     """How far a model's logits with its own DynamicCache, `cuts` tokens a forward, are from those without a cache."""
-    name = "cache_params" if takes(model, "cache_params") else "past_key_values"
+    name = layout_of(view_of(model)).argument
     cache, ids = DynamicCache(config=model.config), torch.arange(40, 40 + sum(cuts))[None]
     full, parts = model(input_ids=ids).logits, []
     for part in torch.arange(sum(cuts)).split(cuts):
@@ -71,7 +72,7 @@ def own_cache_error(model, cuts):
     return ((torch.cat(parts, dim=1) - full).abs().max() / full.abs().max().clamp(min=1)).item()
 
 
-@pytest.mark.parametrize("family", [*WORKING, *(set(families.WRONG_IN_TRANSFORMERS) - set(WORKING))])
+@pytest.mark.parametrize("family", sorted({*WORKING, *families.WRONG_IN_TRANSFORMERS}))
 def test_the_models_own_cache(family):
     """Apart from our code: a tiny model is a sane subject, or transformers is known to be wrong about it."""
     model, wrong = families.tiny(family), families.WRONG_IN_TRANSFORMERS.get(family, ())
