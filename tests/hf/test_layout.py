@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    BloomForSequenceClassification,
     CohereConfig,
     DeepseekV3Config,
     Gemma2Config,
@@ -18,7 +19,9 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MistralForSequenceClassification,
     Qwen3NextConfig,
+    Qwen3NextForSequenceClassification,
 )
 from transformers.masking_utils import (
     and_masks,
@@ -106,6 +109,30 @@ def test_logits_and_answers_are_the_models_own(name):
     model = MODELS[name]()
     check_logits(model, TOLERANCE.get(name, 1e-6))
     check_decode(model)
+
+
+CLASSIFIERS = {
+    "window": MistralForSequenceClassification,
+    "recurrent": Qwen3NextForSequenceClassification,
+    "alibi": BloomForSequenceClassification,
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_rewards_are_the_models_own(lm, name):
+    """Candidates of several lengths in one forward, some ended early: no other row's padding reaches a state."""
+    torch.manual_seed(1)
+    config = MODELS[name]().config
+    config.num_labels, config.pad_token_id = 1, None
+    model = CLASSIFIERS[name](config).double().eval()
+    model.set_experts_implementation("eager")
+    ends = tuple(range(0, VOCABULARY, 5))
+    outputs = check_decode(lm, model, widths=(1, 4), max_new_tokens=14, eos_token_id=ends, reward_threshold=50.0)
+    assert {n for output in outputs for segment in output.segments for n in segment.lengths} > {1, 4}
+    for prompt, output in zip(PROMPTS[1:], outputs, strict=True):
+        with torch.no_grad():
+            own = model(torch.tensor([prompt + output.token_ids])).logits.item()
+        assert output.reward == pytest.approx(own, abs=TOLERANCE.get(name, 1e-6))
 
 
 def test_a_window_that_is_not_applied_is_seen():
