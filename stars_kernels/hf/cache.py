@@ -118,8 +118,7 @@ class ForkCache(Cache):
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
         prompt, row, count, advance = (t.to(self.device) for t in (prompt, row, count, advance))
-        if self.states is not None:
-            self.states.commit(prompt, row, count, advance, self.held)
+        states = [] if self.states is None else self.states.commit(prompt, row, count, advance, self.held)
         for group in self.groups[1:]:
             here = (self.lengths, self.offsets, prompt, row, count, torch.zeros_like(advance))
             ops.kv_commit(group.suffix, group.arena, *(t.to(group.device) for t in here))
@@ -127,7 +126,11 @@ class ForkCache(Cache):
             ops.kv_commit(group.suffix, group.arena, self.lengths, self.offsets, prompt, row, count, advance)
         if not self.groups:
             self.lengths[prompt] += count * advance
-        self.rollback()
+        for state, at, new in states:
+            state.index_copy_(0, at, new)
+        self.held = 0
+        if self.states is not None:
+            self.states.ready = False
 
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
@@ -156,6 +159,8 @@ class ForkCache(Cache):
         start = self.held
         if start + steps > self.segment_size:
             raise ValueError(f"{start} + {steps} suffix tokens, expected at most segment_size = {self.segment_size}")
+        if self.states is not None and not self.states.ready:
+            raise ValueError("rows of a model with states go on after a commit, expected a fork before")
         if steps > 1 and self.layout.steps:
             raise ValueError(f"{steps} tokens at once, expected 1: behind a state this model reads one at a time")
         if query_len is None:

@@ -25,6 +25,8 @@ class States:
         self.prefix: dict[Any, Tensor] = {}  # [P, ...] of each state, after the prefix
         self.best: dict[Any, Tensor] = {}  # [P, ...] after the candidate that lies behind the prefix
         self.rows: dict[Any, Tensor] = {}  # [R, ...] of the forked rows
+        self.ready = False
+        """Whether the rows continue their prompts' prefixes."""
 
     def start(self, prompt: int, length: int) -> None:
         """Before the forward that reads a prompt, all of it at once."""
@@ -52,6 +54,7 @@ class States:
 
     def open(self, rows: slice) -> None:
         """Give each of these rows its prompt's state; the layers then work on these alone, in place."""
+        self.ready = True
         for layer, held, ready, index in self._slots():
             key = (id(layer), held is layer.conv_states, index)
             if key in self.rows:
@@ -60,18 +63,25 @@ class States:
                 held[index], ready[index] = self.rows[key][rows], True
                 layer.has_previous_state[index] = True
 
-    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int) -> None:
-        """Keep the rows' states for their prompts.
+    def commit(
+        self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What keeps the rows' states for their prompts, to be written by `index_copy_`: (where, which prompts, what).
+
+        That is for later, as it takes no memory: a commit that runs out of it has then changed nothing.
 
         A state is that after all `held` tokens. A candidate with fewer was ended by EOS, a stop string or the limit:
         if it is chosen its answer is finished and its state never read. NaN makes sure of that: read, it would show.
         """
+        moves = []
         for key, state in self.rows.items():
             p, r, n, go = (t.to(state.device) for t in (prompt, row, count, advance))
             one = (-1, *[1] * (state.dim() - 1))
             new = state[r.clamp(min=0)].masked_fill((n != held).view(one), torch.nan)
-            self.best[key][p] = torch.where((r >= 0).view(one), new, self.best[key][p])
-            self.prefix[key][p] = torch.where(go.view(one), self.best[key][p], self.prefix[key][p])
+            best = torch.where((r >= 0).view(one), new, self.best[key][p])
+            prefix = torch.where(go.view(one), best, self.prefix[key][p])
+            moves += [(self.best[key], p, best), (self.prefix[key], p, prefix)]
+        return moves
 
     def _slots(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
         """Each layer that may have a state, where it holds it, where it says so, and its index there."""

@@ -287,6 +287,8 @@ def test_states_know_no_earlier_token():
     # A candidate shorter than the forwards ended its answer: its state is of no use, and must show if it is read.
     one = torch.tensor([1])
     cache.commit(torch.tensor([0]), one, one, one.bool())
+    with pytest.raises(ValueError, match="go on after a commit, expected a fork before"), cache.extend(1):
+        pass
     cache.fork(torch.tensor([0, 1]))
     with cache.extend(1) as inputs:
         logits = view(input_ids=torch.ones(2, 1, dtype=torch.int64), **inputs).logits
