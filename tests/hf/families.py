@@ -25,7 +25,7 @@ WINDOW = 5
 
 GENERIC: dict[str, Any] = {
     # tokens
-    "vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None, "num_labels": 1,
+    "vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None,
     "decoder_start_token_id": BOS, "forced_eos_token_id": None, "tie_word_embeddings": False, "type_vocab_size": 2,
     # width and depth
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "emb_dim": 32, "embedding_size": 32, "embedding_dim": 32,
@@ -116,6 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": {**SHARED_KEYS, "global_head_dim": 16},
     "gemma4_assistant": {"backbone_hidden_size": 32},
+    "gemma4_unified": {"vision_config": None, "audio_config": None},
     "gemma4_unified_assistant": {"backbone_hidden_size": 32},
     "git": {"vision_config": {**VISION, "image_size": 8, "patch_size": 4}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -287,7 +288,7 @@ def tiny(model_type: str, seed: int = 0, **changes: Any):
 
 def tiny_reward(model_type: str, seed: int = 1):
     torch.manual_seed(seed)
-    return finished(AutoModelForSequenceClassification.from_config(tiny_config(model_type)))
+    return finished(AutoModelForSequenceClassification.from_config(tiny_config(model_type, num_labels=1)))
 
 
 def refused(model_type: str):

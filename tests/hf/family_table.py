@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES,
@@ -19,10 +20,11 @@ from transformers.models.auto.modeling_auto import (
 
 import stars_kernels.hf.cache
 from stars_kernels.hf.attention import FULL
-from stars_kernels.hf.cache import ForkCache
+from stars_kernels.hf.cache import ForkCache, GatheredCache
 from stars_kernels.hf.families import CLASSIFIERS, REFUSED, STATES, STEPS, WORKS
 from stars_kernels.hf.layout import Layout, layout_of
 from stars_kernels.hf.models import context_limit, text_config, view_of
+from stars_kernels.hf.states import States
 from tests.hf import families
 from tests.hf.fork_check import check_logits
 
@@ -68,6 +70,12 @@ def measured(family: str) -> Found:
     if any(layer.sinks is not None for layer in layout.layers):
         with _layers_with(sinks=None):
             without["sinks"] = error()
+    if layout.states:
+        with patch.object(States, "open", _open_emptied):
+            without["states"] = error()
+    if layout.mode == "gathered":
+        with patch.object(GatheredCache, "_arguments", _arguments_without_mask):
+            without["padding mask"] = error()
     with patch.object(ForkCache, "_arguments", _late_arguments):
         late = error()
     positions = late > own + 1e-9
@@ -77,7 +85,8 @@ def measured(family: str) -> Found:
     return Found(path, _features(family, model, layout, list(without), positions), own, without)
 
 
-_attend, _arguments = ForkCache.attend, ForkCache._arguments
+_attend, _arguments, _open = ForkCache.attend, ForkCache._arguments, States.open
+_gathered_arguments = GatheredCache._arguments
 
 
 def _noting(windows: set[int]):
@@ -94,6 +103,17 @@ def _attend_without_window(self, module, query, key, value, mask, scale, options
 
 def _late_arguments(self, positions):
     return _arguments(self, positions + (positions.shape[0] > 1))  # several rows: behind the prefix
+
+
+def _arguments_without_mask(self, positions):
+    arguments = _gathered_arguments(self, positions)
+    return arguments | {"attention_mask": torch.ones_like(arguments["attention_mask"])}
+
+
+def _open_emptied(self, rows):
+    _open(self, rows)
+    for state in self.rows.values():
+        state[rows] = 0
 
 
 @contextmanager
@@ -139,10 +159,11 @@ ENCODER = "that reads its whole text both ways"
 HEAD = """# Language models and reward models, family by family
 
 Written by `python -m tests.hf.test_families --write docs/families.md`: every entry of transformers' mapping of causal
-language models, each as a tiny random model in float64. "Logit error" is the largest difference between logits through
-the fork cache and those of the model's own forward, relative to the largest logit; answers were equal, token for token,
-to the sequential loop's. Errors near 1e-7 are those of norms, softmaxes and scans that transformers computes in float32
-in any model; where they are 1e-5, a linear attention's whole recurrence is.
+language models, each as a tiny random model in float64 (xglm, whose forward fails in it, in float32). "Logit error" is
+the largest difference between logits through the fork cache and those of the model's own forward, relative to the
+largest logit; answers were equal, token for token, to the sequential loop's. Errors near 1e-7 are those of softmaxes,
+routers and scans that transformers computes in float32 in any model; where they are 1e-5, a linear attention's whole
+recurrence is.
 
 Paths: **hook**, prefixes are read where they lie; **gathered**, the class has no attention hook, so each layer gets
 copies of whole rows: exact, but prefixes are copied at each step; **states**, as hook, and convolution and recurrent

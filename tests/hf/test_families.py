@@ -58,6 +58,8 @@ def test_every_family_of_transformers_is_known():
     assert gone - set(FAMILIES.values()) == set()
     assert CLASSIFIERS - set(CLASSIFIER_OF.values()) == set()
     assert CLASSIFIERS & set(REFUSED) == set()
+    rated = {CLASSIFIER_OF[family] for family in WORKING if family in CLASSIFIER_OF and family not in NOT_CAUSAL}
+    assert rated - CLASSIFIERS - set(REFUSED) == set()
 
 
 @torch.no_grad()
@@ -92,8 +94,9 @@ def test_logits_and_answers_are_the_models_own(family):
 
 @pytest.mark.parametrize("family", WORKING)
 def test_the_check_sees_what_is_left_out(family):
-    """Without its window, soft-cap or sinks, or with each answer token one position late, logits are far off."""
+    """Without window, soft-cap, sinks, states or padding mask, or with answers a position late, logits are far off."""
     found = measured(family)
+    assert found.without
     for feature, error in found.without.items():
         assert error > 0.02, feature
 
@@ -132,6 +135,7 @@ def test_an_encoder_that_is_no_decoder_is_refused(family):
 @pytest.mark.parametrize("family", RATED)
 def test_rewards_are_the_classifiers_own(family):
     check_rewards(families.tiny_reward(family), families.tolerance(family))
+    check_decode(families.tiny(family), families.tiny_reward(family), widths=(3,))
 
 
 @pytest.mark.parametrize("family", UNRATED)
