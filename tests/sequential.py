@@ -11,6 +11,7 @@ from stars_kernels.ops.segment_sample import segment_sample_ref
 def sequential_decode(lm, rm, prompt, request_id, config, eos, process=lambda ids, logits: logits, stops=None):
     """The answer's tokens and the number of attempts of each segment; config with r*, beta and seed given.
 
+    rm: a sequence classifier, or a function of (prompt ids, answer ids) to a reward.
     process([1, T] token ids, [1, V] logits) -> [1, V] logits; stops(answer) -> whether it ends with its last token.
     """
     key = torch.tensor([request_key(config.seed, request_id)])
@@ -18,6 +19,8 @@ def sequential_decode(lm, rm, prompt, request_id, config, eos, process=lambda id
     filters = (filters["temperature"], filters["top_k"], filters["top_p"], filters["min_p"], 0)
 
     def reward(answer):
+        if not isinstance(rm, torch.nn.Module):
+            return rm(prompt, answer)
         return rm(torch.tensor([prompt + answer])).logits[0, 0].item()
 
     def candidate(answer, attempt):

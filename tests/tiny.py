@@ -32,15 +32,20 @@ def tiny_reward_model(dtype=torch.float64, seed=1, **changes):
     return LlamaForSequenceClassification(tiny_config(**changes)).to(dtype).eval()
 
 
-def byte_tokenizer(chat_template=None):
-    """One token a byte (ids 0..255 in GPT-2's alphabet order), BOS 256 and EOS 257; no pad token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+def byte_tokenizer(chat_template=None, reverse=False, merges=()):
+    """One token a byte (ids 0..255 in GPT-2's alphabet order), BOS 256 and EOS 257; no pad token.
+
+    reverse: the same tokens under other ids. merges: pairs of tokens that become one token each, from id 256 on, which
+    moves BOS and EOS behind them.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    names = [*alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    assert (fast.bos_token_id, fast.eos_token_id) == (BOS, EOS)
+    assert (fast.bos_token_id, fast.eos_token_id) == (BOS + len(merges), EOS + len(merges))
     fast.chat_template = chat_template
     return fast
 
@@ -67,3 +72,16 @@ def text_model(text, tokenizer):
     ids = tokenizer(text)["input_ids"]
     assert len(set(ids)) == len(ids)
     return scripted_model({tuple(ids[:i]): ids[i] for i in range(len(ids))})
+
+
+def spelling_model(letters, end=True, seed=0, **changes):
+    """A language model that writes the bytes of `letters` and (if `end`) the EOS alone: pairs that merge are common."""
+    model = tiny_language_model(seed=seed, **changes)
+    allowed = {*byte_tokenizer()(letters)["input_ids"], *([EOS] if end else [])}
+    barred = torch.tensor([i not in allowed for i in range(VOCABULARY)])
+
+    def bar(module, args, output):
+        output.logits[..., barred] = -torch.inf
+
+    model.register_forward_hook(bar)
+    return model

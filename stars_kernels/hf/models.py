@@ -93,21 +93,26 @@ def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
     return head
 
 
-def view_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that shares every tensor with `model` but has its own config and modules: eval mode, our attention.
+def eval_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in eval mode that shares every tensor with `model` but has its own config and modules.
 
-    A class without the attention hook keeps its own. The user's model is left alone, so other threads may go on using
-    it.
+    The user's model is left alone, so other threads may go on using it.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     view: PreTrainedModel = copy.deepcopy(model, memo={id(t): t for t in tensors})
+    return view.eval()
+
+
+def view_of(model: PreTrainedModel) -> PreTrainedModel:
+    """`eval_copy` with our attention; a class without the attention hook keeps its own."""
+    view = eval_copy(model)
     if has_hook(view):
         view.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
             if is_plain(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
                 setattr(parent, name, RMSNorm(child))
-    return view.eval()
+    return view
 
 
 class RMSNorm(nn.Module):

@@ -17,10 +17,11 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the engine takes it; text is None where token ids were given."""
+    """One prompt as the engine takes it; text is None where token ids were given, messages where it was no chat."""
 
     ids: list[int]
     text: str | None = None
+    messages: list[Mapping[str, Any]] | None = None
 
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
@@ -59,7 +60,7 @@ class Codec:
         _check_messages(prompt)
         text = str(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
         # The template writes its own BOS; the tokenizer must not add a second one.
-        return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+        return Prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], text, list(prompt))
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The prompt as a callable reward sees it: as given, or its token ids as text, special tokens included."""

@@ -1,63 +1,111 @@
-"""Reward models: what the user may pass as one, how it is loaded and checked, and the scorer it becomes."""
+"""Reward models: what the user may pass as one, and the scorer it becomes."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from typing import TypeGuard, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
-from stars_kernels.hf.families import CLASSIFIERS
 from stars_kernels.hf.models import (
     ModelOrPath,
-    check_model,
     check_path,
     check_tokenizer,
     context_limit,
-    has_tokenizer,
-    name_of,
-    score_head,
-    text_config,
-    unwrapped,
+    eval_copy,
     view_of,
 )
 from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.scorers import CallableScorer, ClassifierScorer, RewardFunction
+from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, load_reward_model
+from stars_kernels.hf.scorers import (
+    REDUCE,
+    CallableScorer,
+    Chunks,
+    ClassifierScorer,
+    EncoderScorer,
+    ProcessScorer,
+    Reduce,
+    RewardFunction,
+    SumScorer,
+    TextClassifierScorer,
+)
+from stars_kernels.hf.texts import Template, TextPrompt, check_template
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model and what the engine needs to know of it.
+    """A reward model and what the engine needs to know of it; its kind follows from `model`.
 
-    model: a sequence classifier, its folder or hub name.
-    tokenizer: its tokenizer, compared with the language model's. (A model that is loaded here brings its own; without
-        one, a model in memory is compared by the size of its vocabulary.)
+    model: a sequence classifier (a decoder or an encoder), a token classifier that scores steps, or a folder or hub
+        name of one; or a function rm(prompts, answers) -> floats on texts.
+    tokenizer: its tokenizer. A decoder with the language model's own reads token ids, any other reads text. (A model
+        that is loaded here brings its own; without one, vocabularies of one size are taken for the same.)
+    template: how prompt and answer become the text it reads: a format string with {prompt} and {answer}, or a function
+        (prompt: str or messages, answer) -> text. None = for a chat its tokenizer's chat template, where there is one,
+        with the answer as the last turn; else the answer behind the prompt (for an encoder: the pair of both).
+    weight: of its reward in a sum of several, or by itself.
     label: the output that is the reward, for models with several.
+    step: what ends a step of an answer, for a token classifier.
+    reduce: the reward of the steps' probabilities: "min", "mean", "prod" or "last".
     """
 
-    model: ModelOrPath
+    model: ModelOrPath | RewardFunction
     tokenizer: PreTrainedTokenizerBase | None = None
+    template: Template | None = None
+    weight: float = 1.0
     label: int | None = None
+    step: str = "\n\n"
+    reduce: Reduce = "min"
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
+        check_template(self.template)
+        if isinstance(self.weight, bool) or not isinstance(self.weight, Real) or not math.isfinite(self.weight):
+            raise TypeError(f"weight is {self.weight!r}, expected a finite number")
         if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
             raise TypeError(f"label is {self.label!r}, expected an integer or None")
+        if not isinstance(self.step, str) or not self.step:
+            raise TypeError(f"step is {self.step!r}, expected a non-empty string")
+        if self.reduce not in REDUCE:
+            raise ValueError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCE)}")
+
+    def takes_only(self, kind: str, *names: str) -> None:
+        """Refuse a setting that means nothing to this kind of reward model."""
+        for field in fields(self):
+            if field.default is not MISSING and field.name not in ("weight", *names):
+                value = getattr(self, field.name)
+                if value is not field.default and value != field.default:
+                    raise ValueError(
+                        f"{field.name} is given, but rm is {kind}, which takes none; expected no {field.name}="
+                    )
 
 
-Reward = ModelOrPath | RewardModel | RewardFunction
-"""What `decode` takes as its reward model."""
+Reward = ModelOrPath | RewardModel | RewardFunction | Sequence[ModelOrPath | RewardModel | RewardFunction]
+"""What `decode` takes as its reward model: one, or several whose weighted sum is the reward."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward model, ready to score."""
+
+    scorer: Callable[[Sequence[TextPrompt], torch.device], Scorer]
+    """For one lock-step batch: its prompts, and the device where rewards are wanted."""
+    body: nn.Module | None = None
+    """The module whose linear layers may be packed. (A head is read at one token alone, by an op of its own.)"""
+    limit: int = sys.maxsize
+    """Tokens of prompt and answer that it can read, in the language model's; what reads text checks each text."""
 
 
 class Rewarder:
-    """The reward model of one call."""
+    """The reward models of one call."""
 
     def __init__(
         self,
@@ -66,111 +114,105 @@ class Rewarder:
         tokenizer: PreTrainedTokenizerBase | None,
         trust_remote_code: bool,
     ) -> None:
-        self.function: RewardFunction | None = None
-        self.bodies: list[nn.Module] = []
-        """The modules whose linear layers may be packed. (A head is read at one token alone, by an op of its own.)"""
-        self.limit = sys.maxsize
-        """Tokens of prompt and answer that it can read."""
-        if is_function(rm):
-            if tokenizer is None:
-                raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
-            self.function = rm
-            return
-        described = rm if isinstance(rm, RewardModel) else RewardModel(cast(ModelOrPath, rm))
-        model, self.label = load_reward_model(described, language_model, tokenizer, trust_remote_code)
-        self.model = view_of(model)
-        self.bodies = [self.model.base_model]
-        self.limit = context_limit(self.model)
-        if self.model.device != language_model.device:
-            raise ValueError(f"rm is on {self.model.device}, expected the language model's {language_model.device}")
+        described = reward_models(rm)
+        self.weights = [float(part.weight) for part in described]
+        self.parts = [_part(part, language_model, tokenizer, trust_remote_code) for part in described]
+        self.bodies = [part.body for part in self.parts if part.body is not None]
+        self.limit = min(part.limit for part in self.parts)
 
     def scorer(self, prompts: Sequence[Prompt], codec: Codec, device: torch.device) -> Scorer:
         """For one lock-step batch; device: of the language model."""
-        if self.function is not None:
-            return CallableScorer(self.function, [codec.prompt_text(p) for p in prompts], codec.decode, device)
-        return ClassifierScorer(self.model, self.label)
+        texts = [TextPrompt(prompt, codec) for prompt in prompts]
+        scorers = [part.scorer(texts, device) for part in self.parts]
+        if self.weights == [1.0]:
+            return scorers[0]
+        return SumScorer(list(zip(scorers, self.weights, strict=True)))
 
 
-def check_reward(rm: object) -> None:
+def reward_models(rm: Reward) -> list[RewardModel]:
+    """One entry a part."""
+    parts = list(rm) if isinstance(rm, list | tuple) else [rm]
+    if not parts:
+        raise ValueError("rm is an empty list, expected at least one reward model")
+    return [part if isinstance(part, RewardModel) else RewardModel(cast(ModelOrPath, part)) for part in parts]
+
+
+def check_reward(rm: Reward) -> None:
     """What can be refused before anything is loaded."""
-    if isinstance(rm, RewardModel):
-        check_reward_path(rm.model)
-    elif not is_function(rm):
-        check_reward_path(rm)
+    for part in reward_models(rm):
+        model = part.model
+        if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".gguf"):
+            raise ValueError(
+                f"rm is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
+                "expected a folder, a hub name or a function of texts"
+            )
+        check_path("rm", model)
 
 
 def is_function(rm: object) -> TypeGuard[RewardFunction]:
-    return callable(rm) and not isinstance(rm, torch.nn.Module)
+    return callable(rm) and not isinstance(rm, nn.Module)
 
 
-def check_reward_path(rm: object) -> None:
-    if isinstance(rm, str | os.PathLike) and os.fspath(rm).endswith(".gguf"):
-        raise ValueError(
-            f"rm is {os.fspath(rm)!r}, and a .gguf file holds no reward head; "
-            "expected a folder, a hub name or a function of texts"
-        )
-    check_path("rm", rm)
-
-
-def load_reward_model(
+def _part(
     rm: RewardModel,
-    language_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, int]:
-    """The reward model, loaded where it is a path, and the index of its reward output; checked against the LM."""
-    model, rm_tokenizer, new_head = rm.model, rm.tokenizer, False
-    if isinstance(model, str | os.PathLike):
-        path = os.path.expanduser(model)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
-        new_head = any(key.startswith("score") for key in info["missing_keys"])
-        if rm_tokenizer is None and has_tokenizer(path):
-            rm_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    model = unwrapped(model, "rm")
-    expected = "a causal sequence classifier of a tested family, or a function of texts: rm(prompts, answers) -> floats"
-    check_model(model, "rm", CLASSIFIERS, expected)
-    name = name_of(model)
-    head = score_head(model, "rm").weight  # [labels, D]
-    adapted = type(model.score) is not nn.Linear  # a head that came with the adapters is no checkpoint's
-    loaded = not adapted and any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
-    if new_head or (loaded and not getattr(head, "_is_hf_initialized", False)):
-        raise ValueError(
-            f"rm {name}: its head score.weight is not in the checkpoint and was newly initialised, so its rewards are "
-            "random; expected a trained reward model (if you trained the head in memory, save and load the model)"
-        )
-    labels = head.shape[0]
-    if rm.label is None and labels != 1:
-        raise ValueError(
-            f"rm {name} has {labels} labels, expected 1; say which one is the reward with RewardModel(rm, label=...)"
-        )
-    label = rm.label or 0
-    if not 0 <= label < labels:
-        raise ValueError(f"label is {label}, but rm {name} has {labels} labels, expected 0 to {labels - 1}")
-    _check_same_tokenizer(model, rm_tokenizer, language_model, tokenizer)
-    return model, label
-
-
-def _check_same_tokenizer(
-    rm: PreTrainedModel,
-    rm_tokenizer: PreTrainedTokenizerBase | None,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """The reward model reads the language model's token ids, so both must mean the same text."""
-    name, size, expected = name_of(rm), text_config(rm).vocab_size, text_config(lm).vocab_size
-    if size != expected:
+    trust_remote_code: bool,
+) -> Part:
+    """The one place that tells the kinds apart."""
+    if is_function(rm.model):
+        return _function(rm, rm.model, tokenizer)
+    loaded = load_reward_model(cast(ModelOrPath, rm.model), rm.tokenizer, trust_remote_code)
+    kind = type(loaded.model).__name__
+    if kind in ENCODERS:
+        return _encoder(rm, loaded, tokenizer)
+    if kind in PROCESS_MODELS:
+        return _process(rm, loaded, lm, tokenizer)
+    return _classifier(rm, loaded, lm, tokenizer)
+
+
+def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTokenizerBase | None) -> Part:
+    rm.takes_only("a function of texts")
+    if tokenizer is None:
+        raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
+    return Part(lambda prompts, device: CallableScorer(function, prompts, device))
+
+
+def _classifier(
+    rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Part:
+    rm.takes_only("a sequence classifier", "tokenizer", "template", "label")
+    label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
+    if rm.template is None and loaded.reads_ids(lm, tokenizer):
+        limit = context_limit(loaded.model)
+        return Part(lambda prompts, device: ClassifierScorer(view, label, chunks), view.base_model, limit)
+    own = loaded.own_tokenizer(lm, tokenizer)
+    return Part(
+        lambda prompts, device: TextClassifierScorer(view, label, own, rm.template, prompts, device, chunks),
+        view.base_model,
+    )
+
+
+def _process(rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Part:
+    rm.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
+    if loaded.model.config.num_labels == 1:
+        raise ValueError(f"rm {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
+    label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
+    own = loaded.own_tokenizer(lm, tokenizer)
+    return Part(
+        lambda prompts, device: ProcessScorer(view, label, own, rm.step, rm.reduce, prompts, device, chunks),
+        view.base_model,
+    )
+
+
+def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> Part:
+    rm.takes_only("an encoder", "tokenizer", "template", "label")
+    own = loaded.tokenizer
+    if own is None:
         raise ValueError(
-            f"rm {name} has a vocabulary of {size} tokens and the language model one of {expected}: another tokenizer; "
-            "expected a reward model that reads the language model's token ids (or pass a callable)"
+            f"rm {loaded.name} has no tokenizer, without which it reads no text: pass RewardModel(rm, tokenizer)"
         )
-    if rm_tokenizer is None or tokenizer is None:
-        return
-    ours, theirs = tokenizer.get_vocab(), rm_tokenizer.get_vocab()
-    different = [token for token, i in theirs.items() if ours.get(token) != i] or sorted(set(ours) - set(theirs))
-    if different:
-        raise ValueError(
-            f"rm {name} has another tokenizer than the language model: {len(different)} tokens differ, the first is "
-            f"{different[0]!r}; expected the same tokenizer (or pass a callable)"
-        )
+    if tokenizer is None:
+        raise ValueError(f"rm {loaded.name} reads text, which needs the language model's tokenizer: pass tokenizer=")
+    label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
+    return Part(lambda prompts, device: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)

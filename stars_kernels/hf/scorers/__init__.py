@@ -1,6 +1,22 @@
 """Reward models as Scorers, a file for each kind."""
 
+from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import ClassifierScorer
+from stars_kernels.hf.scorers.encoder import EncoderScorer
 from stars_kernels.hf.scorers.function import CallableScorer, RewardFunction
+from stars_kernels.hf.scorers.process import REDUCE, ProcessScorer, Reduce
+from stars_kernels.hf.scorers.text import TextClassifierScorer
+from stars_kernels.hf.scorers.total import SumScorer
 
-__all__ = ["CallableScorer", "ClassifierScorer", "RewardFunction"]
+__all__ = [
+    "REDUCE",
+    "CallableScorer",
+    "Chunks",
+    "ClassifierScorer",
+    "EncoderScorer",
+    "ProcessScorer",
+    "Reduce",
+    "RewardFunction",
+    "SumScorer",
+    "TextClassifierScorer",
+]

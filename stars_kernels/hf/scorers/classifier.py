@@ -1,4 +1,4 @@
-"""A causal sequence classifier with a cache of its own."""
+"""A causal sequence classifier that shares the language model's token ids, with a cache of its own."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from stars_kernels.decoder.protocols import Commit, Rows, Scores
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import score_head
 from stars_kernels.hf.proposer import packed_chunks
+from stars_kernels.hf.scorers.chunks import Chunks
 
 
 class ClassifierScorer:
-    """A causal sequence classifier that reads each accepted token once.
+    """A causal sequence classifier that reads each accepted token once; it may lie on another device than the rows.
 
     The reward is the head's output at the LAST token of prompt + answer, an EOS included. (transformers reads it at the
     last token that is not the pad token: one earlier where an answer ends in EOS and pad is EOS.)
     """
 
-    def __init__(self, model: PreTrainedModel, label: int) -> None:
+    def __init__(self, model: PreTrainedModel, label: int, chunks: Chunks | None = None) -> None:
         """model: a view with the stars attention; label: the output that is the reward."""
         self.backbone = cast(PreTrainedModel, model.base_model)
-        head = score_head(model, "rm")
-        quantized = type(head.weight) is not nn.Parameter
-        self.weight = (head.weight.dequantize() if quantized else head.weight)[label]  # [D]
-        self.bias = None if head.bias is None else head.bias[label : label + 1]  # [1]
+        self.weight, self.bias = reward_output(model, label)
         self.device = model.device
+        self.chunks = chunks or Chunks()
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -44,13 +43,21 @@ class ClassifierScorer:
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        self.cache.fork(rows.prompt)
-        with self.cache.extend(tokens.shape[1], lengths) as inputs:
-            hidden = self._hidden(tokens, inputs)
-        return Scores(self._rewards(hidden, lengths - 1), lengths)
+        ids, counts = tokens.to(self.device), lengths.to(self.device)
+        self.cache.fork(rows.prompt.to(self.device))
+
+        def forward(chunk: slice) -> Tensor:
+            self.cache.select(chunk)
+            with self.cache.extend(ids.shape[1], counts[chunk]) as inputs:
+                hidden = self._hidden(ids[chunk], inputs)
+            return self._rewards(hidden, counts[chunk] - 1)
+
+        rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))
+        return Scores(rewards.to(tokens.device), lengths)
 
     def commit(self, commit: Commit) -> None:
-        self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
+        decided = (commit.prompt, commit.row, commit.length, commit.advance)
+        self.cache.commit(*(column.to(self.device) for column in decided))
 
     def release(self) -> None:
         self.cache.release()
@@ -62,3 +69,11 @@ class ClassifierScorer:
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state
+
+
+def reward_output(model: PreTrainedModel, label: int) -> tuple[Tensor, Tensor | None]:
+    """The weight [D] and the bias [1] of one output of a classifier's head."""
+    head = score_head(model, "rm")
+    quantized = type(head.weight) is not nn.Parameter
+    weight = (head.weight.dequantize() if quantized else head.weight)[label]
+    return weight, None if head.bias is None else head.bias[label : label + 1]

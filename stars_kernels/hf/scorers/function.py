@@ -8,77 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.decoder.memory import is_out_of_memory
+from stars_kernels.decoder.protocols import Scores
+from stars_kernels.hf.scorers.text import TextScorer
+from stars_kernels.hf.texts import TextPrompt
 
 RewardFunction = Callable[[list[str], list[str]], Any]
-"""rm(prompts, answers) -> one float each; answers come without prompt and special tokens."""
+"""rm(prompts, answers) -> one float each; answers come without special tokens."""
 
 
 class WrongRewards(ValueError):
     """A reward function returned something that is not one float for each answer."""
 
 
-class CallableScorer:
+class CallableScorer(TextScorer[tuple[str, str]]):
     """A function of texts; it sees the whole answer each time. Where it raises for one row, the others go on."""
 
-    def __init__(
-        self,
-        function: RewardFunction,
-        prompts: Sequence[str],
-        to_text: Callable[[list[int]], str],
-        device: torch.device,
-    ) -> None:
-        """prompts: the text of each prompt of the batch. to_text: an answer's tokens as the text to be judged."""
-        self.function, self.prompts, self.to_text, self.device = function, prompts, to_text, device
+    def __init__(self, function: RewardFunction, prompts: Sequence[TextPrompt], device: torch.device) -> None:
+        super().__init__(prompts, device)
+        self.function = function
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        self.accepted: list[list[int]] = [[] for _ in prompts]
-        self.tail: list[list[int]] = [[] for _ in prompts]
-        return self._call(list(range(len(prompts))), [""] * len(prompts))
+    def prepare(self, prompt: TextPrompt, answer: str) -> tuple[str, str]:
+        return prompt.text, answer
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        owners = rows.prompt.tolist()
-        self.candidates = [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        answers = [self.to_text(self.accepted[p] + c) for p, c in zip(owners, self.candidates, strict=True)]
-        return self._call(owners, answers)
-
-    def commit(self, commit: Commit) -> None:
-        for p, row, advance in zip(commit.prompt.tolist(), commit.row.tolist(), commit.advance.tolist(), strict=True):
-            if row >= 0:
-                self.tail[p] = self.candidates[row]
-            if advance:
-                self.accepted[p] += self.tail[p]
-
-    def release(self) -> None:
-        """It holds no rows on a device."""
-
-    def _call(self, owners: list[int], answers: list[str]) -> Scores:
+    def read(self, owners: list[int], inputs: list[tuple[str, str]]) -> Scores:
         """One call for all rows; where it raises, one call a row, so that only the rows at fault have no reward.
 
         Rewards of the wrong number or kind are a mistake in the function, and no row's fault: it is not asked again.
         """
-        rewards = torch.full((len(owners),), torch.nan, dtype=torch.float64)
+        rewards = torch.full((len(inputs),), torch.nan, dtype=torch.float64)
         errors: dict[int, Exception] = {}
         try:
-            rewards[:] = self._rewards(owners, answers)
+            rewards[:] = self._rewards(inputs)
         except WrongRewards as error:
-            errors = dict.fromkeys(range(len(owners)), error)
-        except Exception:
-            for row, (owner, answer) in enumerate(zip(owners, answers, strict=True)):
+            errors = dict.fromkeys(range(len(inputs)), error)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            for row, one in enumerate(inputs):
                 try:
-                    rewards[row] = self._rewards([owner], [answer])[0]
+                    rewards[row] = self._rewards([one])[0]
                 except Exception as error:
                     errors[row] = error
         return Scores(rewards.to(self.device), errors=errors)
 
-    def _rewards(self, owners: list[int], answers: list[str]) -> Tensor:
-        returned = self.function([self.prompts[p] for p in owners], list(answers))
-        expected = f"expected floats of shape [{len(answers)}], one for each answer"
+    def _rewards(self, inputs: list[tuple[str, str]]) -> Tensor:
+        returned = self.function([prompt for prompt, _ in inputs], [answer for _, answer in inputs])
+        expected = f"expected floats of shape [{len(inputs)}], one for each answer"
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise WrongRewards(f"the reward function returned {_shorten(returned)}, {expected}") from error
-        if values.shape != (len(answers),):
+        if values.shape != (len(inputs),):
             raise WrongRewards(f"the reward function returned shape {list(values.shape)}, {expected}")
         return values
 

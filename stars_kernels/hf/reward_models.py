@@ -1,0 +1,131 @@
+"""Reward models of transformers: which classes are taken, how they are loaded and checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from stars_kernels.hf.families import CLASSIFIERS
+from stars_kernels.hf.models import check_model, has_tokenizer, name_of, text_config, unwrapped
+
+PROCESS_MODELS = ("LlamaForTokenClassification",)
+"""Decoders whose scores of steps are tested equal to their own."""
+ENCODERS = tuple(
+    f"{family}ForSequenceClassification"
+    for family in ("Bert", "DebertaV2", "DistilBert", "Electra", "ModernBert", "Roberta", "XLMRoberta")
+)
+"""Encoders whose rewards are tested equal to their own pipeline's."""
+REWARD_MODELS = (*CLASSIFIERS, *PROCESS_MODELS, *ENCODERS)
+EXPECTED = (
+    "a sequence classifier or a token classifier of a tested family, or a function of texts: "
+    "rm(prompts, answers) -> floats"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A reward model in memory, and its tokenizer where that is known."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.model)
+
+    def label(self, given: int | None) -> int:
+        """The index of the output that is the reward."""
+        labels = self.model.config.num_labels or 1
+        if given is None and labels != 1:
+            raise ValueError(
+                f"rm {self.name} has {labels} labels, expected 1; say which one is the reward with "
+                "RewardModel(rm, label=...)"
+            )
+        if given is not None and not 0 <= given < labels:
+            raise ValueError(f"label is {given}, but rm {self.name} has {labels} labels, expected 0 to {labels - 1}")
+        return given or 0
+
+    def own_tokenizer(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        """What tokenises the text it reads: its own, or the language model's where its ids mean the same here."""
+        if tokenizer is None:
+            raise ValueError(f"rm {self.name} reads text, which needs the language model's tokenizer: pass tokenizer=")
+        if self.tokenizer is None:
+            self.reads_ids(lm, tokenizer)
+        return self.tokenizer or tokenizer
+
+    def reads_ids(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+        """Whether the language model's token ids mean the same text to it; an error where that cannot be known.
+
+        Where one of the tokenizers is not at hand, vocabularies of one size are taken for the same.
+        """
+        size, expected = text_config(self.model).vocab_size, text_config(lm).vocab_size
+        if self.tokenizer is not None and tokenizer is not None:
+            theirs = self.tokenizer.get_vocab()
+            return size >= expected and all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+        if size != expected:
+            missing = "RewardModel(rm, tokenizer)" if self.tokenizer is None else "the language model's as tokenizer="
+            raise ValueError(
+                f"rm {self.name} has a vocabulary of {size} tokens and the language model one of {expected}: another "
+                f"tokenizer, so it reads text, which needs both tokenizers: pass {missing}"
+            )
+        return True
+
+
+def load_reward_model(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    """The model itself; or, from a path, the class that its checkpoint names and its tokenizer.
+
+    A head that is not in the checkpoint is refused, as its rewards would be random.
+    """
+    if isinstance(model, str | os.PathLike):
+        path = os.path.expanduser(model)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        loaded, info = _auto_class(config.architectures).from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        new = sorted(info["missing_keys"])
+        check_model(loaded, "rm", REWARD_MODELS, EXPECTED)
+        if tokenizer is None and has_tokenizer(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    else:
+        loaded = unwrapped(model, "rm")
+        check_model(loaded, "rm", REWARD_MODELS, EXPECTED)
+        new = _new_parameters(loaded)
+    if new:
+        raise ValueError(
+            f"rm {name_of(loaded)}: its head {new[0]} is not in the checkpoint and was newly initialised, so its "
+            "rewards are random; expected a trained reward model (if you trained the head in memory, save and load the "
+            "model)"
+        )
+    return Loaded(loaded, tokenizer)
+
+
+def _new_parameters(model: PreTrainedModel) -> list[str]:
+    """Of a model that the caller has loaded, the parameters of its head that were not in the checkpoint."""
+    if not any(getattr(p, "_is_hf_initialized", False) for p in model.parameters()):
+        return []
+    backbone = f"{model.base_model_prefix}."
+    heads = [(name, p) for name, p in model.named_parameters() if not name.startswith(backbone)]
+    if any(".modules_to_save." in name for name, _ in heads):  # came with PEFT's adapters, trained
+        return []
+    return [name for name, p in heads if not getattr(p, "_is_hf_initialized", False)]
+
+
+def _auto_class(architectures: list[str] | None) -> Any:
+    name = architectures[0] if architectures else ""
+    if name.endswith("ForTokenClassification"):
+        return AutoModelForTokenClassification
+    return AutoModelForSequenceClassification

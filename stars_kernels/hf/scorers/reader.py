@@ -1,0 +1,122 @@
+"""A decoder that reads rows of its own token ids, each token once for as long as re-tokenisation leaves it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stars_kernels.hf.cache import ForkCache, open_cache
+from stars_kernels.hf.proposer import packed_chunks
+from stars_kernels.hf.scorers.chunks import Chunks
+from stars_kernels.hf.texts import shared_length
+
+SPARE_TOKENS = 32
+"""More than twice what the language model writes, of the reader's tokens: room for templates and for finer tokens."""
+
+
+class RowReader:
+    """A value for each token of each row; what the arena holds of each prompt is known here, as token ids."""
+
+    def __init__(self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks) -> None:
+        """backbone: a view with the stars attention. head: hidden [..., D] -> values [...]."""
+        self.backbone, self.head, self.chunks = backbone, head, chunks
+        self.device = backbone.device
+
+    def begin(self, prompts: int, max_new_tokens: int, segment_size: int) -> None:
+        self.room = 2 * max_new_tokens + SPARE_TOKENS  # of a prompt's slot behind the first rows
+        self.steps = 2 * segment_size + SPARE_TOKENS  # of a row's suffix
+        self.capacities = [0] * prompts
+        self.cache: ForkCache | None = None
+
+    def read(self, owners: list[int], rows: list[list[int]]) -> tuple[list[list[float]], list[int]]:
+        """Values of all tokens of `rows`, and how many tokens were read for each.
+
+        owners: the prompt of each row, rows of one prompt side by side. What all of them share is kept in the prompt's
+        prefix, or read into it once; of a row, its last token at least is read behind it.
+        """
+        shared: dict[int, list[int]] = {}
+        for p in dict.fromkeys(owners):
+            mine = [row[:-1] for owner, row in zip(owners, rows, strict=True) if owner == p]
+            first, last = min(mine), max(mine)  # what these two share, all do
+            shared[p] = first[: shared_length(first, last)]
+        news = [row[len(shared[p]) :] for p, row in zip(owners, rows, strict=True)]
+        cache = self._fitting(owners, rows, max(map(len, news)))
+        read = self._read_shared(cache, shared)
+        values = self._read_rows(cache, owners, news)
+        self.owners, self.rows, self.news = owners, rows, news
+        self.values = [self.held_values[p][: len(shared[p])] + v for p, v in zip(owners, values, strict=True)]
+        counts = [len(new) for new in news]
+        for p, count in read.items():
+            counts[owners.index(p)] += count
+        return self.values, counts
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Move these rows of the last `read`, one of a prompt at most, behind their prompts' prefixes."""
+        if not kept or self.cache is None:
+            return
+        prompt, row, count = (
+            self._tensor(column) for column in zip(*((self.owners[r], r, len(self.news[r])) for r in kept), strict=True)
+        )
+        self.cache.commit(prompt, row, count, torch.ones_like(prompt, dtype=torch.bool))
+        for r in kept:
+            self.held[self.owners[r]], self.held_values[self.owners[r]] = self.rows[r], self.values[r]
+
+    def release(self) -> None:
+        if self.cache is not None:
+            self.cache.release()
+
+    def _fitting(self, owners: list[int], rows: list[list[int]], steps: int) -> ForkCache:
+        """The cache, or a new and empty one where its slots or its suffixes are too short for these rows."""
+        longest = self.capacities.copy()
+        for p, row in zip(owners, rows, strict=True):
+            longest[p] = max(longest[p], len(row))
+        if self.cache is not None and longest == self.capacities and steps <= self.steps:
+            return self.cache
+        self.cache = None  # gives its memory back first, and stays away where there is none for the next
+        self.capacities = [
+            n if n == before else n + self.room for n, before in zip(longest, self.capacities, strict=True)
+        ]
+        self.steps = max(self.steps, 2 * steps if steps > self.steps else 0)
+        self.cache = open_cache(self.backbone, self.capacities, self.steps)
+        self.held: list[list[int]] = [[] for _ in self.capacities]
+        self.held_values: list[list[float]] = [[] for _ in self.capacities]
+        return self.cache
+
+    def _read_shared(self, cache: ForkCache, shared: dict[int, list[int]]) -> dict[int, int]:
+        """Make each prompt's prefix what its rows share; how many tokens that took."""
+        prompts = list(shared)
+        for p, ids in shared.items():
+            kept = shared_length(self.held[p], ids)
+            self.held[p], self.held_values[p] = self.held[p][:kept], self.held_values[p][:kept]
+        cache.cut(self._tensor(prompts), self._tensor([len(self.held[p]) for p in prompts]))
+        pieces = [shared[p][len(self.held[p]) :] for p in prompts]
+        for chunk in packed_chunks(pieces, cache):
+            chunk_prompts = [prompts[i] for i in chunk.owners]
+            with cache.prefill(chunk_prompts, chunk.counts) as inputs:
+                hidden = self.backbone(input_ids=self._tensor([chunk.ids]), **inputs).last_hidden_state
+            values = self.head(hidden)[0].split(chunk.counts)
+            for p, new in zip(chunk_prompts, values, strict=True):
+                start = len(self.held[p])
+                self.held[p] = shared[p][: start + len(new)]
+                self.held_values[p] = self.held_values[p] + new.tolist()
+        return {p: len(piece) for p, piece in zip(prompts, pieces, strict=True)}
+
+    def _read_rows(self, cache: ForkCache, owners: list[int], news: list[list[int]]) -> list[list[float]]:
+        cache.fork(self._tensor(owners))
+        counts = [len(new) for new in news]
+
+        def forward(chunk: slice) -> list[list[float]]:
+            steps = max(counts[chunk])
+            ids = self._tensor([new + [0] * (steps - len(new)) for new in news[chunk]])  # [r, S]
+            cache.select(chunk)
+            with cache.extend(steps, self._tensor(counts[chunk])) as inputs:
+                hidden = self.backbone(input_ids=ids, **inputs).last_hidden_state
+            return [row[:n] for row, n in zip(self.head(hidden).tolist(), counts[chunk], strict=True)]
+
+        return [values for chunk in self.chunks.run(counts, forward) for values in chunk]
+
+    def _tensor(self, ids: Sequence[int] | Sequence[list[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)

@@ -1,0 +1,146 @@
+"""Scorers of texts: the accepted answers as tokens, and each row's prompt and answer as text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stars_kernels import ops
+from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.hf.models import context_limit
+from stars_kernels.hf.scorers.chunks import Chunks
+from stars_kernels.hf.scorers.classifier import reward_output
+from stars_kernels.hf.scorers.reader import RowReader
+from stars_kernels.hf.texts import Template, TextPrompt, whole_ids
+
+Input = TypeVar("Input")
+
+
+class TextScorer(ABC, Generic[Input]):
+    """Scores whole texts. A row that cannot be prepared has no reward, and the others go on."""
+
+    def __init__(self, prompts: Sequence[TextPrompt], device: torch.device) -> None:
+        """prompts: of the batch. device: where rewards are wanted."""
+        self.prompts, self.device = prompts, device
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+        self.accepted: list[list[int]] = [[] for _ in prompts]
+        self.tail: list[list[int]] = [[] for _ in prompts]
+        self.rows: list[list[int]] = []
+        return self._scores(list(range(len(prompts))), self.accepted)
+
+    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
+        self.rows = [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        owners = rows.prompt.tolist()
+        return self._scores(owners, [self.accepted[p] + c for p, c in zip(owners, self.rows, strict=True)])
+
+    def commit(self, commit: Commit) -> None:
+        for p, row, advance in zip(commit.prompt.tolist(), commit.row.tolist(), commit.advance.tolist(), strict=True):
+            if row >= 0:
+                self.tail[p] = self.rows[row]
+            if advance:
+                self.accepted[p] += self.tail[p]
+
+    def release(self) -> None:
+        """It holds no rows on a device."""
+
+    @abstractmethod
+    def prepare(self, prompt: TextPrompt, answer: str) -> Input:
+        """What is to be read of one row; may raise, which fails this row alone."""
+
+    @abstractmethod
+    def read(self, owners: list[int], inputs: list[Input]) -> Scores:
+        """The rewards of prepared rows; owners: the prompt of each."""
+
+    def _scores(self, owners: list[int], answers: list[list[int]]) -> Scores:
+        """answers: the tokens of each row's whole answer."""
+        inputs: dict[int, Input] = {}
+        errors: dict[int, Exception] = {}
+        for row, (p, ids) in enumerate(zip(owners, answers, strict=True)):
+            try:
+                inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
+            except Exception as error:  # a template's and a tokenizer's errors are of many kinds
+                errors[row] = error
+        ready = self.ready = list(inputs)
+        found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
+        if ready:
+            found = self.read([owners[row] for row in ready], list(inputs.values()))
+        if not errors:
+            return found
+        rewards = torch.full((len(owners),), torch.nan, dtype=torch.float64, device=self.device)
+        rewards[ready] = found.rewards.to(self.device)
+        tokens = None
+        if found.tokens is not None:
+            tokens = torch.zeros(len(owners), dtype=torch.int64, device=found.tokens.device)
+            tokens[ready] = found.tokens
+        return Scores(rewards, tokens, errors | {ready[row]: error for row, error in found.errors.items()})
+
+
+class ReaderScorer(TextScorer[Input]):
+    """Scores texts with a decoder, whose reader keeps what the next rows will share with the chosen one."""
+
+    def __init__(self, prompts: Sequence[TextPrompt], device: torch.device, reader: RowReader) -> None:
+        super().__init__(prompts, device)
+        self.reader = reader
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+        self.reader.begin(len(prompts), max_new_tokens, segment_size)
+        return super().begin(prompts, max_new_tokens, segment_size)
+
+    def commit(self, commit: Commit) -> None:
+        super().commit(commit)
+        chosen = [row for row, go in zip(commit.row.tolist(), commit.advance.tolist(), strict=True) if go and row >= 0]
+        self.reader.keep([self.ready.index(row) for row in chosen])
+
+    def release(self) -> None:
+        self.reader.release()
+
+
+class TextClassifierScorer(ReaderScorer[list[int]]):
+    """A causal sequence classifier of another tokenizer or template; its reward is read at the text's last token."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        label: int,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template | None,
+        prompts: Sequence[TextPrompt],
+        device: torch.device,
+        chunks: Chunks,
+    ) -> None:
+        """model: a view with the stars attention; label: the output that is the reward."""
+        weight, bias = reward_output(model, label)
+
+        def head(hidden: Tensor) -> Tensor:
+            every = hidden.flatten(0, -2)[:, None]  # [N, 1, D]: each token is the last of its own row
+            values = ops.reward_head(every, torch.zeros_like(every[:, 0, 0], dtype=torch.int64), weight, bias=bias)
+            return values.double().view(hidden.shape[:-1])
+
+        super().__init__(prompts, device, RowReader(cast(PreTrainedModel, model.base_model), head, chunks))
+        self.tokenizer, self.template, self.limit = tokenizer, template, context_limit(model)
+
+    def prepare(self, prompt: TextPrompt, answer: str) -> list[int]:
+        ids = whole_ids(self.tokenizer, self.template, prompt, answer)
+        check_length(len(ids), self.limit)
+        return ids
+
+    def read(self, owners: list[int], inputs: list[list[int]]) -> Scores:
+        values, counts = self.reader.read(owners, inputs)
+        rewards = torch.tensor([row[-1] for row in values], dtype=torch.float64, device=self.device)
+        return Scores(rewards, torch.tensor(counts))
+
+
+def check_length(count: int, limit: int) -> None:
+    """Refuse a row that the reward model cannot read."""
+    if count == 0:
+        raise ValueError("prompt and answer have no tokens for the reward model, expected at least one")
+    if count > limit:
+        raise ValueError(
+            f"prompt and answer are {count} of the reward model's tokens, more than its context limit of {limit}"
+        )

@@ -1,0 +1,42 @@
+"""Several reward models as one: the weighted sum of their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
+
+
+class SumScorer:
+    """Every part reads every row; each part's rewards are on its own scale, the sum is what the loop sees."""
+
+    def __init__(self, parts: Sequence[tuple[Scorer, float]]) -> None:
+        """parts: scorers and their weights."""
+        self.parts = parts
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+        return self._sum([part.begin(prompts, max_new_tokens, segment_size) for part, _ in self.parts])
+
+    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
+        return self._sum([part.score(rows, tokens, lengths) for part, _ in self.parts])
+
+    def commit(self, commit: Commit) -> None:
+        for part, _ in self.parts:
+            part.commit(commit)
+
+    def release(self) -> None:
+        for part, _ in self.parts:
+            part.release()
+
+    def _sum(self, scores: list[Scores]) -> Scores:
+        weights = [weight for _, weight in self.parts]
+        home = scores[0].rewards.device
+        rewards = torch.stack([weight * s.rewards.to(home) for weight, s in zip(weights, scores, strict=True)]).sum(0)
+        read = [s.tokens.cpu() for s in scores if s.tokens is not None]
+        errors: dict[int, Exception] = {}
+        for s in reversed(scores):  # of a row with several errors, the first part's
+            errors |= s.errors
+        return Scores(rewards, torch.stack(read).sum(0) if read else None, errors)
