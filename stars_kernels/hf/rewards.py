@@ -21,6 +21,7 @@ from stars_kernels.hf.models import (
     check_tokenizer,
     context_limit,
     eval_copy,
+    score_head,
     view_of,
 )
 from stars_kernels.hf.prompts import Codec, Prompt
@@ -182,6 +183,7 @@ def _classifier(
     rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Part:
     rm.takes_only("a sequence classifier", "tokenizer", "template", "label")
+    score_head(loaded.model, "rm")  # refuses a head that is not linear
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit = context_limit(loaded.model)
