@@ -31,11 +31,12 @@ def decode(
 
     Args:
         model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name.
-        rm: a causal sequence classifier with the same tokenizer, its folder or hub name, a `RewardModel`, or a function
-            rm(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its template renders
-            it, special tokens included), answers without prompt and special tokens. It is called on the empty answer
-            and on unfinished ones, several at a time; where it raises, it is called again for each answer alone, and
-            only those that fail again have no reward.
+        rm: a reward model, its folder or hub name, a `RewardModel` that says more of it, or a list of these, whose
+            weighted sum is the reward; docs/reward_models.md has the kinds. Or a function rm(prompts, answers) -> one
+            float each, called with texts: prompts as given (a chat as its template renders it, special tokens
+            included), answers without special tokens, which begin with what the template writes into the assistant's
+            turn ("<think>", say). It is called on the empty answer and on unfinished ones, several at a time; where it
+            raises, it is called again for each answer alone, and only those that fail again have no reward.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
             a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.

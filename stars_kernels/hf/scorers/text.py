@@ -90,7 +90,9 @@ class ReaderScorer(TextScorer[Input]):
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         self.reader.begin(len(prompts), max_new_tokens, segment_size)
-        return super().begin(prompts, max_new_tokens, segment_size)
+        scores = super().begin(prompts, max_new_tokens, segment_size)
+        self.reader.keep(range(len(self.ready)))  # the empty answers, one of a prompt
+        return scores
 
     def commit(self, commit: Commit) -> None:
         super().commit(commit)
