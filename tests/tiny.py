@@ -81,7 +81,7 @@ def spelling_model(letters, end=True, seed=0, **changes):
     barred = torch.tensor([i not in allowed for i in range(VOCABULARY)])
 
     def bar(module, args, output):
-        output.logits[..., barred] = -torch.inf
+        output.logits[..., barred.to(output.logits.device)] = -torch.inf
 
     model.register_forward_hook(bar)
     return model

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import stars_kernels
+from stars_kernels import RewardModel
 from stars_kernels.hf import engine
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of
 from stars_kernels.hf.proposer import ModelProposer
+from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_exactness import CONFIGS, EOS_IDS, IDS, PROMPTS
-from tests.tiny import tiny_language_model, tiny_reward_model
+from tests.hf.test_process_rewards import process_model
+from tests.hf.test_text_rewards import MERGING
+from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -263,3 +267,26 @@ def test_on_the_device_of_the_model():
     expected = stars_kernels.decode(*on_gpu(torch.float32), PROMPTS, **settings)
     models = [model.to("cuda:1") for model in on_gpu(torch.float32)]
     assert answers(stars_kernels.decode(*models, PROMPTS, **settings)) == answers(expected)
+
+
+@pytest.mark.parametrize("lm_on_gpu", [True, False])
+@pytest.mark.parametrize("kind", ["ids", "text", "encoder", "steps", "sum"])
+def test_a_reward_model_on_another_device(kind, lm_on_gpu):
+    """One of the two on the CPU: in float64 the answer of both on the CPU."""
+
+    def described(place):
+        ids, text = tiny_reward_model().to(place), tiny_reward_model(vocab_size=300).to(place)
+        return {
+            "ids": ids,
+            "text": RewardModel(text, MERGING),
+            "encoder": RewardModel(encoder().to(place), pair_tokenizer()),
+            "steps": RewardModel(process_model().to(place), MERGING, label=1, step="c"),
+            "sum": [ids, RewardModel(text, MERGING, weight=0.5)],
+        }[kind]
+
+    lm, settings = spelling_model("abc "), dict(SETTINGS, tokenizer=byte_tokenizer(), width=3)
+    expected = stars_kernels.decode(lm, described("cpu"), ["ab", "c"], **settings)
+    places = ("cuda", "cpu") if lm_on_gpu else ("cpu", "cuda")
+    outputs = stars_kernels.decode(spelling_model("abc ").to(places[0]), described(places[1]), ["ab", "c"], **settings)
+    assert answers(outputs) == answers(expected)
+    assert [o.reward for o in outputs] == pytest.approx([o.reward for o in expected], rel=1e-9)
