@@ -1,5 +1,6 @@
 """Scoring in forwards of a bounded size, which shrink where memory runs out."""
 
+import re
 import warnings
 
 import pytest
@@ -47,8 +48,9 @@ def test_a_forward_without_memory_is_halved(error):
             raise error()
         return rows.stop - rows.start
 
-    with pytest.warns(RuntimeWarning, match="reward model read 80 tokens at once: going on with 40"):
+    with pytest.warns(RuntimeWarning, match="out of memory as the reward model read") as warned:
         assert sum(chunks.run([10] * 8, forward)) == 8
+    assert [re.findall(r"\d+", str(w.message)) for w in warned] == [["80", "40"], ["40", "20"]]
     assert chunks.tokens == 20
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it remembers
@@ -93,3 +95,26 @@ def test_rewards_do_not_depend_on_the_chunks(monkeypatch, kind):
         assert a.counts == b.counts
         for s, t in zip(a.segments, b.segments, strict=True):
             assert s.rewards == pytest.approx(t.rewards, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_that_is_repeated_changes_nothing(monkeypatch, kind):
+    """Where there is no memory for the rows at all, the loop asks again for fewer; what was read stays true."""
+    lm, settings = spelling_model("abc\n"), dict(SET, tokenizer=byte_tokenizer(), request_ids=[0, 1], progress=False)
+    expected = stars_kernels.decode(lm, KINDS[kind], ["ab", "c"], **settings)
+    failed = []
+
+    class Small(Chunks):
+        def run(self, lengths, forward):
+            if len(lengths) > 3:
+                failed.append(len(lengths))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().run(lengths, forward)
+
+    monkeypatch.setattr(rewards, "Chunks", Small)
+    outputs = stars_kernels.decode(lm, KINDS[kind], ["ab", "c"], **settings)
+    assert failed
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    for a, b in zip(outputs, expected, strict=True):
+        assert a.reward == pytest.approx(b.reward, abs=1e-9)

@@ -85,9 +85,10 @@ def test_the_separator_is_rolled_back_and_no_step_read_twice(lm, rm):
 
 
 def test_the_language_models_tokenizer_serves_where_its_ids_do(lm):
+    """With a separator of three tokens, read at the last."""
     rm = process_model(vocab_size=260)
-    output = stars_kernels.decode(lm, RewardModel(rm, label=0, step="\n"), "ab", tokenizer=byte_tokenizer(), **SET)
-    own = min(steps_of(rm, byte_tokenizer(), "ab", output.text, "\n", label=0))
+    output = stars_kernels.decode(lm, RewardModel(rm, label=0, step="\na\n"), "ab", tokenizer=byte_tokenizer(), **SET)
+    own = min(steps_of(rm, byte_tokenizer(), "ab", output.text, "\na\n", label=0))
     assert output.reward == pytest.approx(own, abs=1e-9)
 
 

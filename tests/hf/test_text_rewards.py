@@ -129,6 +129,21 @@ def test_each_accepted_token_is_read_once(rm):
     assert read_again <= SET["segment_size"] * fallbacks
 
 
+def test_batch_mates_are_read_apart(rm):
+    """What each prompt costs does not depend on the prompts beside it, nor on which attempt is chosen."""
+    letters, settings = spelling_model("abc", end=False), dict(SET, width=4, tokenizer=byte_tokenizer(), seed=2)
+    prompts, ids = ["ab", "ab", "cab"], [0, 1, 2]
+    described = RewardModel(rm, OTHER_IDS)
+    together = stars_kernels.decode(letters, described, prompts, request_ids=ids, **settings)
+    alone = [
+        stars_kernels.decode(letters, described, prompt, request_ids=i, **settings)
+        for prompt, i in zip(prompts, ids, strict=True)
+    ]
+    assert [o.counts for o in together] == [o.counts for o in alone]
+    chosen = [s.chosen % 4 for o in together for s in o.segments]
+    assert len(set(chosen)) > 2
+
+
 def test_the_slots_and_suffixes_grow(lm, rm):
     """A template that writes many tokens for each of the model's."""
     rm = tiny_reward_model(vocab_size=300, max_position_embeddings=4096)
