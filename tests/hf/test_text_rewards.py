@@ -8,6 +8,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.scorers.reader import RowReader
+from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text_model, tiny_reward_model
 
@@ -274,6 +275,28 @@ def test_a_template_that_fails_for_one_prompt(lm, rm):
     assert fine.token_ids
     assert "KeyError: 'no such prompt'" in str(broken[0])
     assert "TypeError: the template returned int 3, expected a string" in str(broken[1])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2", "bloom", "deepseek_v3"])
+def test_other_families_read_text(lm, family):
+    """Windows, soft-caps, learned positions, gathered rows, latent attention."""
+    rm = families.tiny_reward(family)
+    settings = dict(SET, tokenizer=byte_tokenizer(), request_ids=[0, 1])
+    outputs = [
+        stars_kernels.decode(lm, RewardModel(rm, OTHER_IDS, label=0), PROMPTS, width=w, **settings) for w in (1, 5)
+    ]
+    assert [o.token_ids for o in outputs[0]] == [o.token_ids for o in outputs[1]]
+    for output, prompt in zip(outputs[1], PROMPTS, strict=True):
+        own = reward_of(rm, OTHER_IDS, prompt + output.text)
+        assert output.reward == pytest.approx(own, abs=1e-9 + families.tolerance(family))
+
+
+def test_states_cannot_be_cut_back(lm):
+    rm = families.tiny_reward("qwen3_next")
+    with pytest.raises(
+        ValueError, match=r"has states, which cannot be cut back .* expected a model of attention alone"
+    ):
+        stars_kernels.decode(lm, RewardModel(rm, OTHER_IDS, label=0), "ab", tokenizer=byte_tokenizer(), **SET)
 
 
 def test_same_tokens_are_read_as_ids(lm):

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels.hf.cache import ForkCache, open_cache
+from stars_kernels.hf.layout import layout_of
+from stars_kernels.hf.models import name_of
 from stars_kernels.hf.proposer import packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.texts import shared_length
@@ -22,6 +24,11 @@ class RowReader:
 
     def __init__(self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks) -> None:
         """backbone: a view with the stars attention. head: hidden [..., D] -> values [...]."""
+        if layout_of(backbone).states:
+            raise ValueError(
+                f"rm {name_of(backbone)} has states, which cannot be cut back to where a longer text tokenises "
+                "otherwise; expected a model of attention alone, or one that reads the language model's token ids"
+            )
         self.backbone, self.head, self.chunks = backbone, head, chunks
         self.device = backbone.device
 
