@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.hf.processors import BatchProcessors
 
@@ -66,30 +69,37 @@ def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterato
 
 
 class ModelProposer:
-    """`model` is a view with the stars attention (`hf.models.view_of`)."""
+    """`model` is a view with the stars attention (`hf.models.view_of`).
+
+    A candidate's last token is not read, as nothing is drawn behind it, until it is accepted: by a forward of one row a
+    prompt. Where hidden states are wanted it is read as the others are, and leaves the logits for the next segment.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         graphs: SegmentGraphs | None = None,
         fuse: bool = False,
+        hidden: HiddenStates | None = None,
         processors: BatchProcessors | None = None,
     ) -> None:
         """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits where that works.
 
+        hidden: where to keep the hidden states of prompts and candidates; None = they are not wanted.
         processors: asked for the logits of every token; with them, neither graphs nor fuse.
         """
         self.model = model
         self.processors = processors
         self.device = model.device
         self.graphs = graphs
+        self.hidden = hidden
         self.head = output_weight(model) if fuse else None
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
         self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
+        states = []
         for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
@@ -97,16 +107,25 @@ class ModelProposer:
             if i == 0:
                 self.logits = logits.new_empty(len(prompts), logits.shape[1])  # [P, V] what follows each prefix
             self.logits[chunk.finished] = logits
+            if self.hidden is not None:
+                read = self.hidden.last[0]
+                states.append(read if len(read) == len(last) else read[last])  # all, where it takes no logits_to_keep
+        if self.hidden is not None:
+            self.hidden.begin(torch.cat(states), self.logits, segment_size)
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
+        wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
+        if self.hidden is not None:
+            self.hidden.open(len(wide))
         if self.graphs is None:
             self.candidates = self._segment(rows, size, sampling, stream, eos)
             return self.candidates
-        wide = padded(rows, bucket_of(len(rows)))
         self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
         settings = (size, stream, *sampling.items())
         storage = self.cache.storage
+        if self.hidden is not None:
+            storage += self.hidden.storage
         tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, stream, eos), wide, settings, storage)
         return tokens[: len(rows)]
 
@@ -130,22 +149,31 @@ class ModelProposer:
                 temperature = sampling["temperature"]
                 token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=stream)
             tokens[:, step] = token
-            if step == size - 1:
-                break
-            if self.device.type == "cpu":  # a look is free where nothing has to be waited for
+            last = step == size - 1
+            if not last and self.device.type == "cpu":  # a look is free where nothing has to be waited for
                 ended |= torch.isin(token, eos) | (token < 0)
-                if ended.all():
-                    return tokens[:, : step + 1]
+                last = bool(ended.all())
+            if last and self.hidden is None:
+                break
+            fused = head is not None and not last
             with cache.extend(1) as inputs:
                 ids = token[:, None].clamp(min=0)
-                state = self._logits(ids, inputs, 1) if head is None else self._hidden(ids, inputs)
+                state = self._hidden(ids, inputs) if fused else self._logits(ids, inputs, 1)
+            if self.hidden is not None:
+                self.hidden.rows[: len(rows), step] = (state if fused else self.hidden.last)[:, 0]
+                if last:
+                    self.hidden.logits[: len(rows)] = state[:, 0]
+                    break
             state, source = state[:, 0], None
-        return tokens
+        return tokens[:, : step + 1]
 
     def commit(self, commit: Commit) -> None:
-        # The last token of a candidate was never fed, so its keys and values are not among the suffix's.
-        self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
-        self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
+        if self.hidden is not None:
+            self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
+            self.hidden.commit(commit, self.logits)
+        else:  # a candidate's last token was not read, so its keys and values are not among the suffix's
+            self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
+            self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
         if self.processors is not None:
             self.processors.commit(commit, self.candidates)
 
@@ -153,6 +181,8 @@ class ModelProposer:
         if self.graphs is not None:
             self.graphs.clear()
         self.cache.release()
+        if self.hidden is not None:
+            self.hidden.release()
 
     def _read_pending(self, prompts: Tensor) -> None:
         """Feed the last accepted token of each prompt that has one: one row a prompt."""
@@ -168,14 +198,24 @@ class ModelProposer:
         self.pending.masked_fill_(read, -1)  # takes no memory: running out of it here would feed the tokens twice
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
-        """Logits [B, K, V] after the last `keep` tokens, or after those at the indices `keep` [K]."""
-        if self.keeps:
-            return self.model(input_ids=ids, logits_to_keep=keep, **inputs).logits
-        logits = self.model(input_ids=ids, **inputs).logits
-        return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        with nullcontext() if self.hidden is None else self.hidden.catch():
+            return logits_of(self.model, ids, inputs, keep)
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.model.base_model(input_ids=ids, **inputs).last_hidden_state
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
+    """Logits [B, K, V] after the last `keep` tokens, 0 = after all, or after those at the indices `keep` [K]."""
+    if _keeps(type(model).forward):
+        return model(input_ids=ids, logits_to_keep=keep, **inputs).logits
+    logits = model(input_ids=ids, **inputs).logits
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+@functools.cache
+def _keeps(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:

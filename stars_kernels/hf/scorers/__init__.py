@@ -4,6 +4,8 @@ from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import ClassifierScorer
 from stars_kernels.hf.scorers.encoder import EncoderScorer
 from stars_kernels.hf.scorers.function import CallableScorer, RewardFunction
+from stars_kernels.hf.scorers.likelihood import LikelihoodScorer
+from stars_kernels.hf.scorers.own_head import OwnHeadScorer
 from stars_kernels.hf.scorers.process import REDUCE, ProcessScorer, Reduce
 from stars_kernels.hf.scorers.text import TextClassifierScorer
 from stars_kernels.hf.scorers.total import SumScorer
@@ -14,6 +16,8 @@ __all__ = [
     "Chunks",
     "ClassifierScorer",
     "EncoderScorer",
+    "LikelihoodScorer",
+    "OwnHeadScorer",
     "ProcessScorer",
     "Reduce",
     "RewardFunction",

@@ -1,0 +1,86 @@
+"""The language model's own hidden states, for a reward head that reads them: no second forward.
+
+The hidden state of a token is what the output layer reads there. It is caught at the view's output layer, in a forward
+that computes the logits as the model does: these stay exact where a model scales or caps them, which the output layer
+by itself, called on a hidden state, would leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stars_kernels.decoder.protocols import Commit
+
+
+class HiddenStates:
+    """The hidden states of a batch, and the logits behind its candidates.
+
+        prompts      [P, D]     at each prompt's last token
+        rows         [R, T, D]  at the candidates' tokens
+        logits       [R, V]     after the last of them; a candidate that is shorter has ended its answer and needs none
+        best_logits  [P, V]     those of the winner, or of the best so far
+
+    `rows` and `logits` stay where they are until there are more rows than ever, so a CUDA graph may write them.
+    """
+
+    prompts: Tensor
+    rows: Tensor
+    logits: Tensor
+    best_logits: Tensor
+    last: Tensor
+    """[B, S, D] what the newest forward computed logits from."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """model: the proposer's view."""
+        layer = model.get_output_embeddings()
+        if layer is None:
+            raise ValueError(f"{type(model).__name__} has no output layer, at which hidden states could be read")
+        self._layer: nn.Module = layer
+
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        """Leaves in `last` what the output layer read in the block's forward."""
+        read: list[Tensor] = []
+        # A hook that stayed would keep the layer from being packed, or fused with the draws.
+        hook = self._layer.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+        if len(read) != 1:
+            raise RuntimeError(f"the model called its output layer {len(read)} times in a forward, expected once")
+        self.last = read[0]
+
+    def begin(self, prompts: Tensor, logits: Tensor, segment_size: int) -> None:
+        """prompts [P, D]; logits [P, V] after them."""
+        self.prompts, self.best_logits = prompts, torch.empty_like(logits)
+        self.segment_size = segment_size
+        self.release()
+
+    def open(self, rows: int) -> None:
+        """Room for a round's rows."""
+        if rows > self.rows.shape[0]:
+            self.rows = self.prompts.new_empty(rows, self.segment_size, self.prompts.shape[1])
+            self.logits = self.best_logits.new_empty(rows, self.best_logits.shape[1])
+
+    def release(self) -> None:
+        """Give back the memory of the rows."""
+        self.rows = self.prompts.new_empty(0, self.segment_size, self.prompts.shape[1])
+        self.logits = self.best_logits.new_empty(0, self.best_logits.shape[1])
+
+    @property
+    def storage(self) -> tuple[int, int]:
+        """Where the buffers lie that a segment writes."""
+        return self.rows.data_ptr(), self.logits.data_ptr()
+
+    def commit(self, commit: Commit, logits: Tensor) -> None:
+        """Bring `logits` [P, V], those after the prefixes, up to the segments that became a part of their prefix."""
+        found = commit.row >= 0
+        self.best_logits[commit.prompt[found]] = self.logits[commit.row[found]]
+        grown = commit.prompt[commit.advance]
+        logits[grown] = self.best_logits[grown]

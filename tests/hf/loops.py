@@ -1,0 +1,51 @@
+"""Loops on tiny models with any scorer, and what they decided."""
+
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.loop import Loop
+from stars_kernels.ops.philox import request_key
+
+
+def loop_of(proposer, scorer, config, prompts, ids, eos=(), find_stop=None):
+    answers = [
+        Answer(request_key(config.seed, id_), prompt, config.max_new_tokens, find_stop=find_stop)
+        for prompt, id_ in zip(prompts, ids, strict=True)
+    ]
+    return Loop(proposer, scorer, config, answers, eos)
+
+
+def decided(loop):
+    """Each answer's tokens and attempts, after a run without errors."""
+    loop.run()
+    assert [answer.error for answer in loop.answers] == [None] * len(loop.answers)
+    return [
+        (answer.tokens, [segment.attempts for segment in answer.segments if segment.attempts])
+        for answer in loop.answers
+    ]
+
+
+def check_rewards(loop, reward, tolerance=1e-6):
+    """Every accepted segment's reward is that of the plain `reward(prompt ids, answer ids)`, and so is r(x)."""
+    for answer in loop.answers:
+        assert abs(answer.prompt_reward - reward(answer.prompt, [])) < tolerance
+        length = 0
+        for segment in answer.segments:
+            length += segment.length
+            assert abs(segment.reward - reward(answer.prompt, answer.tokens[:length])) < tolerance
+        assert length == len(answer.tokens)
+
+
+def stop_at(stops):
+    """A `find_stop` for stop strings that are single tokens."""
+
+    def find_stop(tokens, accepted):
+        return next((i + 1 for i in range(accepted, len(tokens)) if tokens[i] in stops), None)
+
+    return find_stop
+
+
+def count_forwards(model):
+    """A list that gets the shape [B, S] of the token ids of each forward of `model`."""
+    shapes = []
+    body = model.base_model
+    body.register_forward_pre_hook(lambda _, args, given: shapes.append([*given["input_ids"].shape]), with_kwargs=True)
+    return shapes

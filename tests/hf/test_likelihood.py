@@ -1,0 +1,138 @@
+"""Likelihood and DPO's implicit reward: the plain rewards, the sequential answers, every accepted token read once."""
+
+import pytest
+import torch
+
+import stars_kernels
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.hf.models import view_of
+from stars_kernels.hf.packing import pack_linears
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.scorers import LikelihoodScorer, likelihood
+from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
+from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
+from tests.sequential import sequential_decode
+from tests.tiny import tiny_language_model
+
+SIZES = StarsConfig(max_new_tokens=22, segment_size=4, seed=3)
+LIKELIHOOD = SIZES.replace(reward_threshold=-60.0, beta=5.0)
+RATIO = SIZES.replace(reward_threshold=-20.0, beta=5.0)
+FALLBACK = SIZES.replace(reward_threshold=1000.0, beta=0.1, max_attempts=7)
+KINDS = {"likelihood": (False, LIKELIHOOD), "ratio": (True, RATIO), "fallback": (True, FALLBACK)}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_language_model(seed=7, num_hidden_layers=3)
+
+
+def log_likelihood(model, prompt, answer):
+    """By the book: one forward of prompt + answer."""
+    if not answer:
+        return 0.0
+    with torch.no_grad():
+        log_probs = model(torch.tensor([list(prompt) + answer])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+
+
+def plain_reward(policy, reference):
+    def reward(prompt, answer):
+        return log_likelihood(policy, prompt, answer) - (log_likelihood(reference, prompt, answer) if reference else 0)
+
+    return reward
+
+
+def loop_with(lm, policy, reference, config, eos=(), find_stop=None):
+    scorer = LikelihoodScorer(view_of(policy), reference and view_of(reference))
+    return loop_of(ModelProposer(view_of(lm)), scorer, config, PROMPTS, IDS, eos, find_stop)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def truth(request, lm, policy):
+    ratio, config = KINDS[request.param]
+    reference = lm if ratio else None
+    reward = plain_reward(policy, reference)
+    answers = [sequential_decode(lm, reward, p, i, config, EOS_IDS) for p, i in zip(PROMPTS, IDS, strict=True)]
+    assert max(n for _, attempts in answers for n in attempts) > 2
+    return reference, config, answers
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("limit", [None, 2000], ids=["at once", "few logits"])
+@pytest.mark.parametrize("width", [1, 5, "auto"])
+def test_every_width_is_the_sequential_answer(truth, lm, policy, width, limit, monkeypatch):
+    reference, config, expected = truth
+    if limit is not None:
+        monkeypatch.setattr(likelihood, "LOGITS", limit)
+    loop = loop_with(lm, policy, reference, config.replace(width=width), EOS_IDS)
+    assert decided(loop) == expected
+    assert any(tokens[-1] in EOS_IDS for tokens, _ in expected)
+    check_rewards(loop, plain_reward(policy, reference))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 3])
+def test_stop_strings_cut_inside_a_segment(lm, policy, width):
+    """To the sequential algorithm a stop string of one token is an EOS."""
+    config, reward = RATIO.replace(width=width), plain_reward(policy, lm)
+    expected = [sequential_decode(lm, reward, p, i, config, EOS_IDS) for p, i in zip(PROMPTS, IDS, strict=True)]
+    loop = loop_with(lm, policy, lm, config, find_stop=stop_at(EOS_IDS))
+    assert decided(loop) == expected
+    assert "stop" in [answer.finish_reason for answer in loop.answers]
+    check_rewards(loop, reward)
+
+
+@torch.inference_mode()
+def test_a_fallback_from_an_earlier_round(lm, policy):
+    loop = loop_with(lm, policy, lm, FALLBACK.replace(width=2))
+    decided(loop)
+    segments = [segment for answer in loop.answers for segment in answer.segments]
+    assert any(s.outcome == "fallback" and s.chosen < s.attempts - s.widths[-1] for s in segments)
+    check_rewards(loop, plain_reward(policy, lm))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("ratio", [False, True], ids=["likelihood", "ratio"])
+def test_every_accepted_token_is_read_once_by_each_model(lm, policy, ratio):
+    config = SIZES.replace(reward_threshold=-1e6, beta=1.0, accept="hard", width=1)  # every first attempt is taken
+    loop = loop_with(lm, policy, lm if ratio else None, config)
+    shapes = [count_forwards(side.model) for side in loop.scorer.sides]
+    decided(loop)
+    sizes, sides = [4, 4, 4, 4, 4, 2], 2 if ratio else 1
+    assert shapes == sides * [[[1, sum(map(len, PROMPTS))]] + [[len(PROMPTS), size] for size in sizes]]
+    assert [a.counts.rm_scored for a in loop.answers] == [sides * (len(prompt) + 22) for prompt in PROMPTS]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("tokens_at_once", "most"), [(0, 1), (1, 1), (7, 1), (8, 2), (15, 3), (1000, 4)])
+def test_no_more_logits_than_stated(lm, policy, monkeypatch, tokens_at_once, most):
+    """One row at least; then as many as fit."""
+    monkeypatch.setattr(likelihood, "LOGITS", tokens_at_once * 260)
+    scorer = LikelihoodScorer(view_of(policy))
+    config = RATIO.replace(width=4, max_new_tokens=20)  # segments of 4 tokens
+    loop = loop_of(ModelProposer(view_of(lm)), scorer, config, PROMPTS[:1], IDS[:1])
+    shapes = []
+    scorer.sides[0].model.register_forward_hook(lambda model, given, output: shapes.append(output.logits.shape))
+    decided(loop)
+    _, *rounds = shapes
+    assert max(rows for rows, _, _ in rounds) == most
+    assert all(rows == 1 or rows * size <= tokens_at_once for rows, size, _ in rounds)
+
+
+@pytest.mark.skipif(
+    stars_kernels.backends()["packed_linear"]["cpu"] != "cpp", reason="the compiled extension is not there"
+)
+@pytest.mark.parametrize("limit", [None, 2000], ids=["at once", "few logits"])
+@torch.inference_mode()
+def test_fp32_rewards_are_bit_equal_whatever_the_width(monkeypatch, limit):
+    if limit is not None:
+        monkeypatch.setattr(likelihood, "LOGITS", limit)
+    lm, policy = tiny_language_model(torch.float32), tiny_language_model(torch.float32, seed=7)
+    loops = [loop_with(lm, policy, lm, RATIO.replace(width=width), EOS_IDS) for width in (1, 2, 5, 20)]
+    rewards = []
+    for loop in loops:
+        for model in (loop.proposer.model, *(side.model for side in loop.scorer.sides)):
+            assert pack_linears(model) > 0
+        decided(loop)
+        rewards.append([segment.rewards for answer in loop.answers for segment in answer.segments])
+    assert rewards == rewards[:1] * 4
