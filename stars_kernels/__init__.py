@@ -9,7 +9,7 @@ from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
 from stars_kernels.hf.api import decode, stream
 from stars_kernels.hf.generate import StarsGenerateOutput, generate
-from stars_kernels.hf.rewards import RewardModel
+from stars_kernels.hf.rewards import Likelihood, RewardModel
 from stars_kernels.ops import backends, reference
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "Counts",
+    "Likelihood",
     "RewardModel",
     "Segment",
     "StarsConfig",

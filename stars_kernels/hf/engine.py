@@ -21,6 +21,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import (
     ModelOrPath,
@@ -215,10 +216,11 @@ class Engine:
             )
             for r in requests
         ]
-        scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device)
+        hidden = HiddenStates(self.lm) if self.rewarder.reads_hidden else None
+        scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device, hidden)
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
         processors = self.rules.batch([r.index for r in requests])
-        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse, processors=processors)
+        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse, hidden=hidden, processors=processors)
         return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits)
 
     def _find_stop(self, index: int) -> FindStop | None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from stars_kernels.ops._registry import call_op
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
+Model = TypeVar("Model", bound=nn.Module)
 ModelOrPath = PreTrainedModel | str | os.PathLike[str]
 
 
@@ -52,7 +53,10 @@ def check_path(argument: str, model: object) -> None:
 
 
 def load_language_model(
-    model: ModelOrPath, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+    model: ModelOrPath,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+    argument: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model itself, or loaded from a path with its tokenizer; refused by name where it is not a tested class."""
     if isinstance(model, str | os.PathLike):
@@ -62,8 +66,8 @@ def load_language_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options, **options
         )
-    inner = unwrapped(model, "model")
-    check_model(inner, "model", WORKS, "a decoder-only language model of a tested family")
+    inner = unwrapped(model, argument)
+    check_model(inner, argument, WORKS, "a decoder-only language model of a tested family")
     return inner, tokenizer
 
 
@@ -93,14 +97,13 @@ def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
     return head
 
 
-def eval_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model in eval mode that shares every tensor with `model` but has its own config and modules.
+def eval_copy(model: Model) -> Model:
+    """A module in eval mode that shares every tensor with `model` but has its own config and modules.
 
     The user's model is left alone, so other threads may go on using it.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
-    view: PreTrainedModel = copy.deepcopy(model, memo={id(t): t for t in tensors})
-    return view.eval()
+    return copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
+from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.models import (
     ModelOrPath,
     check_path,
     check_tokenizer,
     context_limit,
     eval_copy,
+    load_language_model,
     score_head,
     view_of,
 )
@@ -32,13 +34,31 @@ from stars_kernels.hf.scorers import (
     Chunks,
     ClassifierScorer,
     EncoderScorer,
+    LikelihoodScorer,
+    OwnHeadScorer,
     ProcessScorer,
     Reduce,
     RewardFunction,
     SumScorer,
     TextClassifierScorer,
+    likelihood_chunks,
 )
 from stars_kernels.hf.texts import Template, TextPrompt, check_template
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """As a reward: log p(answer | prompt) under `model`, less that under `reference`; 0 for the empty answer.
+
+    A sum over the answer's tokens, an EOS included, at temperature 1 and unfiltered. With the policy that DPO has
+    trained, the reference that it started from, and its beta as `weight` of the `RewardModel`, this is DPO's implicit
+    reward (arXiv 2305.18290), up to a constant of the prompt.
+
+    model, reference: causal language models that read the decoded model's token ids, their folders or hub names.
+    """
+
+    model: ModelOrPath
+    reference: ModelOrPath | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,8 @@ class RewardModel:
     """A reward model and what the engine needs to know of it; its kind follows from `model`.
 
     model: a sequence classifier (a decoder or an encoder), a token classifier that scores steps, or a folder or hub
-        name of one; or a function rm(prompts, answers) -> floats on texts.
+        name of one; a `Likelihood`; a head on the language model's own hidden states, any other module that maps
+        [R, D] to [R, 1]; or a function rm(prompts, answers) -> floats on texts.
     tokenizer: its tokenizer. A decoder with the language model's own reads token ids, any other reads text. (A model
         that is loaded here brings its own; without one, vocabularies of one size are taken for the same.)
     template: how prompt and answer become the text it reads: a format string with {prompt} and {answer}, or a function
@@ -58,7 +79,7 @@ class RewardModel:
     reduce: the reward of the steps' probabilities: "min", "mean", "prod" or "last".
     """
 
-    model: ModelOrPath | RewardFunction
+    model: ModelOrPath | Likelihood | nn.Module | RewardFunction
     tokenizer: PreTrainedTokenizerBase | None = None
     template: Template | None = None
     weight: float = 1.0
@@ -89,7 +110,8 @@ class RewardModel:
                     )
 
 
-Reward = ModelOrPath | RewardModel | RewardFunction | Sequence[ModelOrPath | RewardModel | RewardFunction]
+OneReward = ModelOrPath | Likelihood | nn.Module | RewardModel | RewardFunction
+Reward = OneReward | Sequence[OneReward]
 """What `decode` takes as its reward model: one, or several whose weighted sum is the reward."""
 
 
@@ -97,12 +119,14 @@ Reward = ModelOrPath | RewardModel | RewardFunction | Sequence[ModelOrPath | Rew
 class Part:
     """One reward model, ready to score."""
 
-    scorer: Callable[[Sequence[TextPrompt], torch.device], Scorer]
-    """For one lock-step batch: its prompts, and the device where rewards are wanted."""
+    scorer: Callable[[Sequence[TextPrompt], torch.device, HiddenStates | None], Scorer]
+    """For one lock-step batch: its prompts, the device where rewards are wanted, the language model's hidden states."""
     body: nn.Module | None = None
     """The module whose linear layers may be packed. (A head is read at one token alone, by an op of its own.)"""
     limit: int = sys.maxsize
     """Tokens of prompt and answer that it can read, in the language model's; what reads text checks each text."""
+    reads_hidden: bool = False
+    """Whether it wants hidden states."""
 
 
 class Rewarder:
@@ -120,11 +144,14 @@ class Rewarder:
         self.parts = [_part(part, language_model, tokenizer, trust_remote_code) for part in described]
         self.bodies = [part.body for part in self.parts if part.body is not None]
         self.limit = min(part.limit for part in self.parts)
+        self.reads_hidden = any(part.reads_hidden for part in self.parts)
 
-    def scorer(self, prompts: Sequence[Prompt], codec: Codec, device: torch.device) -> Scorer:
-        """For one lock-step batch; device: of the language model."""
+    def scorer(
+        self, prompts: Sequence[Prompt], codec: Codec, device: torch.device, hidden: HiddenStates | None = None
+    ) -> Scorer:
+        """For one lock-step batch; device: of the language model; hidden: its states, where `reads_hidden`."""
         texts = [TextPrompt(prompt, codec) for prompt in prompts]
-        scorers = [part.scorer(texts, device) for part in self.parts]
+        scorers = [part.scorer(texts, device, hidden) for part in self.parts]
         if self.weights == [1.0]:
             return scorers[0]
         return SumScorer(list(zip(scorers, self.weights, strict=True)))
@@ -147,7 +174,8 @@ def check_reward(rm: Reward) -> None:
                 f"rm is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
                 "expected a folder, a hub name or a function of texts"
             )
-        check_path("rm", model)
+        for path in (model.model, model.reference) if isinstance(model, Likelihood) else (model,):
+            check_path("rm", path)
 
 
 def is_function(rm: object) -> TypeGuard[RewardFunction]:
@@ -163,7 +191,12 @@ def _part(
     """The one place that tells the kinds apart."""
     if is_function(rm.model):
         return _function(rm, rm.model, tokenizer)
-    loaded = load_reward_model(cast(ModelOrPath, rm.model), rm.tokenizer, trust_remote_code)
+    model = rm.model
+    if isinstance(model, Likelihood):
+        return _likelihood(rm, model, lm, tokenizer, trust_remote_code)
+    if isinstance(model, nn.Module) and not hasattr(model, "config"):  # which all models have, PEFT's too
+        return _own_head(rm, model, lm)
+    loaded = load_reward_model(cast(ModelOrPath, model), rm.tokenizer, trust_remote_code)
     kind = type(loaded.model).__name__
     if kind in ENCODERS:
         return _encoder(rm, loaded, tokenizer)
@@ -176,7 +209,42 @@ def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTo
     rm.takes_only("a function of texts")
     if tokenizer is None:
         raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
-    return Part(lambda prompts, device: CallableScorer(function, prompts, device))
+    return Part(lambda prompts, device, _: CallableScorer(function, prompts, device))
+
+
+def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
+    rm.takes_only("a head on hidden states")
+    devices = {str(tensor.device) for tensor in (*head.parameters(), *head.buffers())} - {str(lm.device)}
+    if devices:
+        raise ValueError(f"rm is a head on {devices.pop()}, expected the language model's {lm.device}")
+    copy = eval_copy(head)
+
+    def scorer(prompts: Sequence[TextPrompt], device: torch.device, hidden: HiddenStates | None) -> Scorer:
+        assert hidden is not None
+        return OwnHeadScorer(copy, hidden)
+
+    return Part(scorer, copy, reads_hidden=True)
+
+
+def _likelihood(
+    rm: RewardModel,
+    likelihood: Likelihood,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Part:
+    rm.takes_only("a likelihood", "tokenizer")
+    views = []
+    for given in (likelihood.model, likelihood.reference):
+        if given is not None:
+            model, own = load_language_model(given, rm.tokenizer, trust_remote_code, "rm")
+            loaded = Loaded(model, own)
+            if not loaded.reads_ids(lm, tokenizer):
+                raise ValueError(f"rm {loaded.name} has another tokenizer than the language model, expected the same")
+            views.append(view_of(model))
+    chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
+    view, reference = views[0], views[1] if len(views) == 2 else None
+    return Part(lambda *batch: LikelihoodScorer(view, reference, chunks), nn.ModuleList(views), limit)
 
 
 def _classifier(
@@ -187,10 +255,10 @@ def _classifier(
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit = context_limit(loaded.model)
-        return Part(lambda prompts, device: ClassifierScorer(view, label, chunks), view.base_model, limit)
+        return Part(lambda prompts, device, _: ClassifierScorer(view, label, chunks), view.base_model, limit)
     own = loaded.own_tokenizer(lm, tokenizer)
     return Part(
-        lambda prompts, device: TextClassifierScorer(view, label, own, rm.template, prompts, device, chunks),
+        lambda prompts, device, _: TextClassifierScorer(view, label, own, rm.template, prompts, device, chunks),
         view.base_model,
     )
 
@@ -202,7 +270,7 @@ def _process(rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: Pr
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     own = loaded.own_tokenizer(lm, tokenizer)
     return Part(
-        lambda prompts, device: ProcessScorer(view, label, own, rm.step, rm.reduce, prompts, device, chunks),
+        lambda prompts, device, _: ProcessScorer(view, label, own, rm.step, rm.reduce, prompts, device, chunks),
         view.base_model,
     )
 
@@ -217,4 +285,4 @@ def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase
     if tokenizer is None:
         raise ValueError(f"rm {loaded.name} reads text, which needs the language model's tokenizer: pass tokenizer=")
     label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
-    return Part(lambda prompts, device: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)
+    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)

@@ -101,10 +101,10 @@ def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_rows():
 @pytest.mark.parametrize("filters", [{"top_k": None}, {"top_k": None, "temperature": 0.6}, {"top_k": 5}])
 def test_fused_draws_are_the_same_draws(lm, rm, graphs, monkeypatch, filters):
     """On a GPU the output layer and the draw are one op; here its definition."""
-    calls = []
+    calls, fused = [], {"fuse": True}
     real = ops.lm_head_sample
     monkeypatch.setattr(ops, "lm_head_sample", lambda *given, **options: calls.append(1) or real(*given, **options))
-    monkeypatch.setattr(engine, "ModelProposer", lambda model, graphs, **_: ModelProposer(model, graphs, fuse=True))
+    monkeypatch.setattr(engine, "ModelProposer", lambda *given, **options: ModelProposer(*given, **options | fused))
     settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, **filters)
     outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
     assert bool(calls) == (filters["top_k"] is None)

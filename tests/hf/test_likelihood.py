@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import stars_kernels
+from stars_kernels import Likelihood, RewardModel
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.packing import pack_linears
@@ -12,7 +13,7 @@ from stars_kernels.hf.scorers import LikelihoodScorer, likelihood
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.sequential import sequential_decode
-from tests.tiny import tiny_language_model
+from tests.tiny import byte_tokenizer, tiny_language_model
 
 SIZES = StarsConfig(max_new_tokens=22, segment_size=4, seed=3)
 LIKELIHOOD = SIZES.replace(reward_threshold=-60.0, beta=5.0)
@@ -96,10 +97,12 @@ def test_a_fallback_from_an_earlier_round(lm, policy):
 def test_every_accepted_token_is_read_once_by_each_model(lm, policy, ratio):
     config = SIZES.replace(reward_threshold=-1e6, beta=1.0, accept="hard", width=1)  # every first attempt is taken
     loop = loop_with(lm, policy, lm if ratio else None, config)
+    loop.begin()
     shapes = [count_forwards(side.model) for side in loop.scorer.sides]
-    decided(loop)
-    sizes, sides = [4, 4, 4, 4, 4, 2], 2 if ratio else 1
-    assert shapes == sides * [[[1, sum(map(len, PROMPTS))]] + [[len(PROMPTS), size] for size in sizes]]
+    for _ in loop.rounds():
+        pass
+    sides = 2 if ratio else 1
+    assert shapes == sides * [[[len(PROMPTS), size] for size in (4, 4, 4, 4, 4, 2)]]
     assert [a.counts.rm_scored for a in loop.answers] == [sides * (len(prompt) + 22) for prompt in PROMPTS]
 
 
@@ -111,12 +114,13 @@ def test_no_more_logits_than_stated(lm, policy, monkeypatch, tokens_at_once, mos
     scorer = LikelihoodScorer(view_of(policy))
     config = RATIO.replace(width=4, max_new_tokens=20)  # segments of 4 tokens
     loop = loop_of(ModelProposer(view_of(lm)), scorer, config, PROMPTS[:1], IDS[:1])
+    loop.begin()
     shapes = []
     scorer.sides[0].model.register_forward_hook(lambda model, given, output: shapes.append(output.logits.shape))
-    decided(loop)
-    _, *rounds = shapes
-    assert max(rows for rows, _, _ in rounds) == most
-    assert all(rows == 1 or rows * size <= tokens_at_once for rows, size, _ in rounds)
+    for _ in loop.rounds():
+        pass
+    assert max(rows for rows, _, _ in shapes) == most
+    assert all(rows == 1 or rows * size <= tokens_at_once for rows, size, _ in shapes)
 
 
 @pytest.mark.skipif(
@@ -136,3 +140,36 @@ def test_fp32_rewards_are_bit_equal_whatever_the_width(monkeypatch, limit):
         decided(loop)
         rewards.append([segment.rewards for answer in loop.answers for segment in answer.segments])
     assert rewards == rewards[:1] * 4
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_decode(truth, lm, policy, width):
+    reference, config, expected = truth
+    outputs = stars_kernels.decode(
+        lm, Likelihood(policy, reference), PROMPTS, request_ids=IDS, config=config, width=width, eos_token_id=EOS_IDS
+    )
+    assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+
+
+def test_decode_by_path_and_with_a_weight(tmp_path, lm, policy):
+    policy.save_pretrained(tmp_path / "policy")
+    byte_tokenizer().save_pretrained(tmp_path / "policy")
+    settings = dict(tokenizer=byte_tokenizer(), seed=1, reward_threshold=-4.0, beta=1.0, max_new_tokens=12)
+    output = stars_kernels.decode(lm, RewardModel(Likelihood(tmp_path / "policy", lm), weight=0.2), "a", **settings)
+    prompt = byte_tokenizer()("a")["input_ids"]
+    assert output.reward == pytest.approx(0.2 * plain_reward(policy, lm)(prompt, output.token_ids), abs=1e-6)
+    assert output.prompt_reward == 0.0
+
+
+def test_models_that_cannot_judge_the_tokens_are_refused(tmp_path, lm, rm):
+    larger = tiny_language_model(vocab_size=300)
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens and the language model one of 260"):
+        stars_kernels.decode(lm, Likelihood(lm, larger), [1], seed=0)
+    with pytest.raises(ValueError, match="rm is a LlamaForSequenceClassification, not tested"):
+        stars_kernels.decode(lm, Likelihood(rm), [1], seed=0)
+    with pytest.raises(FileNotFoundError, match=r"rm is .*gone.*, which does not exist"):
+        stars_kernels.decode(lm, Likelihood(lm, tmp_path / "gone"), [1], seed=0)
+    swapped, names = byte_tokenizer(), byte_tokenizer().get_vocab()
+    swapped.get_vocab = lambda: {**names, "a": names["b"], "b": names["a"]}
+    with pytest.raises(ValueError, match="has another tokenizer than the language model, expected the same"):
+        stars_kernels.decode(lm, RewardModel(Likelihood(lm), swapped), "a", tokenizer=byte_tokenizer(), seed=0)

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
+import stars_kernels
+from stars_kernels import RewardModel
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.graphs import SegmentGraphs
@@ -16,7 +18,7 @@ from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_segment_waits import Watch
 from tests.sequential import sequential_decode
-from tests.tiny import tiny_config, tiny_language_model
+from tests.tiny import byte_tokenizer, tiny_config, tiny_language_model
 
 CONFIGS = {
     "soft": StarsConfig(seed=3, reward_threshold=3.0, beta=1.0),
@@ -134,10 +136,12 @@ def test_forwards_are_those_of_the_segments_and_no_more(lm):
     """One of every candidate's token, none for the reward, none for the last accepted token."""
     config = CONFIGS["hard"].replace(reward_threshold=-100.0, width=3, max_new_tokens=8)  # every first attempt is taken
     loop = loop_with(lm, linear(), config)
+    loop.begin()
     shapes = count_forwards(loop.proposer.model)
-    decided(loop)
-    rows = 3 * len(PROMPTS)
-    assert shapes == [[1, sum(map(len, PROMPTS))]] + 8 * [[rows, 1]]
+    for _ in loop.rounds():
+        pass
+    assert shapes == 8 * [[3 * len(PROMPTS), 1]]
+    assert [len(answer.tokens) for answer in loop.answers] == [8] * len(PROMPTS)
 
 
 @torch.inference_mode()
@@ -235,3 +239,51 @@ def test_a_forward_that_passes_by_the_output_layer(lm):
 def test_a_model_without_an_output_layer(rm):
     with pytest.raises(ValueError, match="LlamaForSequenceClassification has no output layer"):
         HiddenStates(rm)
+
+
+class ValueHead(nn.Module):
+    """As in TRL: with dropout, which must be off."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.summary = nn.Dropout(0.5), linear()
+
+    def forward(self, hidden):
+        return self.summary(self.dropout(hidden))
+
+
+@pytest.mark.parametrize("head", [linear(), ValueHead().train()], ids=["linear", "with dropout"])
+@pytest.mark.parametrize("width", [1, 5])
+def test_decode(truth, lm, head, width):
+    config, expected = truth
+    outputs = stars_kernels.decode(
+        lm, head, PROMPTS, request_ids=IDS, config=config, width=width, eos_token_id=EOS_IDS, batch_size=3
+    )
+    assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+    assert {o.counts.rm_scored for o in outputs} == {0}
+
+
+def test_decode_with_a_sum_and_calibration(lm, rm):
+    """Twice the head, plus a function of the text."""
+    tokenizer, reward = byte_tokenizer(), plain_reward(lm, linear())
+    parts = [RewardModel(linear(), weight=2.0), lambda prompts, answers: [0.1 * len(answer) for answer in answers]]
+    outputs = stars_kernels.decode(lm, parts, ["a", "bc"], tokenizer=tokenizer, seed=1, max_new_tokens=12, width=2)
+    for output, prompt in zip(outputs, ["a", "bc"], strict=True):
+        expected = 2 * reward(tokenizer(prompt)["input_ids"], output.token_ids) + 0.1 * len(output.text)
+        assert output.reward == pytest.approx(expected, abs=1e-6)
+        assert output.calibration.rm_scored == 0
+
+
+def test_fp32_rewards_are_bit_equal_whatever_the_width():
+    if stars_kernels.backends()["packed_linear"]["cpu"] != "cpp":
+        pytest.skip("needs the compiled extension")
+    lm, config = tiny_language_model(torch.float32), CONFIGS["fallback"].replace(max_attempts=20)
+    for head in (linear(torch.float32), perceptron().float()):
+        outputs = [stars_kernels.decode(lm, head, PROMPTS, config=config, width=width) for width in (1, 2, 5, 20)]
+        seen = [[[s.rewards for s in output.segments] for output in of_width] for of_width in outputs]
+        assert seen == seen[:1] * 4
+
+
+def test_settings_of_other_kinds_are_refused(lm):
+    with pytest.raises(ValueError, match="label is given, but rm is a head on hidden states, which takes none"):
+        stars_kernels.decode(lm, RewardModel(linear(), label=0), [1], seed=0)

@@ -4,7 +4,7 @@ from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import ClassifierScorer
 from stars_kernels.hf.scorers.encoder import EncoderScorer
 from stars_kernels.hf.scorers.function import CallableScorer, RewardFunction
-from stars_kernels.hf.scorers.likelihood import LikelihoodScorer
+from stars_kernels.hf.scorers.likelihood import LikelihoodScorer, likelihood_chunks
 from stars_kernels.hf.scorers.own_head import OwnHeadScorer
 from stars_kernels.hf.scorers.process import REDUCE, ProcessScorer, Reduce
 from stars_kernels.hf.scorers.text import TextClassifierScorer
@@ -23,4 +23,5 @@ __all__ = [
     "RewardFunction",
     "SumScorer",
     "TextClassifierScorer",
+    "likelihood_chunks",
 ]
