@@ -18,7 +18,13 @@ from transformers import (
 from stars_kernels.hf.families import CLASSIFIERS
 from stars_kernels.hf.models import check_model, has_tokenizer, name_of, text_config, unwrapped
 
-PROCESS_MODELS = ("LlamaForTokenClassification",)
+PROCESS_MODELS = tuple(
+    f"{family}ForTokenClassification"
+    for family in """
+        Arcee AXK1 DeepseekV3 DiffLlama Exaone4 Gemma Gemma2 Glm Glm4 GptOss Helium Llama Ministral Ministral3 Mistral
+        Mixtral Nemotron Persimmon Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe SeedOss SmolLM3 StableLm Starcoder2
+    """.split()
+)
 """Decoders whose scores of steps are tested equal to their own."""
 ENCODERS = tuple(
     f"{family}ForSequenceClassification"

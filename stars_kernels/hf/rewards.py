@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.hidden import HiddenStates
+from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import (
     ModelOrPath,
     check_path,
@@ -239,6 +240,10 @@ def _likelihood(
         if given is not None:
             model, own = load_language_model(given, rm.tokenizer, trust_remote_code, "rm")
             loaded = Loaded(model, own)
+            if layout_of(view_of(model)).steps:
+                raise ValueError(
+                    f"rm {loaded.name} reads one token at a time behind a state, expected a model that scores several"
+                )
             if not loaded.reads_ids(lm, tokenizer):
                 raise ValueError(f"rm {loaded.name} has another tokenizer than the language model, expected the same")
             views.append(view_of(model))

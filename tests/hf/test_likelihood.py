@@ -10,6 +10,7 @@ from stars_kernels.hf.models import view_of
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.scorers import LikelihoodScorer, likelihood
+from tests.hf import families
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.sequential import sequential_decode
@@ -173,3 +174,5 @@ def test_models_that_cannot_judge_the_tokens_are_refused(tmp_path, lm, rm):
     swapped.get_vocab = lambda: {**names, "a": names["b"], "b": names["a"]}
     with pytest.raises(ValueError, match="has another tokenizer than the language model, expected the same"):
         stars_kernels.decode(lm, RewardModel(Likelihood(lm), swapped), "a", tokenizer=byte_tokenizer(), seed=0)
+    with pytest.raises(ValueError, match="rm MambaForCausalLM reads one token at a time behind a state"):
+        stars_kernels.decode(lm, Likelihood(families.tiny("mamba")), [1], seed=0)

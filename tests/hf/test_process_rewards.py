@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForTokenClassification
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig
+from stars_kernels.hf.reward_models import PROCESS_MODELS
+from tests.hf import families
 from tests.hf.test_text_rewards import CHAT, MERGES, THINKING, text_of
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, tiny_config
@@ -70,6 +73,18 @@ def test_decode_is_the_sequential_algorithm(lm, rm, reduce, step):
         for output, prompt in zip(outputs, PROMPTS, strict=True):
             own = REDUCED[reduce](steps_of(rm, MERGING, prompt, output.text, step))
             assert output.reward == pytest.approx(own, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", PROCESS_MODELS)
+def test_every_family(lm, kind):
+    torch.manual_seed(3)
+    kind = getattr(transformers, kind)
+    rm = families.finished(kind(families.tiny_config(kind.config_class.model_type, num_labels=2)))
+    tokenizer = byte_tokenizer()
+    described = RewardModel(rm, tokenizer, label=1, step="\n", reduce="prod")
+    output = stars_kernels.decode(lm, described, "ab", tokenizer=tokenizer, **dict(SET, max_new_tokens=12))
+    own = math.prod(steps_of(rm, tokenizer, "ab", output.text, "\n"))
+    assert output.reward == pytest.approx(own, abs=families.tolerance(kind.config_class.model_type))
 
 
 def test_the_separator_is_rolled_back_and_no_step_read_twice(lm, rm):

@@ -4,17 +4,19 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import stars_kernels
-from stars_kernels import RewardModel
+from stars_kernels import Likelihood, RewardModel
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_process_rewards import process_model
 from tests.hf.test_text_rewards import MERGING, OTHER_IDS, RM_TEMPLATE
-from tests.tiny import byte_tokenizer, spelling_model, tiny_reward_model
+from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 ANSWER, SEGMENT = 80, 5
 PROMPT = "abc " * 10
 LONG = dict(max_position_embeddings=400)
+POLICY = tiny_language_model(**LONG)
 CLOSING = byte_tokenizer(RM_TEMPLATE, reverse=True)
 KINDS = {
     "token ids": tiny_reward_model(**LONG),
@@ -23,6 +25,8 @@ KINDS = {
     "text, a chat template that closes with 7 tokens": RewardModel(tiny_reward_model(**LONG), CLOSING),
     "steps, a separator of 2 tokens": RewardModel(process_model(vocab_size=260, **LONG), label=1),
     "encoder": RewardModel(encoder(**LONG), pair_tokenizer()),
+    "a head on the model's own hidden states": nn.Linear(24, 1).double(),
+    "likelihood, of two models": Likelihood(POLICY, POLICY),
     "function": lambda prompts, answers: [0.0] * len(answers),
 }
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -42,8 +46,10 @@ def read(kind, attempts):
 
 def empty(kind):
     """Tokens of the empty answer."""
-    if kind == "function":
+    if kind in ("function", "a head on the model's own hidden states"):
         return 0
+    if kind.startswith("likelihood"):
+        return 2 * len(byte_tokenizer()(PROMPT)["input_ids"])
     if kind == "encoder":
         return len(KINDS[kind].tokenizer(PROMPT, "")["input_ids"])
     tokenizer = getattr(KINDS[kind], "tokenizer", None) or byte_tokenizer()
