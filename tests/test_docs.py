@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bench import __main__ as bench
 from bench import rival_vllm
 from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsEvent, StarsOutput
 from stars_kernels.decoder.output import FinishReason
+from stars_kernels.hf.families import CLASSIFIERS, WORKS
+from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
@@ -165,3 +168,11 @@ def test_help_explains_every_field(kind):
 
 def test_help_lists_every_finish_reason():
     assert all(f'"{reason}"' in StarsOutput.__doc__ for reason in get_args(FinishReason))
+
+
+def test_the_readme_counts_what_works():
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    readme = (ROOT / "README.md").read_text()
+    assert f"{sum(kind in WORKS for kind in kinds)} of the {len(kinds)} causal families" in readme
+    assert f"{len(CLASSIFIERS)} causal sequence classifiers, {len(ENCODERS)} kinds of encoders" in readme
+    assert f"{len(PROCESS_MODELS)} process reward models" in readme
