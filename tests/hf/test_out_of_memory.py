@@ -108,17 +108,27 @@ BY_ROWS = {  # rows that fit: what is said, and what the limits are in the end
 
 
 @pytest.mark.parametrize("rows", BY_ROWS)
-@pytest.mark.parametrize("whose", ["lm", "rm"])
-def test_a_round_is_halved_until_it_fits(lm, rm, truth, rows, whose):
-    models = {"lm": lm, "rm": rm}
-    models[whose] = limited(tiny_language_model() if whose == "lm" else tiny_reward_model(), rows)
-    outputs, said = run(**models)
+def test_a_round_is_halved_until_it_fits(rm, truth, rows):
+    outputs, said = run(limited(tiny_language_model(), rows), rm)
     check(outputs, truth)
     words, limits = BY_ROWS[rows]
     assert said == [f"out of memory {what}" for what in words]
     assert outputs[-1].memory_limits == limits
     widths = [width for output in outputs for segment in output.segments for width in segment.widths]
     assert max(widths) == limits.get("width", 7)
+
+
+READING = r"out of memory as the reward model read (\d+) tokens at once: going on with (\d+); rewards do not change"
+
+
+@pytest.mark.parametrize("rows", BY_ROWS)
+def test_what_the_reward_model_reads_is_halved_before_the_round(lm, truth, rows):
+    outputs, said = run(lm, limited(tiny_reward_model(), rows))
+    check(outputs, truth)
+    sizes = [tuple(map(int, re.fullmatch(READING, message).groups())) for message in said]
+    assert all(size // 2 == rest for size, rest in sizes) and bool(sizes) == (rows < 28)
+    assert outputs[-1].memory_limits == {}
+    assert max(width for output in outputs for segment in output.segments for width in segment.widths) == 7
 
 
 @pytest.mark.parametrize("error", EXHAUSTED)
@@ -161,11 +171,15 @@ def test_a_batch_is_halved_until_it_can_begin(lm, rm, truth, whose, rows):
     outputs, said = run(**models)
     check(outputs, truth)
     assert said[0] == "out of memory as a batch of 4 prompts began: going on with batch_size=2"
-    if rows == 3:  # then rounds of 2 prompts x 7 attempts; what was learned holds for the second batch too
+    limits = {"batch_size": 2}
+    if rows == 3 and whose == "rm":
+        assert said[1:] and all(re.fullmatch(READING, message) for message in said[1:])
+    elif rows == 3:  # then rounds of 2 prompts x 7 attempts; what was learned holds for the second batch too
         assert said[1:] == [
             f"out of memory in a round of 2 prompts x {n} attempts: going on with width={n // 2}" for n in (7, 3)
         ]
-    assert outputs[-1].memory_limits == {"batch_size": 2} | ({"width": 1} if rows == 3 else {})
+        limits["width"] = 1
+    assert outputs[-1].memory_limits == limits
 
 
 def test_calibration_takes_the_same_path(lm, rm):
