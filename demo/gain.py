@@ -13,9 +13,23 @@ from transformers.utils import logging
 
 import stars_kernels
 from bench.arguments import whole
-from demo.models import load_language_model, load_reward_model, vader
+from demo.models import (
+    ENCODER_TEMPLATE,
+    load_encoder_reward_model,
+    load_language_model,
+    load_own_head,
+    load_reward_model,
+    vader,
+)
 from demo.prompts import UNSEEN_PROMPTS, messages
+from stars_kernels import RewardModel
 from stars_kernels.decoder.threshold import UNREACHABLE
+
+REWARDS = {
+    "model": load_reward_model,
+    "own-head": lambda lm: RewardModel(load_own_head()),
+    "encoder": lambda lm: RewardModel(*load_encoder_reward_model(), template=ENCODER_TEMPLATE),
+}
 
 
 def interval(gains: torch.Tensor, draws: int = 10_000) -> tuple[float, float]:
@@ -38,12 +52,13 @@ def main() -> None:
     parser.add_argument(
         "--plain-samples", type=whole(1), default=4, help="plain answers averaged per prompt (default 4)"
     )
+    parser.add_argument("--reward", choices=REWARDS, default="model", help="which of the demo's (default model)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     lm, tokenizer = load_language_model()
-    rm = load_reward_model(lm)
+    rm = REWARDS[args.reward](lm)
     chats = [messages(prompt) for prompt in UNSEEN_PROMPTS[: args.prompts]]
 
     def answers(seed: int, **settings):

