@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from bench import models
+from bench import heads, models
 from bench.arguments import whole
 from bench.batched import batched_decode
 from bench.cached import cached_decode
@@ -46,6 +46,8 @@ TARGETS = {
 OVERHEAD_TARGET = 0.08
 """Share of a decode outside the models' forwards."""
 LONG_PROMPT_TOKENS = 1024
+REWARDS = ("scripted", "real")
+"""Of the job above, or the demo's: `heads`."""
 
 
 def script(prompt: int) -> Judge:
@@ -279,6 +281,7 @@ def interleaved(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=models.MODELS, default="smol", help="tiny is for smoke tests")
+    parser.add_argument("--rewards", choices=REWARDS, help="time only with these (default: with both)")
     parser.add_argument(
         "--prompts",
         type=whole(1),
@@ -288,7 +291,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    return run_on_gpu(args) if args.device == "cuda" else run_on_cpu(args)
+    if args.device == "cuda":
+        if args.rewards == "real":
+            raise SystemExit("--rewards real is for the CPU: on a GPU, only scripted rewards are timed")
+        return run_on_gpu(args)
+    rows = []
+    if args.rewards != "scripted":
+        print("check real rewards in float64 ...", flush=True)
+        heads.check_exact(args.model)
+    if args.rewards != "real":
+        rows += run_on_cpu(args)
+    if args.rewards != "scripted":
+        rows += heads.run(args)
+    return rows
 
 
 def run_on_cpu(args: argparse.Namespace) -> list[Row]:

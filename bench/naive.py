@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench.common import Decision, Judge, Result, Sampler, generate_options, sampler
@@ -27,7 +27,7 @@ class _Seeded(LogitsProcessor):
 @torch.inference_mode()
 def naive_decode(
     model: PreTrainedModel,
-    rm: PreTrainedModel,
+    rm: PreTrainedModel | Callable[[Tensor], float],
     prompt_ids: Sequence[int],
     config: StarsConfig,
     key: int | None = None,
@@ -36,7 +36,7 @@ def naive_decode(
     """STARS with nothing kept between attempts; one prompt, one attempt at a time.
 
     Args:
-        rm: a sequence classifier on the same token ids; its first output is the reward.
+        rm: a sequence classifier on the same token ids, its first output is the reward; or a function of them, [1, N].
         config: with reward_threshold and beta; width and stop strings are not for this loop.
         key: the request's Philox key, for the engine's tokens and decisions; None = torch's own randomness.
         judge: what decides in place of the reward, which is computed all the same.
@@ -73,5 +73,7 @@ def naive_decode(
     return result
 
 
-def _reward(rm: PreTrainedModel, ids: Tensor) -> float:
+def _reward(rm: PreTrainedModel | Callable[[Tensor], float], ids: Tensor) -> float:
+    if not isinstance(rm, nn.Module):
+        return rm(ids)
     return float(rm(input_ids=ids, use_cache=False).logits[0, 0])
