@@ -1,8 +1,11 @@
-"""kv_commit on a GPU: the tokens of all layers in one launch of 16-byte copies, then the lengths in another.
+"""kv_commit on a GPU: the tokens of all layers and the lengths in one launch, by 16-byte copies.
 
 A segment's tokens lie side by side in the suffix and in the arena, so each layer's keys (or values) are one copy of
-`count * Hkv * D` elements. The copy is of bytes: one kernel serves every dtype. The lengths wait for a second launch
-because the copying programs read them.
+`count * Hkv * D` elements. The copy is of bytes: one kernel serves every dtype.
+
+All programs of a commit need the length that the commit moves. So each takes it with an atomic addition that also
+counts the programs, in the upper half of the length's 64 bits: whoever comes last knows that all others have the old
+length, clears the count and moves the length. No other memory is needed, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from stars_kernels.ops.triton._launch import on_device_of
 
 BLOCK_BYTES = 8192  # a program's copy: four 16-byte loads a thread
 NUM_WARPS = 4
+TICKET = tl.constexpr(1 << 32)  # lengths are shorter
 
 
 def kv_commit_triton(
@@ -36,16 +40,13 @@ def kv_commit_triton(
     suffix, into = suffix.view(word), arena.view(word)
     token = heads * suffix.shape[-1]
     block = BLOCK_BYTES // word.itemsize
+    blocks = max(1, triton.cdiv(slots * token, block))
     with on_device_of(arena):
-        if layers * slots * token:
-            _copy[(triton.cdiv(slots * token, block), layers * 2, commits)](
-                suffix, into, lengths, offsets, prompt, row, count, *suffix.stride()[:3], *into.stride()[:2],
-                lengths.stride(0), offsets.stride(0), prompt.stride(0), row.stride(0), count.stride(0),
-                TOKEN=token, BLOCK=block, num_warps=NUM_WARPS,
-            )  # fmt: skip
-        _advance[(commits,)](
-            lengths, prompt, count, advance, lengths.stride(0), prompt.stride(0), count.stride(0), advance.stride(0)
-        )
+        _commit[(blocks, max(1, layers * 2), commits)](
+            suffix, into, lengths, offsets, prompt, row, count, advance, *suffix.stride()[:3], *into.stride()[:2],
+            lengths.stride(0), offsets.stride(0), prompt.stride(0), row.stride(0), count.stride(0), advance.stride(0),
+            TOKEN=token if layers else 0, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return None
 
 
@@ -62,28 +63,28 @@ def _word(*tensors: Tensor) -> torch.dtype:
 
 
 @triton.jit
-def _copy(
-    suffix, arena, lengths, offsets, prompt, row, count,
+def _commit(
+    suffix, arena, lengths, offsets, prompt, row, count, advance,
     suffix_layer, suffix_kv, suffix_row, arena_layer, arena_kv,
-    lengths_stride, offsets_stride, prompt_stride, row_stride, count_stride,
+    lengths_stride, offsets_stride, prompt_stride, row_stride, count_stride, advance_stride,
     TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block, layer * 2 + kv, commit) copies BLOCK words of a segment's keys or values."""
-    layer, kv, commit = tl.program_id(1) // 2, tl.program_id(1) % 2, tl.program_id(2)
+    plane, commit = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p = tl.load(prompt + commit * prompt_stride)
+    tokens = tl.load(count + commit * count_stride)
+    length = lengths + p * lengths_stride
+    taken = tl.atomic_add(length, TICKET, sem="relaxed")
+    tickets = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    if taken // TICKET == tickets - 1:
+        moved = tl.where(tl.load(advance + commit * advance_stride), tokens, 0)
+        tl.atomic_add(length, moved - tickets * TICKET, sem="relaxed")
+
     r = tl.load(row + commit * row_stride)
-    words = tl.where(r < 0, 0, tl.load(count + commit * count_stride) * TOKEN)
+    words = tl.where(r < 0, 0, tokens * TOKEN)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = word < words
-    p = tl.load(prompt + commit * prompt_stride)
-    start = tl.load(offsets + p * offsets_stride) + tl.load(lengths + p * lengths_stride)
-    suffix += layer.to(tl.int64) * suffix_layer + kv * suffix_kv + r * suffix_row
-    arena += layer.to(tl.int64) * arena_layer + kv * arena_kv + start * TOKEN
+    start = tl.load(offsets + p * offsets_stride) + taken % TICKET
+    suffix += plane // 2 * suffix_layer + plane % 2 * suffix_kv + r * suffix_row
+    arena += plane // 2 * arena_layer + plane % 2 * arena_kv + start * TOKEN
     tl.store(arena + word, tl.load(suffix + word, mask=mask), mask=mask)
-
-
-@triton.jit
-def _advance(lengths, prompt, count, advance, lengths_stride, prompt_stride, count_stride, advance_stride):
-    commit = tl.program_id(0)
-    if tl.load(advance + commit * advance_stride):
-        length = lengths + tl.load(prompt + commit * prompt_stride) * lengths_stride
-        tl.store(length, tl.load(length) + tl.load(count + commit * count_stride))

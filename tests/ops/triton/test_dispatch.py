@@ -22,7 +22,7 @@ CASES = {
 }  # fmt: skip
 KERNELS = {
     "fork_attention": {"_fork_attention"},
-    "kv_commit": {"_copy", "_advance"},
+    "kv_commit": {"_commit"},
     "lm_head_sample": {"_lm_head_race", "_lm_head_finish"},
     "reward_head": {"_reward_head"},
     "segment_sample": {"_race", "_finish"},

@@ -18,8 +18,9 @@ def assert_commits(case, device):
 
 @pytest.mark.parametrize("call", [call for call in CALLS if call.id != "no prompts"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_commit(device, dtype, call):
+def test_commit(device, dtype, call, launches):
     assert_commits(make_case(dtype, **call), device)
+    assert launches == ["_commit"]  # all layers, and the lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -44,6 +45,14 @@ def test_a_cut_of_a_larger_arena(device):
     given["arena"] = torch.cat((given["arena"], given["arena"]), dim=2)[:, :, :40]  # a copy would be contiguous
     kv_commit_triton(**given)
     assert torch.equal(bits_of(given["arena"].cpu()), bits_of(arena)) and torch.equal(given["lengths"].cpu(), lengths)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 7, 6, 2, 5), (3, 2, 7, 0, 2, 5)], ids=str)
+def test_lengths_move_where_there_is_nothing_to_copy(device, shape):
+    case = make_case(torch.float32) | {"suffix": torch.empty(shape), "arena": torch.empty(*shape[:2], 40, *shape[4:])}
+    if shape[3] == 0:
+        case["count"] = torch.zeros_like(case["count"])
+    assert_commits(case, device)
 
 
 def test_suffix_strides_of_any_order(device):
