@@ -1,9 +1,17 @@
-"""fork_attention on a GPU: one program reads a prompt's prefix for all of its rows, as one matrix product a tile.
+"""fork_attention on a GPU: one program reads a prompt's prefix for BLOCK_M queries, as one matrix product a tile.
 
-A program is (block of rows, key/value head, split). Its BLOCK_M queries are stacked: rows of one prompt x steps x heads
-of the group. They go over the split's share of the prefix together; the last split also goes over the rows' suffixes,
-laid end to end, where a query sees its own row's alone. With one split the output is written; with several, each leaves
-(sum, maximum, accumulator) and a second kernel merges them by log-sum-exp. Nothing on the host depends on a length.
+A prompt's queries are rows x steps x heads of the group, stacked without gaps and cut in blocks of BLOCK_M; a program
+is (block, key/value head, split). Its queries go over the split's share of the prefix together; the last split also
+goes over the suffixes of the block's rows, laid end to end, where a query sees its own row's alone. With one split the
+output is written; with several, each leaves (sum, maximum, accumulator) and a second kernel merges them by log-sum-exp.
+Nothing on the host depends on a length.
+
+So the prefix is read once per prompt where its queries fit one block, as those of a decoding step do: 128 in half
+precision up to head size 128, which is 32 rows of a group of 4. Scoring whole segments takes more, and then reads it
+ceil(queries / BLOCK_M) times: 2 for 4 rows x 15 tokens x a group of 4. `python -m bench roofline` counts these reads.
+
+A value that is infinite or NaN must stay with the queries that see it, but 0 * inf is NaN, and a block's rows share
+tiles. A block whose result is not finite is therefore computed again, with such values taken out of the products.
 """
 
 from __future__ import annotations
@@ -21,13 +29,17 @@ TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100
 SPLIT_KEYS = 256  # an average share of a prompt's arena slots below which a split does not pay
 
 
+PART_M = tl.constexpr(16)  # queries that share a tile where values are not finite
+MERGE_WARPS = 1
+
+
 def settings(dtype: torch.dtype, size: int) -> dict[str, int]:
     """Launch settings for heads of `size` (the larger of Dk and Dv): most queries and keys of a tile, and the rest."""
     if dtype == torch.float32:  # no tensor cores: IEEE products from registers
         if size <= 64:
             return {"max_m": 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
         return {"max_m": 16, "block_n": 16, "num_warps": 8, "num_stages": 2}
-    return {"max_m": 64 if size <= 128 else 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
+    return {"max_m": 128 if size <= 128 else 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
 
 
 def fork_attention_triton(
@@ -68,10 +80,10 @@ def fork_attention_triton(
     use = settings(query.dtype, max(key_size, value_size))
     group = heads // kv_heads
     per_row = steps * group  # queries of a row that share a key/value head
-    block_m = min(use["max_m"], max(16, triton.next_power_of_2(triton.cdiv(rows, max(prompts, 1)) * per_row)))
-    block_rows = max(1, block_m // per_row)
-    query_blocks = 1 if per_row <= block_m else triton.cdiv(per_row, block_m)
-    busy = max(triton.cdiv(rows, block_rows), min(prompts, rows)) * query_blocks * kv_heads
+    per_prompt = triton.cdiv(rows, max(prompts, 1)) * per_row  # on average
+    block_m = min(use["max_m"], max(16, triton.next_power_of_2(per_prompt)))
+    row_blocks = triton.cdiv(per_row, block_m)  # programs for each row: enough for any number of rows side by side
+    busy = min(prompts, rows) * triton.cdiv(per_prompt, block_m) * kv_heads
     splits = min(MAX_SPLITS, TARGET_PROGRAMS // busy, arena_key.shape[0] // max(prompts, 1) // SPLIT_KEYS)
     splits = max(1, splits)
     size = rows * steps * heads
@@ -80,9 +92,9 @@ def fork_attention_triton(
         partial = out.new_empty(splits, *out.shape, dtype=torch.float32)
         stats = out.new_empty(2, splits, size, dtype=torch.float32)  # maximum, sum
     with on_device_of(query):
-        _fork_attention[(rows * query_blocks, kv_heads, splits)](
+        _fork_attention[(rows * row_blocks, kv_heads, splits)](
             query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
-            sinks, out, partial, stats, rows, steps, size, block_rows, query_blocks, scale, window, softcap,
+            sinks, out, partial, stats, rows, steps, size, row_blocks, scale, window, softcap,
             *query.stride()[:3], *suffix_key.stride()[:3], *suffix_value.stride()[:3],
             *arena_key.stride()[:2], *arena_value.stride()[:2],
             GROUP=group, DK=key_size, DV=value_size, SPLITS=splits, WINDOW=window > 0, SOFTCAP=softcap > 0,
@@ -94,7 +106,7 @@ def fork_attention_triton(
             _merge[(size,)](
                 partial, stats, sinks, out, size, heads,
                 DV=value_size, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-                BLOCK_DV=triton.next_power_of_2(value_size), num_warps=1, enable_fp_fusion=True,
+                BLOCK_DV=triton.next_power_of_2(value_size), num_warps=MERGE_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -102,47 +114,79 @@ def fork_attention_triton(
 @triton.jit
 def _fork_attention(
     query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
-    sinks, out, partial, stats, rows, steps, size, block_rows, query_blocks, scale, window, softcap,
+    sinks, out, partial, stats, rows, steps, size, row_blocks, scale, window, softcap,
     query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
     prefix_key_slot, prefix_key_head, prefix_value_slot, prefix_value_head,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) // query_blocks
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    place = tl.program_id(0) // row_blocks
+    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     heads = tl.num_programs(1) * GROUP
 
-    # The rows of a prompt that lie side by side are shared out in blocks; the program of a block's first row serves it.
+    # The rows of a prompt that lie side by side share their programs: the first ones take a block of queries each.
     all_rows = tl.arange(0, ROWS)
     owners = tl.load(prompt + all_rows, mask=all_rows < rows, other=-1)
-    owner = tl.load(prompt + first)
-    run_begin = tl.max(tl.where((owners != owner) & (all_rows < first), all_rows + 1, 0))
-    run_end = tl.min(tl.where((owners != owner) & (all_rows > first), all_rows, rows))
-    if (first - run_begin) % block_rows != 0:
+    owner = tl.load(prompt + place)
+    run_begin = tl.max(tl.where((owners != owner) & (all_rows < place), all_rows + 1, 0))
+    run_end = tl.min(tl.where((owners != owner) & (all_rows > place), all_rows, rows))
+    per_row = steps * GROUP
+    queries = (run_end - run_begin) * per_row
+    first = ((place - run_begin) * row_blocks + tl.program_id(0) % row_blocks) * BLOCK_M
+    if first >= queries:
         return
-    count = tl.minimum(block_rows, run_end - first)
 
-    m = tl.program_id(0) % query_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [M] queries: (row, step, head of the group)
-    m_row = m // (steps * GROUP)
+    slots = tl.load(offsets + owner).to(tl.int64)
+    arena_key += slots * prefix_key_slot + kv_head * prefix_key_head
+    arena_value += slots * prefix_value_slot + kv_head * prefix_value_head
+    query += kv_head * GROUP * query_head
+    prefix = tl.load(lengths + owner).to(tl.int32)
+    apart = _block(
+        query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, sinks, out, partial, stats,
+        run_begin, first, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
+        query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
+        prefix_key_slot, prefix_value_slot,
+        GROUP, DK, DV, SPLITS, WINDOW, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_DK, BLOCK_DV, False,
+    )  # fmt: skip
+    for part in range(0, apart * tl.minimum(BLOCK_M, queries - first), PART_M):
+        _block(
+            query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, sinks, out, partial, stats,
+            run_begin, first + part, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
+            query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
+            prefix_key_slot, prefix_value_slot,
+            GROUP, DK, DV, SPLITS, WINDOW, SOFTCAP, PART_M, BLOCK_N, BLOCK_DK, BLOCK_DV, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _block(
+    query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, sinks, out, partial, stats,
+    run_begin, first, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
+    query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
+    prefix_key_slot, prefix_value_slot,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Queries `first` to first + BLOCK_M of a run. Not APART: whether the result is not finite, and not written."""
+    per_row = steps * GROUP
+    m = first + tl.arange(0, BLOCK_M)  # [M] queries: (row, step, head of the group)
+    row = run_begin + m // per_row
     step = m // GROUP % steps
-    head = kv_head * GROUP + m % GROUP
-    exists = m_row < count
-    row = (first + tl.where(exists, m_row, 0)).to(tl.int64)
-    asked = tl.load(query_len + row)
-    at = (tl.load(suffix_len + row) - asked).to(tl.int32) + step  # place in the suffix
-    asks = exists & (step < asked)
+    asked = tl.load(query_len + row, mask=m < queries, other=0)
+    asks = step < asked
+    at = (tl.load(suffix_len + row, mask=asks, other=0) - asked).to(tl.int32) + step  # place in the suffix
     dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     q = tl.load(
-        query + (row * query_row + step * query_step + head * query_head)[:, None] + dk,
+        query + (row.to(tl.int64) * query_row + step.to(tl.int64) * query_step + m % GROUP * query_head)[:, None] + dk,
         mask=asks[:, None] & (dk < DK), other=0.0,
     )  # fmt: skip
 
-    high = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest score so far
-    total = tl.zeros([BLOCK_M], tl.float32)
+    high = tl.where(asks, float("-inf"), 0.0)  # the largest score so far
+    total = tl.where(asks, 0.0, 1.0)  # padding becomes 0 / 1
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    prefix = tl.load(lengths + owner).to(tl.int32)
     seen = 0  # keys that lie too far back for every query
     if WINDOW:
         seen = tl.maximum(prefix + tl.min(tl.where(asks, at, 1 << 30)) - window + 1, 0)
@@ -150,9 +194,6 @@ def _fork_attention(
     share = tl.cdiv(tl.cdiv(prefix - seen, BLOCK_N), SPLITS) * BLOCK_N
     begin = seen + split * share
     end = tl.minimum(begin + share, prefix)
-    slots = tl.load(offsets + owner).to(tl.int64)
-    arena_key += slots * prefix_key_slot + kv_head * prefix_key_head
-    arena_value += slots * prefix_value_slot + kv_head * prefix_value_head
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < end
@@ -163,61 +204,85 @@ def _fork_attention(
         visible = asks[:, None] & there[None, :]
         if WINDOW:
             visible &= (prefix + at)[:, None] - n[None, :] < window
-        high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP)
+        high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP, APART)
 
     if split == SPLITS - 1:
         used = tl.max(tl.where(asks, at + 1, 0))  # suffix slots that any query sees
-        for start in range(0, count * used, BLOCK_N):
+        first_row = run_begin + first // per_row
+        last_row = run_begin + (tl.minimum(first + BLOCK_M, queries) - 1) // per_row
+        suffix_key += kv_head * key_head
+        suffix_value += kv_head * value_head
+        for start in range(0, (last_row - first_row + 1) * used, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            n_row, slot = n // used, n % used
-            there = n_row < count
-            key_of = (first + tl.where(there, n_row, 0)).to(tl.int64)
-            there &= slot < tl.load(suffix_len + key_of)
-            keys = suffix_key + key_of * key_row + slot * key_slot + kv_head * key_head
-            values = suffix_value + key_of * value_row + slot * value_slot + kv_head * value_head
+            n_row, slot = first_row + n // used, (n % used).to(tl.int64)
+            there = n_row <= last_row
+            there &= slot < tl.load(suffix_len + n_row, mask=there, other=0)
+            keys = suffix_key + n_row.to(tl.int64) * key_row + slot * key_slot
+            values = suffix_value + n_row.to(tl.int64) * value_row + slot * value_slot
             k = tl.load(keys[None, :] + dk[:, None], mask=there[None, :] & (dk < DK)[:, None], other=0.0)
             v = tl.load(values[:, None] + dv, mask=there[:, None] & (dv < DV), other=0.0)
-            back = at[:, None] - slot[None, :]
-            visible = asks[:, None] & there[None, :] & (m_row[:, None] == n_row[None, :]) & (back >= 0)
+            back = at[:, None] - (n % used)[None, :]
+            visible = asks[:, None] & there[None, :] & (row[:, None] == n_row[None, :]) & (back >= 0)
             if WINDOW:
                 visible &= back < window
-            high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP)
+            high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP, APART)
 
-    at_out = (row * steps + step) * heads + head
+    apart = 0
+    if not APART:
+        apart = 1 - tl.min((tl.abs(acc) < float("inf")).to(tl.int32))
+    written = m < tl.where(apart > 0, 0, queries)
+    begin_out = (run_begin.to(tl.int64) * steps + first // GROUP) * heads + kv_head * GROUP
+    at_out = (m // GROUP - first // GROUP) * heads + m % GROUP
     if SPLITS == 1:
-        result = _normalised(high, total, acc, sinks, head)
-        tl.store(out + at_out[:, None] * DV + dv, result.to(out.dtype.element_ty), exists[:, None] & (dv < DV))
+        result = _normalised(high, total, acc, sinks, kv_head * GROUP + m % GROUP)
+        out += begin_out * DV
+        tl.store(out + (at_out[:, None] * DV + dv), result.to(out.dtype.element_ty), written[:, None] & (dv < DV))
     else:
-        at_out += split.to(tl.int64) * size
-        tl.store(partial + at_out[:, None] * DV + dv, acc, mask=exists[:, None] & (dv < DV))
-        tl.store(stats + at_out, high, mask=exists)
-        tl.store(stats + SPLITS * size + at_out, total, mask=exists)
+        begin_out += split.to(tl.int64) * size
+        partial += begin_out * DV
+        stats += begin_out
+        tl.store(partial + (at_out[:, None] * DV + dv), acc, mask=written[:, None] & (dv < DV))
+        tl.store(stats + at_out, high, mask=written)
+        tl.store(stats + tl.num_programs(2).to(tl.int64) * size + at_out, total, mask=written)
+    return apart
 
 
 @triton.jit
-def _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP: tl.constexpr):
-    """One tile of keys into the running softmax: q [M, Dk], k [Dk, N], v [N, Dv], visible [M, N]."""
+def _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP: tl.constexpr, APART: tl.constexpr):
+    """One tile of keys into the running softmax: q [M, Dk], k [Dk, N], v [N, Dv], visible [M, N].
+
+    APART: values that are not finite are no part of the product, and reach those who see them alone.
+    """
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if SOFTCAP:
-        scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
+        capped = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
+        scores = tl.where(scores == float("-inf"), scores, capped)
     scores = tl.where(visible, scores, float("-inf"))
     new_high = tl.maximum(high, tl.max(scores, axis=1))
     reference = tl.where(new_high == float("-inf"), 0.0, new_high)  # nothing seen yet: -inf - -inf is NaN
     weights = tl.exp(scores - reference[:, None])
     keep = tl.exp(high - reference)
-    acc = tl.dot(weights.to(v.dtype), v, acc=acc * keep[:, None], input_precision="ieee")
+    acc *= keep[:, None]
+    if APART:
+        sees = visible.to(v.dtype)
+        up = tl.dot(sees, ((v == float("inf")) | (v != v)).to(v.dtype), input_precision="ieee")
+        acc += tl.where(up > 0, float("inf"), 0.0)
+        down = tl.dot(sees, ((v == float("-inf")) | (v != v)).to(v.dtype), input_precision="ieee")
+        acc -= tl.where(down > 0, float("inf"), 0.0)  # both: NaN
+        v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
+    acc = tl.dot(weights.to(v.dtype), v, acc=acc, input_precision="ieee")
     return new_high, total * keep + tl.sum(weights, axis=1), acc
 
 
 @triton.jit
 def _normalised(high, total, acc, sinks, head):
-    """acc [M, Dv] over the softmax's sum; a sink takes part in that sum alone. Zero where no key was seen."""
+    """acc [M, Dv] over the softmax's sum; a sink takes part in that sum alone."""
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32)
         reference = tl.maximum(high, sink)
         keep = tl.exp(high - reference)
         acc, total = acc * keep[:, None], total * keep + tl.exp(sink - reference)
-    return acc / tl.where(total > 0, total, 1.0)[:, None]
+    return acc / total[:, None]
 
 
 @triton.jit
@@ -233,7 +298,8 @@ def _merge(
     high = tl.load(stats + place, mask=there, other=float("-inf"))
     highest = tl.max(high)
     keep = tl.exp(high - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(keep * tl.load(stats + SPLITS * size + place, mask=there, other=0.0))
+    sums = tl.load(stats + (SPLITS + split).to(tl.int64) * size + at, mask=there, other=0.0)
+    total = tl.sum(keep * sums)
     acc = tl.load(partial + place[:, None] * DV + dv, mask=there[:, None] & (dv < DV), other=0.0)
     acc = tl.sum(acc * keep[:, None], axis=0)
     head = at % heads + tl.zeros([1], tl.int32)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stars_kernels.ops.fork_attention import fork_attention_ref
 from stars_kernels.ops.triton import fork_attention as module
 from stars_kernels.ops.triton.fork_attention import fork_attention_triton
 from tests.ops.helpers import assert_no_worse, dtype_name, moved, strided
@@ -67,6 +68,48 @@ def test_head_sizes(device, dtype, size):
 def test_long_prefix(device, splits, dtype):
     case = make_case(dtype=dtype, shape=(6, 2, 32, 32), lengths=(300, 65), prompt=(0, 1, 0, 0, 1), seed=2)
     assert_right(case, device)
+
+
+@variants
+@steps_1_5
+def test_rows_of_a_prompt_share_a_block(device, splits, steps, variant):
+    """As the engine lays them out; each row's window and suffix are its own, and no two are equally long."""
+    case = make_case(steps=steps, prompt=(2, 2, 2, 0, 0, 1, 1, 1), dtype=torch.float32, seed=8, **variant)
+    assert_right(case, device)
+
+
+BLOCKS = [
+    pytest.param({"prompt": (0,) * 5}, id="one block"),
+    pytest.param({"prompt": (0, 0, 2, 2, 0), "steps": 5}, id="runs of scored segments"),
+    pytest.param({"prompt": (2,) * 5, "softcap": 1.5, "sinks": True}, id="softcap and sinks"),
+    pytest.param({"prompt": (1, 1, 1), "suffix_len": [1, 1, 1], "query_len": [1, 1, 1]}, id="one token, no prefix"),
+]
+
+
+@pytest.mark.parametrize("layout", BLOCKS)
+@pytest.mark.parametrize("name", ["suffix_key", "suffix_value"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_a_broken_row_breaks_no_sibling(device, splits, value, name, layout):
+    """0 * inf is NaN: it must not reach the other rows of a tile, and its own row gets what the definition gives."""
+    case = OPTIONS | make_case(dtype=torch.float32, shape=(6, 2, 16, 16), seed=9, **layout)
+    intact = attended(case, device)
+    assert intact.isfinite().all()
+    broken = 1
+    case[name][broken, 0, 1, 3] = value  # a slot that all queries of the row see, one of its two heads
+    out, expected = attended(case, device), fork_attention_ref(**case)
+    assert case["softcap"] or not expected[broken].isfinite().all()
+    torch.testing.assert_close(out[broken], expected[broken], rtol=1e-4, atol=1e-5, equal_nan=True)
+    others = torch.arange(len(out)) != broken
+    torch.testing.assert_close(out[others], intact[others], rtol=1e-4, atol=1e-5)
+
+
+@dtypes
+def test_a_prefix_value_stays_with_those_whose_window_holds_it(device, dtype):
+    """Key 62 is inside the second row's window alone; both rows share its tile."""
+    case = make_case(shape=(1, 1, 4, 4), lengths=(70,), prompt=(0, 0), suffix_len=[6, 1], query_len=[1, 1], dtype=dtype)
+    case["arena_value"][case["offsets"][0] + 62] = torch.inf
+    out = attended(case | {"window": 10}, device)
+    assert out[0].isfinite().all() and (out[1] == torch.inf).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

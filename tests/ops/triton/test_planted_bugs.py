@@ -13,6 +13,7 @@ from tests.ops.triton import test_fork_attention, test_kv_commit
 from tests.ops.triton.conftest import SANITIZED
 
 sanitized = pytest.mark.skipif(not SANITIZED, reason="only ttsem sees it: make sanitize")
+TICKET = 'taken = tl.atomic_add(length, TICKET, sem="relaxed")'
 COPY = "tl.store(arena + word, tl.load(suffix + word, mask=mask), mask=mask)"
 
 
@@ -36,7 +37,7 @@ def plant(monkeypatch, tmp_path):
 
 
 def commit(device, monkeypatch):
-    test_kv_commit.test_commit(device, torch.float32, {})
+    test_kv_commit.assert_commits(test_kv_commit.make_case(torch.float32), device)
 
 
 def attend_in_splits(device, monkeypatch):
@@ -62,7 +63,11 @@ def attend_in_splits(device, monkeypatch):
             commit, "race", "both touch element", id="lengths written while others read them",
         ),
         pytest.param(
-            fork_attention, "at_out += split.to(tl.int64) * size", "at_out += 0 * size",
+            kv_commit, TICKET, f"{TICKET}; taken = tl.load(length)",
+            commit, "race", "both touch element", id="a length read beside its ticket",
+        ),
+        pytest.param(
+            fork_attention, "begin_out += split.to(tl.int64) * size", "begin_out += 0 * size",
             attend_in_splits, "race", "both touch element", id="all splits write to one place",
         ),
     ],
@@ -77,8 +82,8 @@ def test_a_fault_in_a_kernel(device, monkeypatch, plant, module, line, other, ch
 @pytest.mark.parametrize(
     "line",
     [
-        "tl.store(stats + at_out, high, mask=exists)",
-        "tl.store(partial + at_out[:, None] * DV + dv, acc, mask=exists[:, None] & (dv < DV))",
+        "tl.store(stats + at_out, high, mask=written)",
+        "tl.store(partial + (at_out[:, None] * DV + dv), acc, mask=written[:, None] & (dv < DV))",
     ],
 )
 def test_an_unwritten_read(device, monkeypatch, plant, line):
