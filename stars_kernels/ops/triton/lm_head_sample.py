@@ -20,6 +20,7 @@ from stars_kernels.ops.triton.segment_sample import MAX_VOCABULARY, NO_ID, UNIT,
 
 BLOCK_V = 128
 NUM_STAGES = 3
+FINISH_WARPS = 4
 
 
 def settings(dtype: torch.dtype, rows: int) -> dict[str, int]:
@@ -56,7 +57,7 @@ def lm_head_sample_triton(
         )  # fmt: skip
         _lm_head_finish[(rows,)](
             numbers, best_id, mass, token, logprob, rows * blocks, blocks,
-            BLOCKS=triton.next_power_of_2(blocks), num_warps=4, enable_fp_fusion=False,
+            BLOCKS=triton.next_power_of_2(blocks), num_warps=FINISH_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return token, logprob
 

@@ -38,7 +38,7 @@ CHUNK = 2048  # tokens a program of race, groups and gather reads: 16 a thread
 GROUP = 64  # tokens behind one maximum
 CAPACITY = 8192  # candidates a row
 TILE = 1024  # candidates, or groups, at a time in bound and draw
-STREAM_WARPS, SEARCH_WARPS = 4, 8
+STREAM_WARPS, SEARCH_WARPS, FINISH_WARPS = 4, 8, 1
 MAX_VOCABULARY = 1 << 22  # a row's mass in units of 2^-40 fits 63 bits
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # -inf is never kept
@@ -84,8 +84,10 @@ def segment_sample_triton(
             best_id, chunk_mass = scratch(torch.int32, rows, chunks), scratch(torch.int64, rows, chunks)
             parts = (best_key, best_id, chunk_max, chunk_mass)
             _race[(rows, chunks)](*inputs, *draws, *parts, chunks, **streaming)
-            _finish[(rows,)](*inputs, source, *parts, token, logprob, chunks,
-                             CHUNKS=triton.next_power_of_2(chunks), num_warps=1, enable_fp_fusion=False)  # fmt: skip
+            _finish[(rows,)](
+                *inputs, source, *parts, token, logprob, chunks,
+                CHUNKS=triton.next_power_of_2(chunks), num_warps=FINISH_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
             return token, logprob
 
         groups, capacity = triton.cdiv(vocabulary, GROUP), min(CAPACITY, triton.next_power_of_2(vocabulary))
