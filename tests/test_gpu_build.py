@@ -111,7 +111,7 @@ def test_names_that_differ_in_one_part_are_joined():
     assert joined([("a", "x", "1"), ("b", "y", "1")]) == "a, x, 1; b, y, 1"
 
 
-def test_check_compares_only_with_a_table_of_the_same_compilers(tmp_path, capsys):
+def test_check_compares_only_with_a_table_of_the_same_compilers(tmp_path, capsys, monkeypatch):
     reports = [GOOD, GOOD, GOOD, Report("_fork_attention", 8, 0)]
     file = tmp_path / "table.md"
     file.write_text(gpu_build.document([("case", reports)], []))
@@ -119,7 +119,11 @@ def test_check_compares_only_with_a_table_of_the_same_compilers(tmp_path, capsys
     worse = gpu_build.document([("case", [GOOD._replace(registers=101), *reports[1:]])], [])
     assert not gpu_build.check(file, worse)
     assert "-| `_fork_attention` | case | 8 | 100 |" in (out := capsys.readouterr().out) and "101 / 100 / 100" in out
-    file.write_text(file.read_text().replace("Triton", "Triton 0 and"))
+    file.write_text(file.read_text().replace(gpu_build.versions(), "Triton 0, another one"))
+    assert not gpu_build.check(file, worse)  # the pinned Triton is at work, so the table is out of date
+    assert "NOT COMPARED" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_build, "PINS", tmp_path / "pins")
+    gpu_build.PINS.write_text("torch==1\ntriton==0.1\n")
     assert gpu_build.check(file, worse)
     assert "NOT COMPARED" in capsys.readouterr().out
 
