@@ -48,10 +48,13 @@ gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with d
 
 CUDA := build/cuda
 cuda-ext: export HF_HUB_OFFLINE := 1
-cuda-ext:  ## the extension built with CUDA (nvcc, Python >= 3.12), imported and tested on the CPU
+cuda-ext:  ## the extension built with CUDA (nvcc, Python >= 3.12), imported, installed and tested on the CPU
 	STARS_BUILD_EXT=1 .ci/gpu-env python setup.py --quiet build --build-base $(CUDA) --build-lib $(CUDA)/lib
 	STARS_EXPECT_CUDA=1 .ci/gpu-env python -m pytest --quiet -s -p no:cacheprovider -o pythonpath="$(CUDA)/lib ." \
 		tests/ops/test_accept_cuda.py tests/ops/test_accept.py tests/ops/test_backends.py
+	@echo "== installs with CUDA, and where its compiler fails"
+	STARS_EXPECT_CUDA=1 .ci/gpu-env python -m pytest --quiet -p no:cacheprovider tests/test_build.py \
+		-k "cuda or nvcc or test_1_installs"
 
 gpu: build  ## on a machine with a GPU: build with CUDA, test, time, one report in build/gpu
 	PYTHON=$(BIN)/python bench/gpu.sh

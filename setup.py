@@ -5,7 +5,7 @@ STARS_BUILD_EXT=1     a failed build fails the install
 STARS_BUILD_EXT=0     leave it out
 
 It is built with CUDA where torch has CUDA and nvcc is found: $CUDA_HOME/bin/nvcc, or nvcc on PATH.
-TORCH_CUDA_ARCH_LIST chooses the architectures.
+TORCH_CUDA_ARCH_LIST chooses the architectures: by default A100, H100 and B100, as far as nvcc knows them.
 """
 
 import json
@@ -30,8 +30,7 @@ MODE = os.environ.get("STARS_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"STARS_BUILD_EXT: expected auto, 0 or 1, found {MODE!r}")
 
-# A100, H100, B100 and their kin, and what comes after by PTX. Not torch's default, the GPUs of this machine.
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+ARCHITECTURES = ("8.0", "9.0", "10.0")  # A100, H100, B100 and their kin
 # Without it at::parallel_for is a plain loop. For the compiler alone: the linker would bring a second OpenMP runtime,
 # with threads of its own, beside the one that torch has loaded.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
@@ -48,7 +47,18 @@ def why_no_cuda():
     dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
     if top := re.search("TOP=(.+)", dry_run):
         cpp_extension.CUDA_HOME = os.path.realpath(top[1])
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(nvcc))
     return None
+
+
+def architectures(nvcc):
+    """Those that this nvcc knows, 12.8 being the first with 10.0, and what comes after by PTX.
+
+    Not torch's default, the GPUs of this machine.
+    """
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    return ";".join(known or ARCHITECTURES) + "+PTX"
 
 
 def extension(cuda):

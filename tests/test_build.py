@@ -84,6 +84,28 @@ def test_1_fails_where_cuda_does(install, broken_nvcc):
     assert not package.exists()
 
 
+OLD_NVCC = """#!/bin/sh
+echo "$@" >> "$0.calls"
+case "$*" in
+  --list-gpu-arch) printf 'compute_80\ncompute_86\ncompute_90\n' ;;
+  --version) echo "Cuda compilation tools, release {version}, V{version}.0" ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+def test_an_nvcc_that_knows_no_b100_builds_for_the_others(install, broken_nvcc):
+    nvcc = Path(broken_nvcc) / "bin" / "nvcc"
+    nvcc.unlink()
+    nvcc.write_text(OLD_NVCC.format(version=torch.version.cuda))
+    nvcc.chmod(0o755)
+    done, _ = install(STARS_BUILD_EXT="1", CUDA_HOME=broken_nvcc)
+    assert done.returncode != 0
+    (compiled,) = {line for line in Path(f"{nvcc}.calls").read_text().splitlines() if "-gencode" in line}
+    assert "code=sm_80" in compiled and "code=sm_90" in compiled and "compute_90" in compiled
+    assert "100" not in "".join(word for word in compiled.split() if "gencode" in word)
+
+
 def test_1_fails_without_a_working_compiler(install):
     done, package = install(STARS_BUILD_EXT="1", CC="/bin/false", CXX="/bin/false")
     assert done.returncode != 0
@@ -104,6 +126,7 @@ def test_1_installs_the_extension(install):
     info = json.loads((package / "_build_info.json").read_text())
     assert info["extension"] is True
     assert info["cuda"] == (info["cuda_reason"] is None)
+    assert info["cuda"] or not os.environ.get("STARS_EXPECT_CUDA"), info["cuda_reason"]
     if torch.version.cuda is None:
         assert info["cuda_reason"] == f"torch {torch.__version__} has no CUDA"
     code = "import stars_kernels as s; from stars_kernels import _C; print(s.__file__, s.backends()['accept']['cpu'])"
