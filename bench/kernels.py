@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
 LINEARS, ELEMENTWISE, ATTENTION = 7, 32, 2  # launches of a layer, transformers' Llama in bf16; attention in two parts
 FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
+QUERY_BLOCK = 128  # queries for which fork_attention reads a prefix once: rows x tokens x heads of a group
 STEP_LAUNCHES = 35  # of a forward outside its layers: embedding, rotary table, final norm, positions
 
 
@@ -90,7 +92,8 @@ class Kernel(NamedTuple):
     vector_flops: float = 0.0
     calls: float = 1  # a round
     launches: int = 1  # a call
-    graphed: bool = True  # part of a CUDA graph, where there are any
+    phase: str = ""  # the host waits at its end
+    graphed: bool = False  # part of a CUDA graph, where there are any
 
     def limits(self, gpu: Gpu) -> dict[str, float]:
         """Seconds of a call by what may bound it."""
@@ -103,6 +106,11 @@ class Kernel(NamedTuple):
     def seconds(self, gpu: Gpu) -> float:
         """Of all its calls."""
         return self.calls * max(self.limits(gpu).values())
+
+
+def prefix_reads(m: Model, rows: float, tokens: float = 1) -> int:
+    """Of fork_attention for a prompt with that many rows."""
+    return math.ceil(rows * tokens * m.heads / m.kv_heads / QUERY_BLOCK)
 
 
 def forward(
@@ -147,13 +155,14 @@ def segment_sample(m: Model, name: str, rows: float, read: float, calls: int, fi
     """`rows` tokens from `read` different rows of logits; filters read twice, and use a scratch."""
     one = BF16 * read * m.vocabulary
     if not filtered:
-        return Kernel(f"{name}: segment_sample", one, vector_flops=RACE_FLOPS * rows * m.vocabulary, calls=calls)
+        work = RACE_FLOPS * rows * m.vocabulary
+        return Kernel(f"{name}: segment_sample", one, vector_flops=work, calls=calls, launches=2)
     scratch = 2 * rows * (m.vocabulary / 64 * 8 + SURVIVORS * 8)  # written and read: group statistics, candidates
     work = rows * (FILTER_FLOPS * m.vocabulary + RACE_FLOPS * SURVIVORS)
-    return Kernel(f"{name}: segment_sample", 2 * one + scratch, vector_flops=work, calls=calls, launches=2)
+    return Kernel(f"{name}: segment_sample", 2 * one + scratch, vector_flops=work, calls=calls, launches=4)
 
 
-def fuse(m: Model, name: str, rows: float, read: float, calls: int) -> Kernel:
-    """LM head and draw at temperature alone in one kernel, at best: no logits in memory, all arithmetic overlapped."""
-    head = lm_head(m, name, read, calls, logits=False)
-    return head._replace(name=f"{name}: LM head + draw", vector_flops=RACE_FLOPS * rows * m.vocabulary)
+def fuse(m: Model, name: str, rows: float, calls: int) -> Kernel:
+    """LM head and draw at temperature alone in one op, at best: no logits in memory, all arithmetic overlapped."""
+    head = lm_head(m, name, rows, calls, logits=False)
+    return head._replace(name=f"{name}: LM head + draw", vector_flops=RACE_FLOPS * rows * m.vocabulary, launches=2)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.arguments import share, whole
-from bench.kernels import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS, L2_BYTES, MODELS, RACE_FLOPS
+from bench.kernels import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
 from bench.rounds import (
     GAP_SECONDS,
     HOST_SECONDS,
@@ -84,7 +84,7 @@ def decoding(job: Job) -> dict[str, Any]:
 
 
 def fusion(job: Job) -> dict[str, Any]:
-    """How much faster a full round at temperature alone gets where the logits are never stored."""
+    """How much faster a full round at temperature alone gets where only a segment's first draw has logits stored."""
 
     def cost(*at: Any, fused: bool = False, draw: bool = True) -> float:
         kernels = ours(job, *at, filtered=False, fused_head=fused)
@@ -118,7 +118,20 @@ def kernel_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
             bound = max(limits, key=lambda what: limits[what]) if any(limits.values()) else "launch"
             row |= {f"{gpu.name} ms": k.seconds(gpu) * 1e3, f"{gpu.name} bound": bound}
         rows.append(row)
-    return rows
+    return [*rows, total(rows)]
+
+
+def total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a round: bytes, operations, seconds."""
+    summed = ("MB/round", "Gflop/round")
+    return {
+        name: "total"
+        if name == "kernel"
+        else sum(row[name] for row in rows)
+        if name in summed or name.endswith(" ms")
+        else ""
+        for name in rows[0]
+    }
 
 
 # Report
@@ -135,6 +148,11 @@ def assumptions(args: argparse.Namespace) -> list[str]:
         f"fit {L2_BYTES / 1e6:.0f} MB of L2 cost no bandwidth; a draw costs {RACE_FLOPS} fp32 operations a candidate",
         f"a launch takes the host {ISSUE_SECONDS * 1e6:.0f} us, while the GPU works on, and the GPU "
         f"{GAP_SECONDS * 1e6:.0f} us, in a CUDA graph too; {HOST_SECONDS * 1e3:.0f} ms a round for bookkeeping",
+        "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
+        "decisions and commits. The host waits at the end of each, so it issues ahead inside a phase alone; a CUDA "
+        "graph holds the segment, the other two are issued launch by launch",
+        f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
+        "group), so more than once where a segment is scored; what L2 saves of that is not counted",
         "element-wise kernels are transformers' own, one at a time; in `graph, fused` four a layer",
         "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left; "
         "`width.py` takes that of stars_kernels/decoder/width.py, a fixed table made for a CPU",
@@ -215,10 +233,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU.\n\nAssumed:")
     print("\n".join(f"- {line}" for line in report["assumptions"]))
 
-    for name in dict.fromkeys(job.model.name for job in jobs):
-        one = [job for job in jobs if job.model.name == name and job.segment == SEGMENTS[0]]
-        report["kernels"][name] = rows = kernel_rows(one)
-        shape = f"{args.prompts} prompts, width {KERNEL_WIDTH}, segment {SEGMENTS[0]}, prefix {one[0].middle:.0f}"
+    for name, segment in dict.fromkeys((job.model.name, job.segment) for job in jobs):
+        one = [job for job in jobs if (job.model.name, job.segment) == (name, segment)]
+        report["kernels"][f"{name}, segment {segment}"] = rows = kernel_rows(one)
+        shape = f"{args.prompts} prompts, width {KERNEL_WIDTH}, segment {segment}, prefix {one[0].middle:.0f}"
         print(f"\n{HEADING}: kernels of a round, {name}, {shape}\n{table(rows)}")
 
     report["decoding"] = rows = [decoding(job) for job in fitting]
@@ -233,7 +251,9 @@ def run(args: argparse.Namespace) -> int:
 
     report["fusion"] = rows = [fusion(job) for job in fitting]
     report["verdict"] = verdict(rows)
-    print(f"\n{HEADING}: LM head and draw in one kernel, no logits stored (temperature alone, graphs, a full round)")
+    print(
+        f"\n{HEADING}: LM head and draw in one op, none but a first token's logits stored (temperature alone, graphs)"
+    )
     print(f"{table(rows)}\n{report['verdict']}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """A round of STARS decoding on a GPU, of the engine and of vLLM, and the time until a batch is done: by formula.
 
-Sizes of a round are those of stars_kernels/decoder/loop.py and stars_kernels/hf: segment - 1 steps of prompts x width
-rows, their first tokens from stored logits, the reward model's pass over all rows, and a step for the last token of
-each segment that the round before decided.
+A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases, at whose ends the host waits: a
+step for the last token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their
+first tokens from stored logits; the reward model's pass over all rows, decisions and commits. A CUDA graph holds the
+second one alone.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.kernels import BF16, Gpu, Kernel, Model, forward, fuse, segment_sample
+from bench.kernels import BF16, Gpu, Kernel, Model, forward, fuse, prefix_reads, segment_sample
 
 NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
 MAX_ATTEMPTS = 20
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32)  # as stars_kernels/decoder/width.py, which would import torch
 ROWS_PER_STEP_COST = 24
 ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths, thresholds, grids
-ISSUE_SECONDS = 10e-6  # the host needs for a launch; it runs ahead of the GPU inside a round
+ISSUE_SECONDS = 10e-6  # the host needs for a launch; it runs ahead of the GPU inside a phase
 GAP_SECONDS = 1e-6  # between two kernels on the GPU, in a CUDA graph too
-GRAPHS = 3  # launches of graphs a round: steps, last tokens, reward model
 HOST_SECONDS = 2e-3  # a round, for both: results to the host, bookkeeping of the attempts
 PREFILL_TOKENS = 1024  # of one forward
 MEMORY_SHARE = 0.9  # of a GPU's that a program gets
@@ -83,23 +83,24 @@ def ours(
 ) -> list[Kernel]:  # fmt: skip
     """A round of the engine."""
     m, steps, rows, ready = job.model, job.segment - 1, prompts * width, prompts * job.decided(width)
-    step = partial(forward, m, prefix=prefix, head=not fused_head, fused=fused_elementwise)
-    kernels = step("step", rows, prefixes=prompts, own=job.segment / 2, calls=steps)
-    kernels += step("last token", ready, prefixes=ready, own=1)
-    if fused_head:  # what is kept for the first tokens is the hidden state, so they need the head again
-        kernels += [fuse(m, "first token", rows, prompts, 1), fuse(m, "step", rows, rows, steps)]
-    else:
-        kernels.append(segment_sample(m, "first token", rows, prompts, 1, filtered))
-        kernels.append(segment_sample(m, "step", rows, rows, steps, filtered))
-    kernels += step("RM", rows, job.segment, prefixes=prompts, own=job.segment, head=False)
-    committed = prompts * (2 * job.segment - 1) + ready  # tokens: of the suffixes of both models, and the last ones
-    return [
-        *kernels,
+    step = partial(forward, m, prefix=prefix, fused=fused_elementwise)
+    reads = prompts * prefix_reads(m, width), prompts * prefix_reads(m, width, job.segment)
+    last = step("last token", ready, prefixes=ready, own=1)
+    last.append(Kernel("last token: kv_commit", 2 * m.kv_bytes * ready))
+    segment = [segment_sample(m, "first token", rows, prompts, 1, filtered)]  # its logits are always kept
+    segment += step("step", rows, prefixes=reads[0], own=job.segment / 2, calls=steps, head=not fused_head)
+    segment.append(
+        fuse(m, "step", rows, steps) if fused_head else segment_sample(m, "step", rows, rows, steps, filtered)
+    )
+    judged = step("RM", rows, job.segment, prefixes=reads[1], own=job.segment, head=False)
+    judged += [
         Kernel("reward_head", BF16 * m.hidden * (rows + 1), vector_flops=2 * rows * m.hidden),
-        Kernel("kv_commit (LM, RM, last token)", 2 * m.kv_bytes * committed / 3, calls=3, graphed=False),
-        Kernel("accept", 17 * rows + 56 * prompts, graphed=False),
-        Kernel("bookkeeping", 0, launches=ROUND_LAUNCHES, graphed=False),
+        Kernel("accept", 17 * rows + 56 * prompts),
+        Kernel("kv_commit (LM, RM)", 2 * m.kv_bytes * prompts * (job.segment - 0.5), calls=2),
+        Kernel("bookkeeping", 0, launches=ROUND_LAUNCHES),
     ]
+    phases = {"last token": last, "segment": segment, "RM": judged}
+    return [k._replace(phase=name, graphed=name == "segment") for name, phase in phases.items() for k in phase]
 
 
 def prefill(job: Job, fused: bool = False) -> list[Kernel]:
@@ -110,16 +111,19 @@ def prefill(job: Job, fused: bool = False) -> list[Kernel]:
 
 
 def launches(kernels: Sequence[Kernel], graph: bool = False) -> float:
-    """That the host issues."""
-    if graph:
-        return GRAPHS + sum(k.calls * k.launches for k in kernels if not k.graphed)
-    return sum(k.calls * k.launches for k in kernels)
+    """That the host issues: a segment's graph is one."""
+    eager = [k for k in kernels if not (graph and k.graphed)]
+    return sum(k.calls * k.launches for k in eager) + (len(eager) < len(kernels))
 
 
 def round_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool) -> float:
-    """The host issues launches while the GPU works, and waits for it at the end of a round."""
-    work = sum(k.seconds(gpu) for k in kernels) + GAP_SECONDS * launches(kernels)
-    return max(work, ISSUE_SECONDS * launches(kernels, graph)) + HOST_SECONDS
+    """The host issues launches while the GPU works, and waits for it at the end of a phase."""
+    seconds = HOST_SECONDS
+    for name in {k.phase for k in kernels}:
+        phase = [k for k in kernels if k.phase == name]
+        work = sum(k.seconds(gpu) for k in phase) + GAP_SECONDS * launches(phase)
+        seconds += max(work, ISSUE_SECONDS * launches(phase, graph))
+    return seconds
 
 
 def perfect_seconds(gpu: Gpu, kernels: Sequence[Kernel]) -> float:

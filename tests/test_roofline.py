@@ -20,6 +20,10 @@ from bench.rounds import Job
 from stars_kernels.decoder import width as decoder_width
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import view_of
+from stars_kernels.ops.triton import fork_attention
+from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
+from stars_kernels.ops.triton.segment_sample import segment_sample_triton
+from tests.ops.test_fork_attention import make_case
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768}  # as published
@@ -109,6 +113,8 @@ def test_known_kernels():
     assert by_name["step: fork_attention"].bytes == kv * (64 * 200 + 256 * 7.5) + moved  # prefixes once a prompt
     assert by_name["step: fork_attention"].flops == 4 * 256 * 32 * 128 * 207.5
     assert by_name["RM: fork_attention"].flops == 4 * 256 * 15 * 32 * 128 * (200 + 8)  # causal: 1 to 15 own keys
+    moved = 2 * 2 * 256 * 15 * 32 * 128
+    assert by_name["RM: fork_attention"].bytes == kv * (2 * 64 * 200 + 256 * 15) + moved  # 240 queries: two blocks
     assert by_name["step: linears"].bytes == 2 * 32 * m.linears
     assert by_name["reward_head"].bytes == 2 * 4096 * 257
     assert by_name["step: linears"].calls == 14
@@ -128,9 +134,18 @@ def test_twice_the_bandwidth_halves_what_memory_bounds_and_nothing_else():
 
 def test_a_round_is_the_sum_of_its_kernels():
     found = rounds.ours(JOB, 64, 4, 200.0)
-    work = sum(k.seconds(JOB.gpu) for k in found) + rounds.GAP_SECONDS * sum(k.calls * k.launches for k in found)
-    assert seconds(JOB) == pytest.approx(work + rounds.HOST_SECONDS)
-    rows = roofline.kernel_rows([JOB])
+    expected = rounds.HOST_SECONDS
+    for phase in ("last token", "segment", "RM"):  # the host waits at the end of each
+        part = [k for k in found if k.phase == phase]
+        issued = sum(k.calls * k.launches for k in part)
+        work = sum(k.seconds(JOB.gpu) for k in part) + rounds.GAP_SECONDS * issued
+        expected += max(work, rounds.ISSUE_SECONDS * (1 if phase == "segment" else issued))
+    assert seconds(JOB) == pytest.approx(expected)
+    assert {k.phase for k in found if k.graphed} == {"segment"}
+    *rows, total = roofline.kernel_rows([JOB])
+    assert total["kernel"] == "total" and total["calls"] == ""
+    for column in ("MB/round", "Gflop/round", "H100 SXM ms"):
+        assert total[column] == pytest.approx(sum(row[column] for row in rows))
     again = rounds.ours(JOB, JOB.prompts, roofline.KERNEL_WIDTH, JOB.middle)
     assert sum(row["MB/round"] for row in rows) == pytest.approx(sum(k.calls * k.bytes for k in again) / 1e6)
     assert all(row["MB/round"] == pytest.approx(row["calls"] * row["MB/call"]) for row in rows)
@@ -183,6 +198,50 @@ def test_vllm_is_charged_prefixes_by_row_and_favoured_elsewhere():
     )  # nothing to lose where no prefix is
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+@pytest.mark.parametrize(("rows", "steps"), [(4, 15), (4, 1), (33, 1), (2, 30)])
+def test_a_prefix_is_read_as_often_as_the_kernel_reads_it(monkeypatch, rows, steps):
+    """Each tile of 32 keys is two products: those with a prefix of 320, less those without."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def products(prefix):
+        case = make_case(
+            steps=steps, shape=(4, 1, 16, 16), dtype=torch.float16, lengths=(prefix,), prompt=(0,) * rows,
+            suffix_len=[steps] * rows, query_len=[steps] * rows,
+        )  # fmt: skip
+        count.clear()
+        fork_attention.fork_attention_triton(**{"window": 0, "softcap": 0.0, "sinks": None} | case)
+        return len(count)
+
+    count: list[None] = []
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: (count.append(None), dot(*args))[1])
+    monkeypatch.setattr(fork_attention, "MAX_SPLITS", 1)
+    model = replace(MODELS["llama-3-8b"], heads=4, kv_heads=1)
+    assert fork_attention.settings(torch.bfloat16, 128)["max_m"] == kernels.QUERY_BLOCK
+    assert products(320) - products(0) == 2 * 10 * kernels.prefix_reads(model, rows, steps)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+@pytest.mark.parametrize("filtered", [False, True])
+def test_launches_of_the_ops(monkeypatch, filtered):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names, run = [], InterpretedFunction.run
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *a, **k: (names.append(self), run(self, *a, **k))[1])
+
+    def launched(call, *args):
+        names.clear()
+        call(*args)
+        return len(names)
+
+    m, zeros = JOB.model, torch.zeros(2, dtype=torch.int64)
+    draw = launched(segment_sample_triton, torch.zeros(2, 9), zeros, zeros, zeros, None, 1.0, 3 * filtered, 1.0, 0.0, 0)
+    assert draw == kernels.segment_sample(m, "", 2, 2, 1, filtered).launches
+    head = launched(lm_head_sample_triton, torch.zeros(2, 8), torch.zeros(9, 8), zeros, zeros, zeros, 1.0, 0)
+    assert head == kernels.fuse(m, "", 2, 1).launches
+
+
 def test_what_does_not_fit_is_left_out():
     assert not replace(JOB, gpu=GPUS["l4"]).widths
     assert JOB.memory(1) > 4 * JOB.model.parameters - 2 * JOB.model.head
@@ -197,10 +256,8 @@ def run(capsys, path=None, **changes):
 def test_the_report_says_that_it_is_a_model_and_what_others_published(capsys, tmp_path):
     path = tmp_path / "out.json"
     text = run(capsys, path)
-    titles = [
-        line for line in text.splitlines() if re.search("kernels of a round|tokens a second,|in one kernel,", line)
-    ]
-    assert len(titles) == 5 and all(title.startswith("MODEL, not a measurement") for title in titles)
+    titles = [line for line in text.splitlines() if re.search("kernels of a round|tokens a second,|in one op,", line)]
+    assert len(titles) == 8 and all(title.startswith("MODEL, not a measurement") for title in titles)
     for speed in ("185.0", "195.0", "120.5"):
         assert re.search(rf"{speed} tokens/s \(published\)", text)
     assert "Published by others, read second-hand" in text and "vLLM's favour" in text and "Verdict" in text
