@@ -268,6 +268,46 @@ def head_case(dtype: torch.dtype, steps: int = 15, size: int = 576, device: str 
     )  # fmt: skip
 
 
+# accept
+
+
+def decision_case(prompts: int, width: int = 8, device: str = "cpu") -> Case:
+    """A round's decisions, against the definition: torch, a column at a time."""
+    g = torch.Generator().manual_seed(SEED)
+    rewards = torch.randn(prompts, width, generator=g).to(device)
+    thresholds = torch.full((prompts, width), 1.0, dtype=torch.float64, device=device)
+    keys = torch.randint(2**62, (prompts,), generator=g).to(device)
+    zeros = torch.zeros_like(keys)
+
+    def ours(layer: int) -> tuple[Tensor, ...]:
+        best, attempt = torch.full_like(thresholds[:, 0], -torch.inf), zeros - 1
+        chosen = ops.accept(
+            rewards,
+            rewards == rewards,
+            thresholds,
+            keys,
+            zeros + layer,
+            zeros,
+            best,
+            attempt,
+            max_attempts=20,
+            beta=0.5,
+        )
+        return *chosen, best, attempt
+
+    def theirs(layer: int) -> tuple[Tensor, ...]:
+        with stars_kernels.reference():
+            return ours(layer)
+
+    def check(layer: int) -> None:
+        for found, expected in zip(ours(layer), theirs(layer), strict=True):
+            if not torch.equal(found, expected):
+                raise CheckError(f"decided {found.tolist()}, by the definition {expected.tolist()}")
+
+    moved = prompts * (width * (4 + 1 + 8) + 7 * 8)
+    return Case(f"accept {prompts} prompts x {width}", "definition", 4, ours, theirs, check, bytes_moved=moved)
+
+
 # packed_linear
 
 
@@ -312,6 +352,8 @@ def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
         yield commit_case(dtype)
     for dtype in dtypes:
         yield head_case(dtype)
+    for prompts in (8, 64):
+        yield decision_case(prompts)
     for rows, (columns, depth) in itertools.product((8, 24), ((576, 576), (1536, 576), (49_152, 576))):
         yield linear_case(rows, columns, depth, torch.float32)
     yield linear_case(8, 1536, 576, torch.bfloat16)
@@ -332,6 +374,8 @@ def gpu_cases(prefixes: tuple[int, ...] = (128, 1024, 4096), device: str = "cuda
         yield commit_case(dtype, device=device)
     for dtype in dtypes:
         yield head_case(dtype, device=device)
+    for prompts in (8, 64):
+        yield decision_case(prompts, device=device)
 
 
 def seconds_of(work: Callable[[int], Any], layer: int, layers: int, device: str) -> float:

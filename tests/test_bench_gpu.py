@@ -32,6 +32,44 @@ def test_the_device_is_a_cpu_by_default(suite):
     assert command.parse([suite, "--device", "cuda"])[2].device == "cuda"
 
 
+def test_without_a_suite_all_are_timed(monkeypatch, capsys):
+    found, calls, status = [], [], {"decode": 1}
+
+    def run(command):
+        calls.append(command[2:])
+        return Namespace(returncode=next((code for name, code in status.items() if name in command), 0))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "find_spec", lambda name: found)
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda"])
+    suites = [["bench", "ops", "--device", "cuda"], ["bench", "decode", "--device", "cuda"]]
+    assert command.main() == 1 and calls == suites
+    assert "NOT RUN: bench.rival_vllm, vllm is not installed" in capsys.readouterr().out
+    found.append("vllm")
+    calls.clear()
+    status.clear()
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda", "--quick"])
+    assert command.main() == 0
+    assert calls == [[*suite, "--quick"] for suite in suites] + [["bench.rival_vllm", "--quick"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a suite (decode, ops, roofline), or --device for all of them"),
+        (["--device", "cuda", "ops"], "--device and --quick of one suite go behind its name, ops"),
+        (["--device", "cuda"], f"argument --device: no CUDA device (torch {torch.__version__})"),
+    ],
+)
+def test_the_command_is_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert message in capsys.readouterr().err
+
+
 def test_a_gpu_is_not_timed_with_the_definitions(monkeypatch):
     common.check_triton()
     served = {**common.backends(), "kv_commit": {"cuda": "definition: no Triton kernels (why)"}}
@@ -123,6 +161,7 @@ def test_ops_on_a_gpu(monkeypatch):
     for dtype in ("fp32", "bf16"):
         heads = {name.split()[0] for name in names if name.endswith(dtype)}
         assert heads == {"fork_attention", "segment_sample", "lm_head_sample", "kv_commit", "reward_head"}
+    assert sum(name.startswith("accept") for name in names) == 2
 
     calls = []
     assert ops.seconds_of(calls.append, 1, 3, "cuda") == pytest.approx(0.02 / ops.CUDA_CALLS)

@@ -79,6 +79,7 @@ BY_MAKE_BUILD = {
 }
 """What `make build` does, with pins."""
 NEEDS_A_GPU = {
+    "python -m bench --device cuda",
     "make gpu",
     "pytest -m gpu",
     "python -m bench ops --device cuda",
