@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.hf import rewards
-from stars_kernels.hf.scorers import Chunks
+from stars_kernels.hf.scorers import Chunks, chunks
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_process_rewards import process_model
 from tests.hf.test_text_rewards import MERGING
@@ -55,6 +56,21 @@ def test_a_forward_without_memory_is_halved(error):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it remembers
         assert chunks.run([10] * 4, forward) == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_what_a_failed_forward_held_is_free_before_memory_is_handed_back(monkeypatch):
+    held, alive = [], []
+    monkeypatch.setattr(chunks, "free_memory", lambda: alive.append(held[-1]() is not None))
+
+    def forward(rows):
+        states = torch.zeros(1)
+        held.append(weakref.ref(states))
+        if rows.stop - rows.start > 1:
+            raise out_of_memory()
+
+    Chunks(8).run([4, 4], forward)
+    assert alive == [False]
 
 
 def test_one_row_without_memory_and_other_errors_are_raised():

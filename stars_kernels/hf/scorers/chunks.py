@@ -32,12 +32,13 @@ class Chunks:
             end = self._end(lengths, begin)
             try:
                 done.append(forward(slice(begin, end)))
+                begin = end
+                continue
             except Exception as error:
                 if end - begin == 1 or not is_out_of_memory(error):
                     raise
-                self._halve((end - begin) * max(lengths[begin:end]))
-                continue
-            begin = end
+            # Out here nothing holds the forward's tensors any more: the exception did.
+            self._halve((end - begin) * max(lengths[begin:end]))
         return done
 
     def _end(self, lengths: Sequence[int], begin: int) -> int:
