@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
@@ -46,22 +47,31 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         chunks: Chunks,
     ) -> None:
         """model: a view with the stars attention; label: whose probability is a step's score; step: the separator."""
-
         score = model.get_submodule("score")
 
         def head(hidden: Tensor) -> Tensor:
             return score(hidden).double().softmax(dim=-1)[..., label]
 
         super().__init__(prompts, device, RowReader(cast(PreTrainedModel, model.base_model), head, chunks))
-        self.tokenizer, self.step, self.reduce = tokenizer, step, REDUCE[reduce]
-        self.separator = self._plain_ids(step)
-        self.limit = context_limit(model)
+        self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(model)
+
+        @functools.cache  # each row of each round has its prompt and nearly all of its steps in common with others
+        def plain_ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        @functools.cache
+        def prompt_ids(prompt: TextPrompt) -> list[int]:
+            if prompt.messages is None or not tokenizer.chat_template:
+                return text_ids(tokenizer, prompt.text)
+            return plain_ids(turn_header(tokenizer, prompt.messages))
+
+        self._plain_ids, self._prompt_ids = plain_ids, prompt_ids
 
     def prepare(self, prompt: TextPrompt, answer: str) -> tuple[list[int], list[int]]:
         """Token ids, and where in them the steps end."""
-        ids, ends = self._prompt_ids(prompt), []
+        ids, ends, separator = [*self._prompt_ids(prompt)], [], self._plain_ids(self.step)
         for step in [step for step in answer.split(self.step) if step] or [""]:
-            ids = ids + self._plain_ids(step) + self.separator
+            ids += [*self._plain_ids(step), *separator]
             ends.append(len(ids) - 1)
         check_length(len(ids), self.limit)
         return ids, ends
@@ -70,12 +80,3 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         values, counts = self.reader.read(owners, [ids for ids, _ in inputs])
         rewards = [self.reduce([row[end] for end in ends]) for row, (_, ends) in zip(values, inputs, strict=True)]
         return Scores(torch.tensor(rewards, dtype=torch.float64, device=self.device), torch.tensor(counts))
-
-    def _prompt_ids(self, prompt: TextPrompt) -> list[int]:
-        """By the model's own chat template, up to the assistant's words, where there are messages and a template."""
-        if prompt.messages is None or not self.tokenizer.chat_template:
-            return text_ids(self.tokenizer, prompt.text)
-        return self._plain_ids(turn_header(self.tokenizer, prompt.messages))
-
-    def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
