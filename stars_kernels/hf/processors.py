@@ -156,8 +156,8 @@ class BatchProcessors:
     def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor) -> None:
         """inputs: [P, T] int64"""
         self.processors, self.device = processors, inputs.device
-        self.accepted: list[list[int]] = inputs.tolist()
-        self.tail: list[list[int]] = [[] for _ in self.accepted]
+        self.accepted = list(inputs)  # [T + accepted] of each prompt
+        self.tail = [row[:0] for row in inputs]
         """The candidate to keep so far, behind the accepted tokens."""
 
     def __call__(self, rows: Rows, suffix: Tensor, logits: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class BatchProcessors:
         return torch.cat([self._process(*group) for group in groups]).to(logits.device)
 
     def _process(self, prompt: int, suffix: Tensor, scores: Tensor) -> Tensor:
-        known = suffix.new_tensor(self.accepted[prompt]).expand(len(suffix), -1)
+        known = self.accepted[prompt].expand(len(suffix), -1)
         ids, shape = torch.cat([known, suffix], dim=1), scores.shape
         for processor in self.processors[prompt]:
             scores = processor(ids, scores)
@@ -183,6 +183,6 @@ class BatchProcessors:
         columns = (commit.prompt, commit.row, commit.length, commit.advance)
         for p, row, length, advance in zip(*(column.tolist() for column in columns), strict=True):
             if row >= 0:
-                self.tail[p] = candidates[row, :length].tolist()
+                self.tail[p] = candidates[row, :length].to(self.device)
             if advance:
-                self.accepted[p] += self.tail[p]
+                self.accepted[p] = torch.cat([self.accepted[p], self.tail[p]])
