@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 import warnings
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS):
         return True
     return is_out_of_memory(error.__cause__ or error.__context__)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames behind `error` hold (models' caches and tensors); its traceback stays readable."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def free_memory() -> None:

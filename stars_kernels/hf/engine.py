@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.loop import Loop
-from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.memory import MemoryLimits, forget_frames, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
@@ -187,6 +187,8 @@ class Engine:
         loop = self._begin(requests, plain, STREAM_CALIBRATE)
         for _ in loop.rounds():
             pass
+        for answer in loop.answers:
+            forget_frames(answer.error)
         return loop.answers
 
     def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
@@ -251,6 +253,8 @@ class Engine:
                     answer.finish_reason = "interrupted"
                 self._result(request, answer, loop.seconds)
             raise
+        for answer in loop.answers:  # the caller may keep the errors, and the next batch needs the room
+            forget_frames(answer.error)
         return len(batch)
 
     def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> StarsOutput | Exception | None:

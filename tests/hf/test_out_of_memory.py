@@ -241,6 +241,33 @@ def test_the_failed_rounds_tensors_are_gone_before_the_next(lm, no_collection):
     assert alive and not any(alive)
 
 
+def test_a_failed_answer_holds_no_cache(lm, monkeypatch):
+    """Its exception may be kept for as long as the call lasts, with a traceback of frames that held everything."""
+    from stars_kernels.hf.cache import ForkCache
+
+    caches, calls, init = [], [], ForkCache.__init__
+
+    def watched(cache, *args):
+        caches.append(weakref.ref(cache))
+        init(cache, *args)
+
+    class Head(torch.nn.Linear):
+        def forward(self, hidden):
+            calls.append(hidden.shape)
+            if len(calls) == 3:
+                raise ValueError("once")
+            return super().forward(hidden)
+
+    monkeypatch.setattr(ForkCache, "__init__", watched)
+    head = Head(lm.config.hidden_size, 1).double()
+    with pytest.raises(StarsError) as failed:
+        stars_kernels.decode(lm, head, PROMPTS, request_ids=IDS, config=CONFIG, batch_size=1)
+    first = failed.value.results[0]
+    gc.collect()
+    assert "once" in str(first) and first.__cause__.__traceback__ is not None
+    assert len(caches) == len(PROMPTS) and not any(cache() for cache in caches)
+
+
 def test_suffixes_are_given_back(lm, rm):
     from stars_kernels.hf.cache import open_cache
     from stars_kernels.hf.models import view_of
