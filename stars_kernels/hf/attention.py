@@ -52,9 +52,8 @@ class Attend(Protocol):
     makes_mask: bool
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
-        options: dict[str, Any],
-    ) -> Tensor: ...  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
+    ) -> Tensor: ...
 
 
 _current = threading.local()
@@ -84,7 +83,7 @@ def _stars_attention(
     if cache is None:
         raise RuntimeError('attn_implementation "stars" needs a ForkCache as past_key_values')
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.attend(module, query, key, value, attention_mask, scale, options), None
+    return cache.attend(query, key, value, attention_mask, scale, options), None
 
 
 def _stars_mask(

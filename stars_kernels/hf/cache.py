@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -193,9 +193,8 @@ class ForkCache(Cache):
             )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
-        options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
+    ) -> Tensor:
         """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores the last two."""
         layer = self._layers[self._asked]
         self._asked += 1

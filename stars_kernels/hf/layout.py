@@ -140,9 +140,8 @@ class _Probe(Cache):
         return key_states, value_states
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
-        options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
+    ) -> Tensor:
         check_options(mask, options)
         source = next((i for i, (k, v) in enumerate(self._stored) if k is key and v is value), None)
         if len(self.updates) in self._answered and not any(key is k for k, _ in self._stored):

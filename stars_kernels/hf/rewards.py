@@ -239,17 +239,17 @@ def _likelihood(
     for given in (likelihood.model, likelihood.reference):
         if given is not None:
             model, own = load_language_model(given, rm.tokenizer, trust_remote_code, "rm")
-            loaded = Loaded(model, own)
-            if layout_of(view_of(model)).steps:
+            loaded, view = Loaded(model, own), view_of(model)
+            if layout_of(view).steps:
                 raise ValueError(
                     f"rm {loaded.name} reads one token at a time behind a state, expected a model that scores several"
                 )
             if not loaded.reads_ids(lm, tokenizer):
                 raise ValueError(f"rm {loaded.name} has another tokenizer than the language model, expected the same")
-            views.append(view_of(model))
+            views.append(view)
     chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
-    view, reference = views[0], views[1] if len(views) == 2 else None
-    return Part(lambda *batch: LikelihoodScorer(view, reference, chunks), nn.ModuleList(views), limit)
+    policy, reference = views[0], views[1] if len(views) == 2 else None
+    return Part(lambda *batch: LikelihoodScorer(policy, reference, chunks), nn.ModuleList(views), limit)
 
 
 def _classifier(
