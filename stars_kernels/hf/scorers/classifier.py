@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ class ClassifierScorer:
     def __init__(self, model: PreTrainedModel, label: int, chunks: Chunks | None = None) -> None:
         """model: a view with the stars attention; label: the output that is the reward."""
         self.backbone = cast(PreTrainedModel, model.base_model)
-        self.weight, self.bias = reward_output(model, label)
+        self.head = reward_output(model, label)
         self.device = model.device
         self.chunks = chunks or Chunks()
 
@@ -39,7 +39,7 @@ class ClassifierScorer:
             last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
                 hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), inputs)
-            rewards[chunk.finished] = self._rewards(hidden.expand(len(last), -1, -1), last)
+            rewards[chunk.finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
@@ -50,7 +50,7 @@ class ClassifierScorer:
             self.cache.select(chunk)
             with self.cache.extend(ids.shape[1], counts[chunk]) as inputs:
                 hidden = self._hidden(ids[chunk], inputs)
-            return self._rewards(hidden, counts[chunk] - 1)
+            return self.head(hidden, counts[chunk] - 1)
 
         rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))
         return Scores(rewards.to(tokens.device), lengths)
@@ -62,18 +62,21 @@ class ClassifierScorer:
     def release(self) -> None:
         self.cache.release()
 
-    def _rewards(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """hidden [R, S, D] and each row's last token [R] -> [R]; they may lie on several devices, as the model may."""
-        hidden, last = hidden.to(self.weight.device), last.to(self.weight.device)
-        return ops.reward_head(hidden, last, self.weight, bias=self.bias).double().to(self.device)
-
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state
 
 
-def reward_output(model: PreTrainedModel, label: int) -> tuple[Tensor, Tensor | None]:
-    """The weight [D] and the bias [1] of one output of a classifier's head."""
+def reward_output(model: PreTrainedModel, label: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """One output of a classifier's head: hidden [R, S, D] and each row's last token [R] -> [R] float64.
+
+    The model may lie on several devices: the rewards are where its head is.
+    """
     head = score_head(model, "rm")
     quantized = type(head.weight) is not nn.Parameter
-    weight = (head.weight.dequantize() if quantized else head.weight)[label]
-    return weight, None if head.bias is None else head.bias[label : label + 1]
+    weight = (head.weight.dequantize() if quantized else head.weight)[label]  # [D]
+    bias = None if head.bias is None else head.bias[label : label + 1]
+
+    def rewards(hidden: Tensor, last: Tensor) -> Tensor:
+        return ops.reward_head(hidden.to(weight.device), last.to(weight.device), weight, bias=bias).double()
+
+    return rewards

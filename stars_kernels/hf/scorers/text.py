@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores
 from stars_kernels.hf.models import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
@@ -117,12 +116,13 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
         chunks: Chunks,
     ) -> None:
         """model: a view with the stars attention; label: the output that is the reward."""
-        weight, bias = reward_output(model, label)
+        output = reward_output(model, label)
 
         def head(hidden: Tensor) -> Tensor:
             every = hidden.flatten(0, -2)[:, None]  # [N, 1, D]: each token is the last of its own row
-            values = ops.reward_head(every, torch.zeros_like(every[:, 0, 0], dtype=torch.int64), weight, bias=bias)
-            return values.double().view(hidden.shape[:-1])
+            return output(every, torch.zeros(len(every), dtype=torch.int64, device=every.device)).view(
+                hidden.shape[:-1]
+            )
 
         super().__init__(prompts, device, RowReader(cast(PreTrainedModel, model.base_model), head, chunks))
         self.tokenizer, self.template, self.limit = tokenizer, template, context_limit(model)
