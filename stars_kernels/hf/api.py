@@ -58,18 +58,12 @@ def decode(
         StarsError: some prompts of a list failed; `.results` holds the others.
         KeyboardInterrupt: `.results` holds what was done: finished answers, partial ones ("interrupted"), or None.
     """
-    events = stream(
-        model,
-        rm,
-        prompt,
-        tokenizer=tokenizer,
-        config=config,
-        request_ids=request_ids,
-        trust_remote_code=trust_remote_code,
-        **overrides,
-    )
-    _, many = split_prompts(prompt)
-    outputs = collect(events, many)
+    settings = resolve_config(config, overrides)
+    prompts, many = split_prompts(prompt)
+    if not prompts:
+        return []
+    engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
+    outputs = collect(engine.run(prompts, request_ids if many or request_ids is None else [request_ids]), many)
     return outputs if many else outputs[0]
 
 
@@ -102,4 +96,4 @@ def stream(
     if not prompts:
         return (event for event in list[StarsEvent]())
     engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-    return engine.run(prompts, request_ids if many or request_ids is None else [request_ids])
+    return engine.run(prompts, request_ids if many or request_ids is None else [request_ids], texts=True)

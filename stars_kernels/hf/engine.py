@@ -88,9 +88,9 @@ class Engine:
         self.results: list[StarsOutput | Exception | None] = []
         """Of the prompts that are finished, also after an interrupt."""
 
-    def run(self, prompts: list[Any], request_ids: Any) -> Generator[StarsEvent, None, None]:
-        """Segments and finished prompts as they come; wrong request ids raise at the call."""
-        self.results = [None] * len(prompts)
+    def run(self, prompts: list[Any], request_ids: Any, texts: bool = False) -> Generator[StarsEvent, None, None]:
+        """Segments and finished prompts as they come, with their texts or not; wrong request ids raise at the call."""
+        self.results, self.told = [None] * len(prompts), self.codec if texts else None
         return self._run(*self._admit(prompts, request_ids))
 
     @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
@@ -239,7 +239,7 @@ class Engine:
     def _run_batch(self, requests: list[Request], bar: tqdm[Any]) -> Generator[StarsEvent, None, int]:
         """Decode the first of `requests`, as many as make a batch; returns their number."""
         loop = self._begin(requests, self.config, STREAM_SAMPLE)
-        batch = list(zip(requests, loop.answers, [Told(self.codec) for _ in loop.answers], strict=False))
+        batch = list(zip(requests, loop.answers, [Told(self.told) for _ in loop.answers], strict=False))
         try:
             for turn in loop.rounds():
                 for request, answer, told in (batch[p] for p in turn):

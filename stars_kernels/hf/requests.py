@@ -67,18 +67,21 @@ def collect(events: Iterable[StarsEvent], many: bool) -> list[StarsOutput]:
 class Told:
     """How much of a prompt's answer its events have told."""
 
-    codec: Codec
+    codec: Codec | None
+    """None where their text is not wanted."""
     tokens: int = 0
     text: str = ""
 
     def event(self, request: Request, answer: Answer, result: StarsOutput | Exception | None) -> StarsEvent:
         """What is new; result: what the prompt has come to, None while it is on its way."""
         new = answer.tokens[self.tokens :]
-        piece = None if self.codec.tokenizer is None else self._piece(answer.tokens, isinstance(result, StarsOutput))
+        piece = self._piece(answer.tokens, isinstance(result, StarsOutput))
         self.tokens = len(answer.tokens)
         return StarsEvent(request.index, request.id, new, piece, answer.segments[-1] if new else None, result)
 
-    def _piece(self, tokens: list[int], whole: bool) -> str:
+    def _piece(self, tokens: list[int], whole: bool) -> str | None:
+        if self.codec is None or self.codec.tokenizer is None:
+            return None
         text = self.codec.decode(tokens) if whole else self.codec.settled(tokens)
         if not text.startswith(self.text):
             warnings.warn(

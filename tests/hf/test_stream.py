@@ -112,6 +112,9 @@ def test_a_tokenizer_that_rewrites_its_text_is_told_of(lm, rm, tokenizer):
     rewriting.decode = lambda ids, **options: str(len(ids))
     with pytest.warns(UserWarning, match=r"the tokenizer rewrote text that an event has told: '\d+' became '\d+'"):
         list(stars_kernels.stream(lm, rm, [1], tokenizer=rewriting, **dict(SET, eos_token_id=())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody has been told of anything
+        stars_kernels.decode(lm, rm, [1], tokenizer=rewriting, **dict(SET, eos_token_id=()))
 
 
 def test_failures_are_events(lm, tokenizer):
