@@ -52,7 +52,8 @@ class Counts:
     sampled: tokens sampled in all rows, those past a candidate's end included.
     judged: tokens of the attempts that were judged: what the sequential algorithm would have sampled.
     rejected: tokens of judged attempts that were not taken.
-    rm_scored: tokens the reward model read, by its own tokenizer, the prompt included; 0 for a function of texts.
+    rm_scored: tokens the reward model read, by its own tokenizer, the prompt included; 0 for a function
+        of texts and for a head on hidden states.
     attempts: judged attempts.
     accepted: accepted attempts (fallbacks are not).
     rejections: judged attempts that were not taken.

@@ -48,7 +48,7 @@ class Scores:
 
     rewards: Tensor
     tokens: Tensor | None = None
-    """[R] tokens the reward model read for each; None where it reads text."""
+    """[R] tokens the reward model read for each; None where nothing is read (a function, a head on hidden states)."""
     errors: dict[int, Exception] = field(default_factory=dict)
     """The rows the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
 

@@ -37,7 +37,7 @@ from stars_kernels.hf.models import (
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.proposer import ModelProposer, can_fuse
 from stars_kernels.hf.requests import Request, Told, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.ops import backends
@@ -79,7 +79,7 @@ class Engine:
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
         self.eager = self._why_eager()
         fused = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
-        self.fuse = fused and not self.rules.processors
+        self.fuse = fused and not self.rules.processors and can_fuse(self.lm, config.sampling)
         self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id

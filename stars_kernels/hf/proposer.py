@@ -137,7 +137,7 @@ class ModelProposer:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
         source: Tensor | None = rows.prompt  # every first token comes from its prompt's one row of logits
-        head = None if any(sampling[name] != off for name, off in NO_FILTER.items()) else self.head
+        head = self.head if is_unfiltered(sampling) else None
         for step in range(size):
             if self.processors is not None:
                 logits = state if source is None else state[source]
@@ -216,6 +216,15 @@ def logits_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], keep:
 @functools.cache
 def _keeps(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def can_fuse(model: PreTrainedModel, sampling: dict[str, Any]) -> bool:
+    """Whether draws can be made without storing logits: from hidden states and the output layer alone."""
+    return is_unfiltered(sampling) and output_weight(model) is not None
+
+
+def is_unfiltered(sampling: dict[str, Any]) -> bool:
+    return all(sampling[name] == off for name, off in NO_FILTER.items())
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:

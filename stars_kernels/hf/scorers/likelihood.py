@@ -14,7 +14,7 @@ from stars_kernels.hf.proposer import logits_of, packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
 
 LOGITS = 1 << 25
-"""Logits of one scoring forward, at most (unless one row has more), and as many log-probabilities beside them."""
+"""Logits of one scoring forward, at most (or one token's), and as many log-probabilities beside them."""
 
 
 class LikelihoodScorer:
@@ -88,21 +88,25 @@ class _Likelihood:
         log_probs = torch.empty(rows, size, dtype=torch.float64, device=self.device)
         log_probs[:, 0] = self.next_log_probs[prompt, tokens[:, 0]]
         self.row_logits = self.best_logits.new_empty(rows, self.best_logits.shape[1])
-        index = torch.arange(rows, device=self.device)
         self.cache.fork(prompt)
 
         def forward(some: slice) -> None:
-            ids, count = tokens[some], lengths[some]
+            ids, count = tokens[some], lengths[some]  # [r, S], [r]
             self.cache.select(some)
-            with self.cache.extend(size, count) as inputs:
-                logits = logits_of(self.model, ids, inputs, 0)  # [r, S, V]
-            found = logits.log_softmax(-1, self.dtype)[:, :-1].gather(2, ids[:, 1:, None])  # token t + 1's lies at t
-            log_probs[some, 1:] = found[:, :, 0]
-            self.row_logits[some] = logits[index[: len(ids)], count - 1]
+            steps = max(1, LOGITS // (len(ids) * self.best_logits.shape[1]))
+            for start in range(0, size, steps):
+                part, following = ids[:, start : start + steps], ids[:, start + 1 : start + steps + 1]
+                with self.cache.extend(part.shape[1], (count - start).clamp(0, part.shape[1])) as inputs:
+                    logits = logits_of(self.model, part, inputs, 0)  # [r, steps, V]
+                found = logits[:, : following.shape[1]].log_softmax(-1, self.dtype).gather(2, following[..., None])
+                log_probs[some, start + 1 : start + 1 + following.shape[1]] = found[..., 0]  # token t + 1's lies at t
+                last = count - 1 - start
+                here = (0 <= last) & (last < part.shape[1])
+                self.row_logits[some][here] = logits[here, last[here]]
 
         self.chunks.run([size] * rows, forward)
         # In order, so that a sum does not depend on what lies behind the candidate's end.
-        self.row_total = self.total[prompt] + log_probs.cumsum(dim=1)[index, lengths - 1]
+        self.row_total = self.total[prompt] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
         return self.row_total
 
     def commit(self, commit: Commit) -> None:
