@@ -36,9 +36,7 @@ MERGE_WARPS = 1
 def settings(dtype: torch.dtype, size: int) -> dict[str, int]:
     """Launch settings for heads of `size` (the larger of Dk and Dv): most queries and keys of a tile, and the rest."""
     if dtype == torch.float32:  # no tensor cores: IEEE products from registers
-        if size <= 64:
-            return {"max_m": 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
-        return {"max_m": 16, "block_n": 16, "num_warps": 8, "num_stages": 2}
+        return {"max_m": 16, "block_n": 32 if size <= 64 else 16, "num_warps": 8, "num_stages": 1}
     return {"max_m": 128 if size <= 128 else 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -149,7 +147,8 @@ def _fork_attention(
         prefix_key_slot, prefix_value_slot,
         GROUP, DK, DV, SPLITS, WINDOW, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_DK, BLOCK_DV, False,
     )  # fmt: skip
-    for part in range(0, apart * tl.minimum(BLOCK_M, queries - first), PART_M):
+    # What every part needs is computed in each: held across the first pass, it would cost that registers.
+    for part in tl.range(0, apart * tl.minimum(BLOCK_M, queries - first), PART_M, disable_licm=True):
         _block(
             query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, sinks, out, partial, stats,
             run_begin, first + part, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
