@@ -75,7 +75,7 @@ def test_a_gpu_is_not_timed_with_the_definitions(monkeypatch):
     served = {**common.backends(), "kv_commit": {"cuda": "definition: no Triton kernels (why)"}}
     monkeypatch.setattr(common, "backends", lambda: served)
     for suite in (decode, ops):
-        args = Namespace(device="cuda", quick=True, model="tiny", prompts=1, only="", rates=RATES)
+        args = Namespace(device="cuda", quick=True, model="tiny", prompts=1, rewards=None, only="", rates=RATES)
         with pytest.raises(report.CheckError, match=r"found \{'kv_commit': 'definition: no Triton"):
             suite.run(args)
 
