@@ -197,7 +197,7 @@ class ForkCache(Cache):
     ) -> Tensor:
         """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores the last two."""
         if self._asked == len(self._layers):
-            raise RuntimeError(f"more than {self._asked} layers called the stars attention hook, its first forward had no more")
+            raise RuntimeError(f"more than {self._asked} layers called the stars attention hook, unlike in its first use")
         layer = self._layers[self._asked]
         self._asked += 1
         place = layer.place
