@@ -166,6 +166,7 @@ class ForkCache(Cache):
         if query_len is None:
             query_len = torch.full_like(self.prompt, steps)
         positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
+        positions.clamp_(max=self.layout.limit - 1)  # of padding, which may lie where there are no learned positions
         with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
             yield self._arguments(positions)
         self.held = start + steps
@@ -197,7 +198,7 @@ class ForkCache(Cache):
     ) -> Tensor:
         """[B, Hq, S, Dk], [B, Hkv, S, Dk], [B, Hkv, S, Dv] of the new tokens -> [B, S, Hq, Dv]; stores the last two."""
         if self._asked == len(self._layers):
-            raise RuntimeError(f"more than {self._asked} layers called the stars attention hook, unlike in its first use")
+            raise RuntimeError(f"more than {self._asked} layers called the stars attention, which the first did not")
         layer = self._layers[self._asked]
         self._asked += 1
         place = layer.place
@@ -288,9 +289,12 @@ class GatheredCache(ForkCache):
             lengths, offsets = self.lengths[span.prompt], self.offsets[span.prompt]
             prefix = self._past = int(lengths)
             new = span.slots.stop - span.slots.start
-        place = torch.arange(prefix, device=self.device) - prefix + lengths[:, None]  # [R, T] negative where padding
+        # Of what is longer than the context, the beginning goes: padding, or what a row past its end would read.
+        beyond = max(0, self._past + new - self.layout.limit)
+        self._past -= beyond
+        place = torch.arange(beyond, prefix, device=self.device) - prefix + lengths[:, None]  # [R, T] negative: padding
         self._slots = offsets[:, None] + place.clamp(min=0)  # padding reads a finite key, which the mask hides
-        self._mask = torch.nn.functional.pad((place >= 0).long(), (0, self._past + new - prefix), value=1)
+        self._mask = torch.nn.functional.pad((place >= 0).long(), (0, self._past + new - place.shape[1]), value=1)
         with super()._forward(plan):
             yield
 

@@ -22,16 +22,14 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import layout_of
+from stars_kernels.hf.layout import context_limit, layout_of, text_config
 from stars_kernels.hf.models import (
     ModelOrPath,
     RMSNorm,
     check_path,
     check_tokenizer,
-    context_limit,
     eos_ids,
     load_language_model,
-    text_config,
     view_of,
 )
 from stars_kernels.hf.packing import pack_linears

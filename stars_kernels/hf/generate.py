@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
+from stars_kernels.hf.models import unwrapped
 from stars_kernels.hf.processors import TokenRules, lift_criteria, lift_processors
 from stars_kernels.hf.prompts import Prompt
 from stars_kernels.hf.requests import collect, number_requests
@@ -138,6 +139,8 @@ def generate(
 
 def check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
     """Refuse by name what is another way of decoding, or what STARS decoding does not give."""
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    unwrapped(owner, "model")  # refuses prompt tuning, of which the model alone knows nothing else
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder, expected a decoder-only model")
     mode = config.get_generation_mode()

@@ -7,12 +7,13 @@ another layer's keys, and whether the model has conv or recurrent states of its 
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
@@ -51,6 +52,8 @@ class Layout:
     """Whether a forward behind a state may read one token only (`hf.families.STEPS`)."""
     makes_mask: bool
     """Whether the model makes a padding mask of its own, whose every use is a look whether it hides anything."""
+    limit: int
+    """Tokens the model's positions are made for."""
 
     @property
     def why_eager(self) -> str | None:
@@ -91,9 +94,22 @@ def _probe(view: PreTrainedModel) -> Layout:
             argument=argument,
             steps=WORKS.get(type(view).__name__) == STEPS,
             makes_mask=probe.makes_mask,
+            limit=context_limit(view),
         )
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{type(view).__name__} cannot be decoded exactly: {error}") from None
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of its language model, where a model has other parts too."""
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    return config
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """Tokens of prompt and answer the model's positions are made for; sys.maxsize where it names no limit."""
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    return next((int(limit) for name in names if (limit := getattr(text_config(model), name, None))), sys.maxsize)
 
 
 def _cache_argument(view: PreTrainedModel) -> str:

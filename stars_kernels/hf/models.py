@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from stars_kernels import ops
 from stars_kernels.hf.attention import ATTENTION
 from stars_kernels.hf.families import REFUSED, WORKS
-from stars_kernels.hf.layout import has_hook
+from stars_kernels.hf.layout import has_hook, text_config
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.ops._registry import call_op
 
@@ -63,9 +62,16 @@ def load_language_model(
         path, options = _source(model)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        model, info = loaded
+        if new := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{argument} {path!r} has no {new[0]} in its checkpoint, which would be random; expected a causal "
+                "language model's checkpoint"
+            )
     inner = unwrapped(model, argument)
     check_model(inner, argument, WORKS, "a decoder-only language model of a tested family")
     return inner, tokenizer
@@ -129,18 +135,6 @@ class RMSNorm(nn.Module):
         return call_op("rms_norm", x, self.weight, self.eps)
 
 
-def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of its language model, where a model has other parts too."""
-    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
-    return config
-
-
-def context_limit(model: PreTrainedModel) -> int:
-    """Tokens of prompt and answer the model's positions are made for; sys.maxsize where it names no limit."""
-    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    return next((int(limit) for name in names if (limit := getattr(text_config(model), name, None))), sys.maxsize)
-
-
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """The model's end-of-sequence ids, as `model.generate` would use them."""
     generation = getattr(model, "generation_config", None)
@@ -177,7 +171,8 @@ def check_model(model: object, argument: str, works: Collection[str], expected: 
         why = REFUSED.get(kind, "not tested with STARS decoding")
         raise ValueError(f"{argument} is a {kind}, {why}; expected {expected}")
     assert isinstance(model, PreTrainedModel)
-    for rope in sorted(_rope_types(getattr(model.config, "rope_parameters", None)) & BATCH_DEPENDENT_ROPE):
+    ropes = [_rope_types(getattr(config, "rope_parameters", None)) for config in (model.config, text_config(model))]
+    for rope in sorted(set.union(*ropes) & BATCH_DEPENDENT_ROPE):
         raise ValueError(
             f"{argument} {name_of(model)} has rope_type {rope!r}, whose frequencies depend on the longest row of a "
             "batch, so other prompts would change an answer; expected another rope_type"

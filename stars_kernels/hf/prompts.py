@@ -56,7 +56,7 @@ class Codec:
         if self.tokenizer is None:
             raise ValueError("it is text, and a model in memory has no tokenizer: pass tokenizer=, or token ids")
         if isinstance(prompt, str):
-            return Prompt(self.tokenizer(prompt)["input_ids"], prompt)
+            return Prompt(text_ids(self.tokenizer, prompt), prompt)
         _check_messages(prompt)
         text = str(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
         # The template writes its own BOS; the tokenizer must not add a second one.
@@ -95,6 +95,12 @@ class Codec:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special))
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids with the special tokens that the tokenizer adds, unless the text starts with its BOS already."""
+    written = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
+
+
 def _is_list(prompt: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray | memoryview)
 
@@ -118,6 +124,11 @@ def _check_messages(chat: Sequence[Mapping[str, Any]]) -> None:
         for key in ("role",) if "tool_calls" in message else ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise TypeError(f"its message {i} has {key} {reprlib.repr(message.get(key))}, expected a string")
+    if chat[-1]["role"] == "assistant" and "tool_calls" not in chat[-1]:
+        raise ValueError(
+            "its last message is the assistant's, which the answer would not go on with; expected another's last, or "
+            "the text that the template gives with continue_final_message=True"
+        )
 
 
 def _unknown_form(name: str, prompt: Any) -> TypeError:

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from stars_kernels.hf.families import CLASSIFIERS
-from stars_kernels.hf.models import check_model, has_tokenizer, name_of, text_config, unwrapped
+from stars_kernels.hf.layout import text_config
+from stars_kernels.hf.models import check_model, has_tokenizer, name_of, unwrapped
 
 PROCESS_MODELS = tuple(
     f"{family}ForTokenClassification"

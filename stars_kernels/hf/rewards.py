@@ -16,12 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import layout_of
+from stars_kernels.hf.layout import context_limit, layout_of
 from stars_kernels.hf.models import (
     ModelOrPath,
     check_path,
     check_tokenizer,
-    context_limit,
     eval_copy,
     load_language_model,
     score_head,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.hf.prompts import Codec, Prompt
+from stars_kernels.hf.prompts import Codec, Prompt, text_ids
 
 Messages = list[Mapping[str, Any]]
 Template = str | Callable[[str | Messages, str], str]
@@ -85,12 +85,6 @@ def filled(template: Template, prompt: TextPrompt, answer: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"the template returned {type(text).__name__} {text!r}, expected a string")
     return text
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids with the special tokens that the tokenizer adds, unless the text starts with its BOS already."""
-    written = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
 
 
 def check_template(template: object) -> None:

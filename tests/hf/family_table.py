@@ -22,8 +22,8 @@ import stars_kernels.hf.cache
 from stars_kernels.hf.attention import FULL
 from stars_kernels.hf.cache import ForkCache, GatheredCache
 from stars_kernels.hf.families import CLASSIFIERS, REFUSED, STATES, STEPS, WORKS
-from stars_kernels.hf.layout import Layout, layout_of
-from stars_kernels.hf.models import context_limit, text_config, view_of
+from stars_kernels.hf.layout import Layout, context_limit, layout_of, text_config
+from stars_kernels.hf.models import view_of
 from stars_kernels.hf.states import States
 from tests.hf import families
 from tests.hf.fork_check import check_logits

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError, StarsOutput
@@ -354,3 +355,16 @@ def test_threads_share_a_model(lm, rm):
             generated = pool.submit(lm.generate, ids, max_new_tokens=10, do_sample=False)
             assert [decode.result().token_ids for decode in decodes] == expected
             assert torch.equal(generated.result(), own)
+
+
+def test_a_text_that_begins_with_the_bos_gets_no_second(lm, rm):
+    tokenizer = byte_tokenizer("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    chat = [{"role": "user", "content": "a"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    outputs = stars_kernels.decode(lm, rm, [text, "a", chat], tokenizer=tokenizer, request_ids=[1, 2, 3], **SET)
+    alike = stars_kernels.decode(lm, rm, [tokenizer("a")["input_ids"]] * 3, request_ids=[1, 2, 3], **SET)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in alike]

@@ -10,6 +10,7 @@ from transformers import BatchEncoding, BertConfig, BertModel
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
+from tests.hf import families
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_size=4)
@@ -126,9 +127,37 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
         stars_kernels.decode(3, rm, [1], **SET)
     with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
         stars_kernels.decode(lm, 3, [1], **SET)
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(ValueError, match="rope_type 'dynamic', whose frequencies depend on the longest row"):
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_batch_is_refused(lm, rm, kind):
+    """Also where it lies in a part of the config, for one type of layers."""
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    said = f"rope_type '{kind}', whose frequencies depend on the longest row"
+    with pytest.raises(ValueError, match=said):
         stars_kernels.decode(tiny_language_model(rope_parameters=rope), rm, [1], **SET)
+    with pytest.raises(ValueError, match=said):
+        stars_kernels.decode(lm, tiny_reward_model(rope_parameters=rope), [1], **SET)
+    composed = families.tiny("gemma3")
+    composed.config.text_config.rope_parameters = {"full_attention": rope}
+    with pytest.raises(ValueError, match=said):
+        stars_kernels.decode(composed, rm, [1], **SET)
+
+
+def test_a_checkpoint_without_its_output_layer_is_refused(tmp_path, rm):
+    rm.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model '.*' has no lm_head.weight in its checkpoint, which would be random"):
+        stars_kernels.decode(tmp_path, rm, "a", **SET)
+
+
+def test_a_chat_that_the_assistant_has_begun_to_answer_is_refused(lm, rm):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="its last message is the assistant's"):
+        stars_kernels.decode(lm, rm, chat, tokenizer=tokenizer, **SET)
 
 
 def test_reward_models(tmp_path, lm, rm):

@@ -3,13 +3,26 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BioGptForSequenceClassification,
+    GPT2ForSequenceClassification,
+    GPTNeoForSequenceClassification,
+    OPTForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import stars_kernels
-from stars_kernels import StarsConfig, StarsError
+from stars_kernels import Likelihood, RewardModel, StarsConfig, StarsError
+from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, scripted_model, text_model, tiny_language_model, tiny_reward_model
 
+CLASSIFIERS = {
+    "gpt2": GPT2ForSequenceClassification,
+    "opt": OPTForSequenceClassification,
+    "gpt_neo": GPTNeoForSequenceClassification,
+    "biogpt": BioGptForSequenceClassification,
+}
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=12, segment_size=4, max_attempts=5)
 
 
@@ -94,6 +107,41 @@ def test_the_context_limit(whose):
     ends = {event.index: event.output for event in stars_kernels.stream(lm, rm, prompts, **settings) if event.output}
     assert ends[0].token_ids == tight.token_ids and ends[2].token_ids == roomy.token_ids
     assert str(ends[1]) == str(refused)
+
+
+@pytest.mark.parametrize("whose", ["lm", "rm", "head", "likelihood"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "biogpt"])
+def test_learned_positions_end_where_the_context_does(whose, family):
+    """A prompt near the limit does not take a batch-mate with it, whose longer segment has positions beyond."""
+    limit = dict(max_position_embeddings=32)
+    lm = families.tiny(family, **limit) if whose in ("lm", "head") else tiny_language_model()
+    rm = {
+        "lm": tiny_reward_model,
+        "rm": lambda: families.finished(CLASSIFIERS[family](families.tiny_config(family, num_labels=1, **limit))),
+        "head": lambda: torch.nn.Linear(lm.config.hidden_size, 1).double(),
+        "likelihood": lambda: Likelihood(families.tiny(family, **limit)),
+    }[whose]()
+    settings = dict(SET, segment_size=6, eos_token_id=(), width=3)
+    prompts = [list(range(1, 31)), [5, 6]]
+    alone = [stars_kernels.decode(lm, rm, p, **settings, request_ids=i).token_ids for i, p in enumerate(prompts)]
+    assert [len(tokens) for tokens in alone] == [2, 12]
+    both = stars_kernels.decode(lm, rm, prompts, **settings, request_ids=[0, 1])
+    assert [output.token_ids for output in both] == alone
+
+
+def test_learned_positions_of_a_reader_of_text():
+    """Its rows are padded to the longest, at positions that it may not have."""
+    rm = families.tiny_config("gpt2", vocab_size=300, num_labels=1, max_position_embeddings=40)
+    reader = RewardModel(families.finished(GPT2ForSequenceClassification(rm)), byte_tokenizer(reverse=True))
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("abcdefghijklmnop")["input_ids"]
+    line = {(first,): then for first, then in zip(ids[2:-1], ids[3:], strict=True)}
+    lm = scripted_model({(): EOS, (ids[0],): ids[1], (ids[1],): EOS, (ids[-1],): EOS, **line})
+    settings = dict(SET, tokenizer=tokenizer, segment_size=12, max_new_tokens=14, width=4)
+    prompts = ["x" * 36 + "a", "c"]
+    alone = [stars_kernels.decode(lm, reader, p, **settings, request_ids=i).text for i, p in enumerate(prompts)]
+    both = stars_kernels.decode(lm, reader, prompts, **settings, request_ids=[0, 1])
+    assert [output.text for output in both] == alone and len(alone[1]) > 4
 
 
 def test_a_tokenizer_without_a_pad_token(lm, rm):

@@ -263,6 +263,17 @@ def test_the_consumer_of_a_streamer_never_hangs(lm, rm):
         assert failing.ended == 1
 
 
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_of_peft_are_refused(rm, kind):
+    """The callable gets the inner model, which does not know of them."""
+    model = peft.get_peft_model(tiny_language_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
+    with pytest.raises(ValueError, match="model is a PEFT model with .*, which puts virtual tokens before the prompt"):
+        model.generate(
+            input_ids=torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=4, custom_generate=stars_kernels.generate,
+            reward_model=rm, reward_threshold=1.0, beta=1.0,
+        )  # fmt: skip
+
+
 def test_an_adapter_of_peft(rm):
     torch.manual_seed(5)
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

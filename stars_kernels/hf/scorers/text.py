@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores
-from stars_kernels.hf.models import context_limit
+from stars_kernels.hf.layout import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import reward_output
 from stars_kernels.hf.scorers.reader import RowReader
