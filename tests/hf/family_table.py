@@ -90,15 +90,15 @@ _gathered_arguments = GatheredCache._arguments
 
 
 def _noting(windows: set[int]):
-    def attend(self, module, query, key, value, mask, scale, options):
+    def attend(self, query, key, value, mask, scale, options):
         windows.add(mask.window)
-        return _attend(self, module, query, key, value, mask, scale, options)
+        return _attend(self, query, key, value, mask, scale, options)
 
     return attend
 
 
-def _attend_without_window(self, module, query, key, value, mask, scale, options):
-    return _attend(self, module, query, key, value, FULL, scale, options | {"sliding_window": None})
+def _attend_without_window(self, query, key, value, mask, scale, options):
+    return _attend(self, query, key, value, FULL, scale, options | {"sliding_window": None})
 
 
 def _late_arguments(self, positions):

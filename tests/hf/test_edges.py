@@ -1,5 +1,7 @@
 """The ends of what a decode may meet: of characters, stop strings, answers, contexts and batches."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -135,7 +137,7 @@ def test_learned_positions_of_a_reader_of_text():
     reader = RewardModel(families.finished(GPT2ForSequenceClassification(rm)), byte_tokenizer(reverse=True))
     tokenizer = byte_tokenizer()
     ids = tokenizer("abcdefghijklmnop")["input_ids"]
-    line = {(first,): then for first, then in zip(ids[2:-1], ids[3:], strict=True)}
+    line = {(first,): then for first, then in pairwise(ids[2:])}
     lm = scripted_model({(): EOS, (ids[0],): ids[1], (ids[1],): EOS, (ids[-1],): EOS, **line})
     settings = dict(SET, tokenizer=tokenizer, segment_size=12, max_new_tokens=14, width=4)
     prompts = ["x" * 36 + "a", "c"]

@@ -267,7 +267,7 @@ def test_the_consumer_of_a_streamer_never_hangs(lm, rm):
 def test_virtual_tokens_of_peft_are_refused(rm, kind):
     """The callable gets the inner model, which does not know of them."""
     model = peft.get_peft_model(tiny_language_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
-    with pytest.raises(ValueError, match="model is a PEFT model with .*, which puts virtual tokens before the prompt"):
+    with pytest.raises(ValueError, match=r"model is a PEFT model with .*, which puts virtual tokens before the prompt"):
         model.generate(
             input_ids=torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=4, custom_generate=stars_kernels.generate,
             reward_model=rm, reward_threshold=1.0, beta=1.0,
