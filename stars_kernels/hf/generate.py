@@ -26,7 +26,8 @@ from stars_kernels.hf.models import unwrapped
 from stars_kernels.hf.processors import TokenRules, lift_criteria, lift_processors
 from stars_kernels.hf.prompts import Prompt
 from stars_kernels.hf.requests import collect, number_requests
-from stars_kernels.hf.rewards import Reward, is_function
+from stars_kernels.hf.reward_models import TokenizerMissing
+from stars_kernels.hf.rewards import Reward
 
 OF_TRANSFORMERS = frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample", "eos_token_id"})
 """Settings that `model.generate` reads itself: they come as generation_config, processors and criteria."""
@@ -84,7 +85,7 @@ def generate(
 
     Args:
         reward_model: as `rm` of `decode`.
-        tokenizer: for a reward function of texts, and for stop strings.
+        tokenizer: for a reward model or function that reads text, and for stop strings.
         streamer: of transformers, for one sequence; gets the prompt, each segment as it is committed, and the end.
         request_ids: as in `decode`, one for each prompt; the k-th of several return sequences of prompt `id` is the
             request str((id, k)), the 0-th is `id` itself.
@@ -112,14 +113,18 @@ def generate(
         processors, sampling = lift_processors(logits_processor)
         stops = lift_criteria(stopping_criteria)
         strings = [*([stop_strings] if isinstance(stop_strings, str) else stop_strings), *stops.strings]
-        check_tokenizer_needs(tokenizer, strings, reward_model)
+        if strings and tokenizer is None:
+            raise ValueError(unbound("stop strings need a tokenizer"))
         config = StarsConfig(
             **{**options, **sampling, "stop_strings": tuple(strings)},
             max_new_tokens=stops.max_length - input_ids.shape[1],
             eos_token_id=tuple(stops.eos),
         )
         rules = TokenRules(processors, stops.rest, input_ids)
-        engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, rules=rules)
+        try:
+            engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, rules=rules)
+        except TokenizerMissing as error:
+            raise ValueError(unbound(error.why)) from error
         ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
         events = engine.run(prompts, ids)
         if streamer is not None:
@@ -182,13 +187,12 @@ def unpadded(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[list[in
     return [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
 
 
-def check_tokenizer_needs(tokenizer: object, stop_strings: Sequence[str], rm: Reward) -> None:
-    if tokenizer is None and (stop_strings or is_function(rm)):
-        what = "stop strings need" if stop_strings else "a reward function of texts needs"
-        raise ValueError(
-            f"{what} a tokenizer, and generate() passes none on: bind it, as in "
-            "custom_generate=functools.partial(stars_kernels.generate, tokenizer=tokenizer)"
-        )
+def unbound(why: str) -> str:
+    """The message where a tokenizer is needed, with how to pass one through model.generate."""
+    return (
+        f"{why}, and generate() passes none on: bind it, as in "
+        "custom_generate=functools.partial(stars_kernels.generate, tokenizer=tokenizer)"
+    )
 
 
 def pad_token(config: GenerationConfig, count: int) -> int:

@@ -39,6 +39,14 @@ EXPECTED = (
 )
 
 
+class TokenizerMissing(ValueError):
+    """The language model's tokenizer is needed; `why` says what for, without how to pass it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}: pass tokenizer=")
+        self.why = why
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A reward model in memory, and its tokenizer where that is known."""
@@ -65,27 +73,51 @@ class Loaded:
     def own_tokenizer(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """What tokenises the text it reads: its own, or the language model's where its ids mean the same here."""
         if tokenizer is None:
-            raise ValueError(f"rm {self.name} reads text, which needs the language model's tokenizer: pass tokenizer=")
+            raise TokenizerMissing(f"rm {self.name} reads text, which needs the language model's tokenizer")
         if self.tokenizer is None:
             self.reads_ids(lm, tokenizer)
-        return self.tokenizer or tokenizer
+            return tokenizer
+        return self.checked(self.tokenizer)
 
-    def reads_ids(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-        """Whether the language model's token ids mean the same text to it; an error where that cannot be known.
+    def checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Its tokenizer, whose ids have embeddings; but for the pad token's, which is not read."""
+        size = text_config(self.model).vocab_size
+        highest = max((i for i in tokenizer.get_vocab().values() if i != tokenizer.pad_token_id), default=-1)
+        if highest >= size:
+            raise ValueError(
+                f"rm {self.name}: its tokenizer has ids up to {highest}, but it has {size} embeddings; expected the "
+                "tokenizer that it was trained with"
+            )
+        return tokenizer
+
+    def vocabularies(self, lm: PreTrainedModel) -> tuple[int, int]:
+        """The sizes of its own and of the language model's."""
+        return text_config(self.model).vocab_size, text_config(lm).vocab_size
+
+    def shares_ids(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+        """Whether the language model's token ids mean the same text to it.
 
         Where one of the tokenizers is not at hand, vocabularies of one size are taken for the same.
         """
-        size, expected = text_config(self.model).vocab_size, text_config(lm).vocab_size
-        if self.tokenizer is not None and tokenizer is not None:
-            theirs = self.tokenizer.get_vocab()
-            return size >= expected and all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
-        if size != expected:
-            missing = "RewardModel(rm, tokenizer)" if self.tokenizer is None else "the language model's as tokenizer="
-            raise ValueError(
+        size, expected = self.vocabularies(lm)
+        if self.tokenizer is None or tokenizer is None:
+            return size == expected
+        theirs = self.tokenizer.get_vocab()
+        return size >= expected and all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+
+    def reads_ids(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+        """As `shares_ids`; an error where it must read text and a tokenizer for that is missing."""
+        shared = self.shares_ids(lm, tokenizer)
+        if not shared and (self.tokenizer is None or tokenizer is None):
+            size, expected = self.vocabularies(lm)
+            why = (
                 f"rm {self.name} has a vocabulary of {size} tokens and the language model one of {expected}: another "
-                f"tokenizer, so it reads text, which needs both tokenizers: pass {missing}"
+                "tokenizer, so it reads text, which needs "
             )
-        return True
+            if self.tokenizer is None:
+                raise ValueError(f"{why}both tokenizers: pass RewardModel(rm, tokenizer)")
+            raise TokenizerMissing(f"{why}the language model's tokenizer as well")
+        return shared
 
 
 def load_reward_model(

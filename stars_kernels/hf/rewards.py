@@ -24,10 +24,11 @@ from stars_kernels.hf.models import (
     eval_copy,
     load_language_model,
     score_head,
+    text_config,
     view_of,
 )
 from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, load_reward_model
+from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.scorers import (
     REDUCE,
     CallableScorer,
@@ -41,6 +42,7 @@ from stars_kernels.hf.scorers import (
     RewardFunction,
     SumScorer,
     TextClassifierScorer,
+    head_rewards,
     likelihood_chunks,
 )
 from stars_kernels.hf.texts import Template, TextPrompt, check_template
@@ -59,6 +61,18 @@ class Likelihood:
 
     model: ModelOrPath
     reference: ModelOrPath | None = None
+
+    def __post_init__(self) -> None:
+        for name, model in self.models.items():
+            if not isinstance(model, nn.Module | str | os.PathLike):
+                kind = type(model).__name__
+                raise TypeError(f"{name} is of type {kind}, expected a causal language model or a path to one")
+
+    @property
+    def models(self) -> dict[str, ModelOrPath]:
+        """What messages call them, the policy first."""
+        reference = {} if self.reference is None else {"the likelihood's reference": self.reference}
+        return {"the likelihood's model": self.model, **reference}
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,16 @@ class Rewarder:
 
 def reward_models(rm: Reward) -> list[RewardModel]:
     """One entry a part."""
-    parts = list(rm) if isinstance(rm, list | tuple) else [rm]
+    several = isinstance(rm, list | tuple)
+    parts = list(cast(Sequence[OneReward], rm)) if several else [cast(OneReward, rm)]
     if not parts:
         raise ValueError("rm is an empty list, expected at least one reward model")
+    for i, part in enumerate(parts):
+        if not (isinstance(part, RewardModel | Likelihood | nn.Module | str | os.PathLike) or callable(part)):
+            raise TypeError(
+                f"{f'rm[{i}]' if several else 'rm'} is of type {type(part).__name__}, expected a reward model or "
+                "a path to one, RewardModel(..., weight=), a Likelihood, a head or a function of texts"
+            )
     return [part if isinstance(part, RewardModel) else RewardModel(cast(ModelOrPath, part)) for part in parts]
 
 
@@ -174,8 +195,8 @@ def check_reward(rm: Reward) -> None:
                 f"rm is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
                 "expected a folder, a hub name or a function of texts"
             )
-        for path in (model.model, model.reference) if isinstance(model, Likelihood) else (model,):
-            check_path("rm", path)
+        for name, path in model.models.items() if isinstance(model, Likelihood) else [("rm", model)]:
+            check_path(name, path)
 
 
 def is_function(rm: object) -> TypeGuard[RewardFunction]:
@@ -208,7 +229,7 @@ def _part(
 def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTokenizerBase | None) -> Part:
     rm.takes_only("a function of texts")
     if tokenizer is None:
-        raise ValueError("rm is a function of texts, which needs a tokenizer: pass tokenizer=")
+        raise TokenizerMissing("rm is a function of texts, which needs a tokenizer")
     return Part(lambda prompts, device, _: CallableScorer(function, prompts, device))
 
 
@@ -218,6 +239,16 @@ def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
     if devices:
         raise ValueError(f"rm is a head on {devices.pop()}, expected the language model's {lm.device}")
     copy = eval_copy(head)
+    size = getattr(lm.get_output_embeddings(), "in_features", text_config(lm).hidden_size)
+    try:
+        with torch.inference_mode():
+            states = torch.zeros(1, 1, size, dtype=lm.dtype, device=lm.device)
+            head_rewards(copy, states, torch.zeros(1, dtype=torch.int64, device=lm.device))
+    except Exception as error:  # whatever a module raises that is no head
+        raise ValueError(
+            f"rm {type(head).__name__} was taken for a head on hidden states [R, {size}], and a trial call failed: "
+            f"{type(error).__name__}: {error}; expected a module [R, {size}] -> [R, 1], or a function of texts"
+        ) from error
 
     def scorer(prompts: Sequence[TextPrompt], device: torch.device, hidden: HiddenStates | None) -> Scorer:
         assert hidden is not None
@@ -235,17 +266,20 @@ def _likelihood(
 ) -> Part:
     rm.takes_only("a likelihood", "tokenizer")
     views = []
-    for given in (likelihood.model, likelihood.reference):
-        if given is not None:
-            model, own = load_language_model(given, rm.tokenizer, trust_remote_code, "rm")
-            loaded, view = Loaded(model, own), view_of(model)
-            if layout_of(view).steps:
-                raise ValueError(
-                    f"rm {loaded.name} reads one token at a time behind a state, expected a model that scores several"
-                )
-            if not loaded.reads_ids(lm, tokenizer):
-                raise ValueError(f"rm {loaded.name} has another tokenizer than the language model, expected the same")
-            views.append(view)
+    for name, given in likelihood.models.items():
+        model, own = load_language_model(given, rm.tokenizer, trust_remote_code, name)
+        loaded, view = Loaded(model, own), view_of(model)
+        if layout_of(view).steps:
+            raise ValueError(
+                f"{name} {loaded.name} reads one token at a time behind a state, expected a model that scores several"
+            )
+        if not loaded.shares_ids(lm, tokenizer):
+            size, expected = loaded.vocabularies(lm)
+            raise ValueError(
+                f"{name} {loaded.name} (a vocabulary of {size} tokens) has another tokenizer than the language model "
+                f"({expected}), expected the same: a likelihood is of the language model's token ids"
+            )
+        views.append(view)
     chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
     policy, reference = views[0], views[1] if len(views) == 2 else None
     return Part(lambda *batch: LikelihoodScorer(policy, reference, chunks), nn.ModuleList(views), limit)
@@ -287,6 +321,7 @@ def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase
             f"rm {loaded.name} has no tokenizer, without which it reads no text: pass RewardModel(rm, tokenizer)"
         )
     if tokenizer is None:
-        raise ValueError(f"rm {loaded.name} reads text, which needs the language model's tokenizer: pass tokenizer=")
+        raise TokenizerMissing(f"rm {loaded.name} reads text, which needs the language model's tokenizer")
+    loaded.checked(own)
     label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
     return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)

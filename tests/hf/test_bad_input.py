@@ -125,8 +125,10 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
         stars_kernels.decode(lm, BertModel(bert), [1], **SET)
     with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
-    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="rm is of type int, expected a reward model or a path"):
         stars_kernels.decode(lm, 3, [1], **SET)
+    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
+        stars_kernels.decode(lm, RewardModel(3), [1], **SET)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -211,7 +213,7 @@ def test_a_reward_model_with_another_tokenizer_needs_both(lm, rm):
     larger = tiny_reward_model(vocab_size=300)
     with pytest.raises(ValueError, match=r"both tokenizers: pass RewardModel\(rm, tokenizer\)"):
         stars_kernels.decode(lm, larger, "hi", tokenizer=byte_tokenizer(), **SET)
-    with pytest.raises(ValueError, match="both tokenizers: pass the language model's as tokenizer="):
+    with pytest.raises(ValueError, match="needs the language model's tokenizer as well: pass tokenizer="):
         stars_kernels.decode(lm, RewardModel(larger, byte_tokenizer()), [1], **SET)
     with pytest.raises(ValueError, match="reads text, which needs the language model's tokenizer: pass tokenizer="):
         stars_kernels.decode(lm, RewardModel(rm, template="{prompt}{answer}"), [1], **SET)

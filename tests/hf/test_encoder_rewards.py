@@ -150,6 +150,14 @@ def test_it_needs_both_tokenizers_and_no_steps(lm, tokenizer):
         stars_kernels.decode(lm, RewardModel(rm, tokenizer, reduce="mean"), [1], tokenizer=tokenizer, **SET)
 
 
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(lm, tokenizer):
+    """Ids up to 257."""
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification: its tokenizer has ids up to 257, .* 200 emb"):
+        stars_kernels.decode(
+            lm, RewardModel(encoder(vocab_size=200), tokenizer), "ab", tokenizer=byte_tokenizer(), **SET
+        )
+
+
 def test_from_a_folder(tmp_path, lm, tokenizer):
     rm = encoder()
     rm.save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LlamaForTokenClassification,
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -20,10 +21,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import stars_kernels
-from stars_kernels import StarsConfig, StarsError
+from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.generate import OF_TRANSFORMERS, OPTIONS
 from tests.hf.test_api import text_model
-from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model
+from tests.hf.test_encoder_rewards import encoder
+from tests.tiny import EOS, byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
 
 STARS = dict(seed=0, reward_threshold=1.0, beta=1.0, segment_size=4)
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200]]
@@ -332,8 +334,18 @@ def test_more_that_is_refused_by_name(lm, rm):
             inputs_embeds=lm.get_input_embeddings()(torch.tensor([[1, 2]])),
             do_sample=True, max_new_tokens=4, custom_generate=stars_kernels.generate, reward_model=rm,
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"a reward function of texts needs a tokenizer.*functools\.partial"):
-        generate(lm, [[1]], lambda prompts, answers: [0.0] * len(answers), tokenizer=byte_tokenizer())
+    other, tokenizer = tiny_reward_model(vocab_size=300), byte_tokenizer(reverse=True)
+    steps = LlamaForTokenClassification(tiny_config(num_labels=2)).double()
+    for reads_text in (
+        lambda prompts, answers: [0.0] * len(answers),
+        RewardModel(rm, template="{prompt}{answer}"),
+        RewardModel(other, tokenizer),
+        RewardModel(steps, label=1),
+        [rm, RewardModel(encoder(), tokenizer)],
+    ):
+        needs = r"needs (a|the language model's) tokenizer.*, and generate\(\) passes none on.*functools\.partial"
+        with pytest.raises(ValueError, match=needs):
+            generate(lm, [[1]], reads_text, tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="a streamer for 2 sequences"):
         generate(lm, [[1], [2]], rm, partial(stars_kernels.generate, streamer=Recorder()))
     with pytest.raises(ValueError, match="pass pad_token_id"):

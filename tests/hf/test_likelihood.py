@@ -164,15 +164,27 @@ def test_decode_by_path_and_with_a_weight(tmp_path, lm, policy):
 
 def test_models_that_cannot_judge_the_tokens_are_refused(tmp_path, lm, rm):
     larger = tiny_language_model(vocab_size=300)
-    with pytest.raises(ValueError, match="vocabulary of 300 tokens and the language model one of 260"):
+    with pytest.raises(
+        ValueError, match=r"reference LlamaForCausalLM \(.* 300 tokens\) has another tokenizer .*\(260\)"
+    ):
         stars_kernels.decode(lm, Likelihood(lm, larger), [1], seed=0)
-    with pytest.raises(ValueError, match="rm is a LlamaForSequenceClassification, not tested"):
+    with pytest.raises(
+        ValueError, match=r"the likelihood's model LlamaForCausalLM .* is of the language model's token"
+    ):
+        stars_kernels.decode(lm, Likelihood(larger, lm), "a", tokenizer=byte_tokenizer(), seed=0)
+    with pytest.raises(TypeError, match="the likelihood's model is of type NoneType, expected a causal language model"):
+        Likelihood(None)
+    with pytest.raises(TypeError, match="the likelihood's reference is of type int, expected a causal language model"):
+        Likelihood(lm, 3)
+    with pytest.raises(ValueError, match="the likelihood's model is a LlamaForSequenceClassification, not tested"):
         stars_kernels.decode(lm, Likelihood(rm), [1], seed=0)
-    with pytest.raises(FileNotFoundError, match=r"rm is .*gone.*, which does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the likelihood's reference is .*gone.*, which does not exist"):
         stars_kernels.decode(lm, Likelihood(lm, tmp_path / "gone"), [1], seed=0)
     swapped, names = byte_tokenizer(), byte_tokenizer().get_vocab()
     swapped.get_vocab = lambda: {**names, "a": names["b"], "b": names["a"]}
-    with pytest.raises(ValueError, match="has another tokenizer than the language model, expected the same"):
+    with pytest.raises(ValueError, match=r"has another tokenizer than the language model .*, expected the same"):
         stars_kernels.decode(lm, RewardModel(Likelihood(lm), swapped), "a", tokenizer=byte_tokenizer(), seed=0)
-    with pytest.raises(ValueError, match="rm MambaForCausalLM reads one token at a time behind a state"):
+    with pytest.raises(
+        ValueError, match="the likelihood's model MambaForCausalLM reads one token at a time behind a state"
+    ):
         stars_kernels.decode(lm, Likelihood(families.tiny("mamba")), [1], seed=0)

@@ -18,7 +18,7 @@ from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_segment_waits import Watch
 from tests.sequential import sequential_decode
-from tests.tiny import byte_tokenizer, tiny_config, tiny_language_model
+from tests.tiny import byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
 
 CONFIGS = {
     "soft": StarsConfig(seed=3, reward_threshold=3.0, beta=1.0),
@@ -225,6 +225,32 @@ def test_a_head_that_returns_something_else(lm, head, message):
     loop = loop_with(lm, head, CONFIGS["hard"].replace(width=1))
     with pytest.raises(ValueError, match=message):
         loop.begin()
+
+
+class Scorer(nn.Module):
+    """A user's own reward model, which reads token ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(260, 1)
+
+    def forward(self, input_ids, attention_mask):
+        return self.embedding(input_ids).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Scorer(), r"rm Scorer was taken for a head .* TypeError: .*'attention_mask'"),
+        (nn.DataParallel(tiny_reward_model()), "rm DataParallel was taken for a head"),
+        (nn.Linear(64, 1), r"rm Linear was taken for a head .* ValueError: weight has shape \[64\], expected \[24\]"),
+        (nn.Linear(24, 2).double(), r"rm Linear was taken for a head .*: the head returned shape \[1, 2\]"),
+    ],
+)
+def test_a_module_that_is_no_head(lm, module, message):
+    expected = r"; expected a module \[R, 24\] -> \[R, 1\], or a function of texts"
+    with pytest.raises(ValueError, match=message + "(.|\n)*" + expected):
+        stars_kernels.decode(lm, module, [1], seed=0)
 
 
 def test_a_forward_that_passes_by_the_output_layer(lm):

@@ -92,8 +92,9 @@ def test_what_is_refused(lm, parts):
     ):
         with pytest.raises(ValueError, match=message):
             stars_kernels.decode(lm, rm, "a", **settings)
-    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model"):
-        stars_kernels.decode(lm, [parts[0], 3], "a", **settings)
+    for item, kind in ((3, "int"), (None, "NoneType"), ([parts[0]], "list"), ((parts[0], 0.5), "tuple")):
+        with pytest.raises(TypeError, match=rf"rm\[1\] is of type {kind}, expected .* RewardModel\(\.\.\., weight=\)"):
+            stars_kernels.decode(lm, [parts[0], item], "a", **settings)
     for weight in (float("nan"), "x", True):
         with pytest.raises(TypeError, match=f"weight is {weight!r}, expected a finite number"):
             RewardModel(parts[0], weight=weight)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TextClassificationPipeline
+from transformers import LlamaForTokenClassification, TextClassificationPipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import stars_kernels
@@ -10,7 +10,7 @@ from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.scorers.reader import RowReader
 from tests.hf import families
 from tests.sequential import sequential_decode
-from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text_model, tiny_reward_model
+from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text_model, tiny_config, tiny_reward_model
 
 LETTERS = "abc é"  # é is two bytes, which a segment's end may part
 MERGES = [("a", "b"), ("ab", "c"), ("c", "a"), ("b", "c"), ("a", "a"), ("Ġ", "a"), ("Ã", "©"), ("ca", "b")]
@@ -308,3 +308,40 @@ def test_same_tokens_are_read_as_ids(lm):
     own = larger(torch.tensor([[1, 2, *output.token_ids]])).logits.item()
     assert output.reward == pytest.approx(own, abs=1e-9)
     assert output.counts.rm_scored == 2 + output.counts.sampled
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(lm, rm):
+    """But for its pad token, which is not read."""
+    tokenizer, settings = byte_tokenizer(reverse=True), dict(SET, tokenizer=byte_tokenizer(), max_new_tokens=4)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([f"<{i}>" for i in range(2)])  # ids 259 and 260
+    small = tiny_reward_model(vocab_size=260)
+    steps = LlamaForTokenClassification(tiny_config(num_labels=2)).double()
+    for described in (
+        RewardModel(small, tokenizer),
+        RewardModel(steps, tokenizer, label=1),
+    ):
+        with pytest.raises(ValueError, match="its tokenizer has ids up to 260, but it has 260 embeddings"):
+            stars_kernels.decode(lm, described, "ab", **settings)
+    padded = byte_tokenizer(reverse=True)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 258
+    no_pad = tiny_reward_model(vocab_size=258)
+    assert stars_kernels.decode(lm, RewardModel(no_pad, padded), "ab", **settings).token_ids
+
+
+def test_an_answer_only_template(lm, rm):
+    """The empty answer needs a token: of the template, or a special one."""
+    settings = dict(SET, tokenizer=byte_tokenizer())
+    with pytest.raises(RuntimeError, match=r"failed on the empty answer: .* no tokens for the reward model"):
+        stars_kernels.decode(lm, RewardModel(rm, OTHER_IDS, "{answer}"), "ab", **settings)
+    output = stars_kernels.decode(lm, RewardModel(rm, OTHER_IDS, "\n{answer}"), "ab", **settings)
+    assert output.reward == pytest.approx(reward_of(rm, OTHER_IDS, "\n" + output.text), abs=1e-9)
+
+
+def test_without_its_own_tokenizer_it_reads_text_with_the_language_models(lm):
+    same_size = tiny_reward_model()
+    output = stars_kernels.decode(
+        lm, RewardModel(same_size, template="{prompt}|{answer}"), "ab", tokenizer=byte_tokenizer(), **SET
+    )
+    assert output.reward == pytest.approx(reward_of(same_size, byte_tokenizer(), f"ab|{output.text}"), abs=1e-9)

@@ -5,7 +5,7 @@ from stars_kernels.hf.scorers.classifier import ClassifierScorer
 from stars_kernels.hf.scorers.encoder import EncoderScorer
 from stars_kernels.hf.scorers.function import CallableScorer, RewardFunction
 from stars_kernels.hf.scorers.likelihood import LikelihoodScorer, likelihood_chunks
-from stars_kernels.hf.scorers.own_head import OwnHeadScorer
+from stars_kernels.hf.scorers.own_head import OwnHeadScorer, head_rewards
 from stars_kernels.hf.scorers.process import REDUCE, ProcessScorer, Reduce
 from stars_kernels.hf.scorers.text import TextClassifierScorer
 from stars_kernels.hf.scorers.total import SumScorer
@@ -23,5 +23,6 @@ __all__ = [
     "RewardFunction",
     "SumScorer",
     "TextClassifierScorer",
+    "head_rewards",
     "likelihood_chunks",
 ]

@@ -22,14 +22,15 @@ class OwnHeadScorer:
     def __init__(self, head: nn.Module, hidden: HiddenStates) -> None:
         """head: hidden states [R, D] -> rewards [R] or [R, 1], called in its own dtype. hidden: as the proposer's."""
         self.head, self.hidden = head, hidden
-        self.dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), None)
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         states = self.hidden.prompts[:, None]
-        return Scores(self._rewards(states, torch.zeros(len(prompts), dtype=torch.int64, device=states.device)))
+        return Scores(
+            head_rewards(self.head, states, torch.zeros(len(prompts), dtype=torch.int64, device=states.device))
+        )
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        return Scores(self._rewards(self.hidden.rows[: len(rows)], lengths - 1))
+        return Scores(head_rewards(self.head, self.hidden.rows[: len(rows)], lengths - 1))
 
     def commit(self, commit: Commit) -> None:
         """What is kept of the rows is the proposer's."""
@@ -37,13 +38,15 @@ class OwnHeadScorer:
     def release(self) -> None:
         """As in `commit`."""
 
-    def _rewards(self, states: Tensor, last: Tensor) -> Tensor:
-        """states [R, T, D], read at `last` [R]."""
-        if is_plain(self.head, nn.Linear) and self.head.out_features == 1:
-            return ops.reward_head(states, last, self.head.weight[0], bias=self.head.bias).double()
-        states = states[torch.arange(len(last), device=last.device), last]  # [R, D]
-        rewards = self.head(states.to(self.dtype or states.dtype))
-        if not isinstance(rewards, Tensor) or rewards.shape not in ((len(last),), (len(last), 1)):
-            found = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise ValueError(f"the head returned {found} for {len(last)} hidden states, expected [{len(last)}, 1]")
-        return rewards.double().reshape(-1)
+
+def head_rewards(head: nn.Module, states: Tensor, last: Tensor) -> Tensor:
+    """[R] float64: the head's output on states [R, T, D], read at `last` [R]."""
+    if is_plain(head, nn.Linear) and head.out_features == 1:
+        return ops.reward_head(states, last, head.weight[0], bias=head.bias).double()
+    states = states[torch.arange(len(last), device=last.device), last]  # [R, D]
+    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), states.dtype)
+    rewards = head(states.to(dtype))
+    if not isinstance(rewards, Tensor) or rewards.shape not in ((len(last),), (len(last), 1)):
+        found = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"the head returned {found} for {len(last)} hidden states, expected [{len(last)}, 1]")
+    return rewards.double().reshape(-1)
