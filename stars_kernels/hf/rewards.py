@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import context_limit, layout_of
+from stars_kernels.hf.layout import context_limit, layout_of, text_config
 from stars_kernels.hf.models import (
     ModelOrPath,
     check_path,
@@ -24,7 +24,6 @@ from stars_kernels.hf.models import (
     eval_copy,
     load_language_model,
     score_head,
-    text_config,
     view_of,
 )
 from stars_kernels.hf.prompts import Codec, Prompt
