@@ -7,6 +7,7 @@ never of the width or of the other prompts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,10 @@ from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
 from stars_kernels.ops.philox import STREAM_SAMPLE
 
+_Faults = dict[int, tuple[str, Exception | None]]
+"""What is wrong with a row, and the exception that says so."""
+BAD_LOGITS = "the logits hold nan or +inf, or are all -inf, expected finite numbers"
+
 
 @dataclass(frozen=True)
 class _Trial:
@@ -37,13 +42,12 @@ class _Trial:
     outcome: int
     chosen: int
     """The column to keep: the winner, the best so far, the one that is NaN; -1 = none of this round."""
-    errors: dict[int, Exception]
-    """Why a column has no reward, where the reward model raised."""
+    faults: _Faults
+    """Why a column has no reward, where it is known."""
     rewards: list[float]
     thresholds: list[float]
     tokens: list[list[int]]
     lengths: list[int]
-    broken: list[bool]
     rm_scored: list[int]
 
     @property
@@ -143,7 +147,7 @@ class Loop:
             eos = torch.tensor(self.eos, dtype=torch.int64, device=self.proposer.device)
             tokens = self.proposer.propose(rows, size, config.sampling, self.stream, eos)  # [R, S]
         with self._timed("accept"):
-            lengths, broken = self._lengths(rows, tokens, eos)  # [R]
+            lengths, broken, errors = self._lengths(rows, tokens, eos)  # [R]
             tokens = tokens.clamp(min=0)
         with self._timed("score"):
             scores = self.scorer.score(rows, tokens, lengths)
@@ -151,14 +155,23 @@ class Loop:
             rewards = scores.rewards.masked_fill(broken, math.nan)
             thresholds, outcome, chosen = self._judge(active, widths, rows, lengths, rewards)
             read = torch.zeros_like(lengths) if scores.tokens is None else scores.tokens
-            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, broken, read)]
+            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, read)]
+            faults = self._faults(scores.errors, broken, errors)
         trials, head = [], 0
         for i, width in enumerate(widths):
             mine = [column[head : head + width] for column in columns]
-            errors = {row - head: error for row, error in scores.errors.items()}
-            trials.append(_Trial(head, outcome[i], chosen[i], errors, *mine))
+            own = {row - head: fault for row, fault in faults.items()}
+            trials.append(_Trial(head, outcome[i], chosen[i], own, *mine))
             head += width
         return trials
+
+    def _faults(self, unscored: dict[int, Exception], broken: Tensor, unstopped: dict[int, Exception]) -> _Faults:
+        """What failed first on each row that has no reward."""
+        unsampled = self.proposer.errors
+        faults: _Faults = {row: ("the reward model failed", error) for row, error in unscored.items()}
+        for row in broken.nonzero()[:, 0].tolist():
+            faults[row] = ("a logits processor failed", unsampled[row]) if row in unsampled else (BAD_LOGITS, None)
+        return faults | {row: ("a stopping criterion failed", error) for row, error in unstopped.items()}
 
     def _settle(self, active: list[int], trials: list[_Trial], history: AcceptanceHistory) -> None:
         """Write a judged round on the answers, and commit what is kept of it."""
@@ -185,8 +198,12 @@ class Loop:
             position=per_row([len(answer.tokens) for answer in answers]),
         )
 
-    def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
-        """Each candidate's true length [R] (to its EOS, its stop or its limit) and whether it holds a -1 [R]."""
+    def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
+        """Each candidate's true length [R] (to its EOS, its stop or its limit), whether it is broken [R], and errors.
+
+        Broken is one that holds a -1, or on which `find_stop` fails: these rows' errors are returned.
+        """
+        errors: dict[int, Exception] = {}
         size = tokens.shape[1]
         owners = rows.prompt.tolist()
         room = [self.answers[p].room for p in owners]
@@ -198,11 +215,20 @@ class Loop:
             for r, (p, candidate) in enumerate(zip(owners, tokens.tolist(), strict=True)):
                 accepted, find_stop = self.answers[p].tokens, self.answers[p].find_stop
                 if find_stop is not None:
-                    stop = find_stop(accepted + [max(t, 0) for t in candidate[: cut[r]]], len(accepted))
+                    usable = itertools.takewhile(lambda token: token >= 0, candidate[: cut[r]])
+                    try:
+                        stop = find_stop([*accepted, *usable], len(accepted))
+                    except Exception as error:  # of a candidate that may never be judged
+                        if is_out_of_memory(error):
+                            raise
+                        errors[r], stop = error, None
                     cut[r] = cut[r] if stop is None else stop - len(accepted)
             lengths = torch.tensor(cut, device=tokens.device)
         inside = torch.arange(size, device=tokens.device) < lengths[:, None]
-        return lengths, ((tokens < 0) & inside).any(dim=1)
+        broken = ((tokens < 0) & inside).any(dim=1)
+        if errors:
+            broken[list(errors)] = True
+        return lengths, broken, errors
 
     def _judge(
         self, active: list[int], widths: list[int], rows: Rows, lengths: Tensor, rewards: Tensor
@@ -249,13 +275,8 @@ class Loop:
         counts.sampled += sum(len(tokens) for tokens in trial.tokens)
         counts.rm_scored += sum(trial.rm_scored)
         if trial.outcome == NAN:
-            attempt = f"attempt {segment.attempts + column}"
-            if trial.broken[column]:
-                answer.fail(f"{attempt}: the logits hold nan or +inf, or are all -inf, expected finite numbers")
-            elif column in trial.errors:
-                answer.fail(f"{attempt}: the reward model failed", trial.errors[column])
-            else:
-                answer.fail(f"{attempt}: the reward is nan, expected a number")
+            what, cause = trial.faults.get(column, ("the reward is nan, expected a number", None))
+            answer.fail(f"attempt {segment.attempts + column}: {what}", cause)
             return False
 
         before, width = segment.attempts, len(trial.rewards)

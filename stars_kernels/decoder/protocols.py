@@ -58,6 +58,10 @@ class Proposer(Protocol):
 
     device: torch.device
 
+    @property
+    def errors(self) -> dict[int, Exception]:
+        """Why rows of the last `propose` hold a -1, where it was not for the model's logits."""
+
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         """Read the prompts' token ids; room for `max_new_tokens` more each."""
 

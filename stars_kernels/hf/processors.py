@@ -6,9 +6,11 @@ padding included), the answer so far and, of a candidate, its own tokens.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Commit, Rows
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -159,23 +162,48 @@ class BatchProcessors:
         self.accepted = list(inputs)  # [T + accepted] of each prompt
         self.tail = [row[:0] for row in inputs]
         """The candidate to keep so far, behind the accepted tokens."""
+        self.errors: dict[int, Exception] = {}
+        """The rows of the last round that a processor failed on."""
 
-    def __call__(self, rows: Rows, suffix: Tensor, logits: Tensor) -> Tensor:
-        """suffix [R, n] int64, each row's tokens since its prefix; logits [R, V] after them -> [R, V] float32."""
-        owners, counts = rows.prompt.unique_consecutive(return_counts=True)
-        sizes = counts.tolist()
-        scores = logits.to(self.device, torch.float32, copy=True)  # as in `model.generate`: it may be written on
-        groups = zip(owners.tolist(), suffix.to(self.device).split(sizes), scores.split(sizes), strict=True)
-        return torch.cat([self._process(*group) for group in groups]).to(logits.device)
+    def forget(self) -> None:
+        """The errors, and what their frames hold."""
+        self.errors = {}
 
-    def _process(self, prompt: int, suffix: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, suffix: Tensor, logits: Tensor, ended: Tensor) -> Tensor:
+        """The logits after the processors, [R, V] float32; NaN for a row that one fails on.
+
+        suffix [R, n] int64: each row's tokens since its prefix; logits [R, V]: after them; ended [R] bool: the rows
+        that nothing is asked about, as in `model.generate`, which would have stopped.
+        """
+        scores = logits.to(torch.float32, copy=True)
+        owners, done = rows.prompt.tolist(), ended.tolist()
+        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=owners.__getitem__):
+            index = list(group)
+            scores[index] = self._process(prompt, index, suffix[index], logits[index]).to(scores)
+        return scores
+
+    def _process(self, prompt: int, index: list[int], suffix: Tensor, logits: Tensor) -> Tensor:
+        """Rows `index` of the round, all of one prompt; where they fail together, each alone."""
+        try:
+            return self._ask(prompt, suffix, logits)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if len(index) == 1:
+                self.errors[index[0]] = error
+                return torch.full_like(logits, math.nan, dtype=torch.float32)
+        rows = zip(index, suffix.split(1), logits.split(1), strict=True)
+        return torch.cat([self._process(prompt, [row], *one).to(logits.device) for row, *one in rows])
+
+    def _ask(self, prompt: int, suffix: Tensor, logits: Tensor) -> Tensor:
         known = self.accepted[prompt].expand(len(suffix), -1)
-        ids, shape = torch.cat([known, suffix], dim=1), scores.shape
+        ids = torch.cat([known, suffix.to(self.device)], dim=1)
+        scores = logits.to(self.device, torch.float32, copy=True)  # as in `model.generate`: it may be written on
         for processor in self.processors[prompt]:
             scores = processor(ids, scores)
-            if scores.shape != shape:
+            if scores.shape != logits.shape:
                 name = type(processor).__name__
-                raise ValueError(f"{name} returned logits of shape {list(scores.shape)}, expected {list(shape)}")
+                raise ValueError(f"{name} returned logits of shape {list(scores.shape)}, expected {list(logits.shape)}")
         return scores
 
     def commit(self, commit: Commit, candidates: Tensor) -> None:

@@ -95,6 +95,10 @@ class ModelProposer:
         self.hidden = hidden
         self.head = output_weight(model) if fuse else None
 
+    @property
+    def errors(self) -> dict[int, Exception]:
+        return {} if self.processors is None else self.processors.errors
+
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
@@ -115,6 +119,8 @@ class ModelProposer:
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         self._read_pending(rows.prompt.unique_consecutive())
+        if self.processors is not None:
+            self.processors.forget()
         wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
         if self.hidden is not None:
             self.hidden.open(len(wide))
@@ -130,7 +136,7 @@ class ModelProposer:
         return tokens[: len(rows)]
 
     def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
-        """Draw `size` tokens of every row, [R, size]; on a GPU nothing in here waits for the host."""
+        """Draw `size` tokens of every row, [R, size]; on a GPU only processors wait for the host."""
         cache = self.cache
         cache.fork(rows.prompt)
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
@@ -141,7 +147,7 @@ class ModelProposer:
         for step in range(size):
             if self.processors is not None:
                 logits = state if source is None else state[source]
-                state, source = self.processors(rows, tokens[:, :step].clamp(min=0), logits), None
+                state, source = self.processors(rows, tokens[:, :step], logits, ended), None
             draws = (rows.key, rows.attempt, rows.position + step)
             if head is None or step == 0:
                 token, _ = ops.segment_sample(state, *draws, source=source, stream=stream, **sampling)
@@ -150,7 +156,8 @@ class ModelProposer:
                 token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=stream)
             tokens[:, step] = token
             last = step == size - 1
-            if not last and self.device.type == "cpu":  # a look is free where nothing has to be waited for
+            # A look is free where nothing has to be waited for; processors wait anyway.
+            if not last and (self.device.type == "cpu" or self.processors is not None):
                 ended |= torch.isin(token, eos) | (token < 0)
                 last = bool(ended.all())
             if last and self.hidden is None:
@@ -181,6 +188,8 @@ class ModelProposer:
         if self.graphs is not None:
             self.graphs.clear()
         self.cache.release()
+        if self.processors is not None:
+            self.processors.forget()
         if self.hidden is not None:
             self.hidden.release()
 

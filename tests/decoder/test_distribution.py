@@ -49,6 +49,7 @@ class Table:
 
     def __init__(self, world):
         self.logits, self.rewards = world
+        self.errors = {}
 
     def begin(self, prompts, max_new_tokens, segment_size):
         self.length = torch.zeros(len(prompts), dtype=torch.int64)

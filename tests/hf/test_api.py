@@ -151,12 +151,14 @@ def test_reward_is_the_plain_pipelines(lm, rm):
             assert output.reward == pytest.approx(own, abs=1e-4)
 
 
-def test_reward_is_read_at_eos_even_if_it_is_the_pad_token(lm):
-    rm = tiny_reward_model(pad_token_id=EOS)
-    output = stars_kernels.decode(lm, rm, [1, 2, 3], **dict(SET, eos_token_id=tuple(range(0, 258, 2))))
-    assert output.finish_reason == "eos"
+@pytest.mark.parametrize("width", [1, 3])
+def test_reward_is_read_at_eos_even_if_it_is_the_pad_token(width):
+    lm, rm = scripted_model({(): 10, (10,): 20, (20,): EOS}), tiny_reward_model(pad_token_id=EOS)
+    output = stars_kernels.decode(lm, rm, [1, 2, 3], width=width, **dict(SET, temperature=0.1))
+    assert output.token_ids == [10, 20, EOS] and output.finish_reason == "eos"
     rm.config.pad_token_id = None
-    own = rm(torch.tensor([[1, 2, 3, *output.token_ids]])).logits.item()
+    before, own = (rm(torch.tensor([[1, 2, 3, *output.token_ids[:n]]])).logits.item() for n in (2, 3))
+    assert abs(own - before) > 1e-3
     assert output.reward == pytest.approx(own, abs=1e-6)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import RewardModel
+from stars_kernels import Likelihood, RewardModel
 from stars_kernels.hf import rewards
-from stars_kernels.hf.scorers import Chunks, chunks
+from stars_kernels.hf.scorers import Chunks, chunks, likelihood
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_process_rewards import process_model
 from tests.hf.test_text_rewards import MERGING
-from tests.tiny import byte_tokenizer, spelling_model, tiny_reward_model
+from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 SET = dict(seed=1, reward_threshold=9.0, beta=1.0, max_new_tokens=12, segment_size=4, max_attempts=6, width=6)
 KINDS = {
@@ -22,7 +22,13 @@ KINDS = {
     "through text": RewardModel(tiny_reward_model(vocab_size=300), MERGING),
     "encoder": RewardModel(encoder(), pair_tokenizer()),
     "process": RewardModel(process_model(), MERGING, label=1),
+    "likelihood": Likelihood(tiny_language_model(seed=7), tiny_language_model(seed=8)),
 }
+
+
+def replace_chunks(monkeypatch, kind):
+    for module in (rewards, likelihood):
+        monkeypatch.setattr(module, "Chunks", kind)
 
 
 def out_of_memory():
@@ -93,8 +99,8 @@ def test_rewards_do_not_depend_on_the_chunks(monkeypatch, kind):
     sizes = []
 
     class Small(Chunks):
-        def __init__(self):
-            super().__init__(30)
+        def __init__(self, tokens=30):
+            super().__init__(min(tokens, 30))
 
         def run(self, lengths, forward):
             def counted(rows):
@@ -103,7 +109,7 @@ def test_rewards_do_not_depend_on_the_chunks(monkeypatch, kind):
 
             return super().run(lengths, counted)
 
-    monkeypatch.setattr(rewards, "Chunks", Small)
+    replace_chunks(monkeypatch, Small)
     parts = stars_kernels.decode(lm, KINDS[kind], ["ab", "c"], **settings)
     assert 1 <= max(sizes) < 12  # of the 12 rows of a round
     assert [o.token_ids for o in parts] == [o.token_ids for o in whole]
@@ -128,7 +134,7 @@ def test_a_round_that_is_repeated_changes_nothing(monkeypatch, kind):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().run(lengths, forward)
 
-    monkeypatch.setattr(rewards, "Chunks", Small)
+    replace_chunks(monkeypatch, Small)
     outputs = stars_kernels.decode(lm, KINDS[kind], ["ab", "c"], **settings)
     assert failed
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]

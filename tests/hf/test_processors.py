@@ -9,6 +9,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -18,11 +19,11 @@ from transformers import (
 )
 
 import stars_kernels
-from stars_kernels import StarsConfig
+from stars_kernels import StarsConfig, StarsError
 from stars_kernels.hf.processors import lift_criteria, lift_processors
 from tests.hf.test_generate import EOS_IDS, PROMPTS, generate, left_padded, padded
 from tests.sequential import sequential_decode
-from tests.tiny import EOS, byte_tokenizer
+from tests.tiny import EOS, byte_tokenizer, spelling_model
 
 OFF = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 T, K, P, M = TemperatureLogitsWarper(0.5), TopKLogitsWarper(9), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)
@@ -200,3 +201,116 @@ def test_lengths_and_ends_of_criteria_are_taken_from_them(lm, rm):
     assert stops.max_length == 7 and not stops.rest
     shorter = generate(lm, [[1, 2, 3]], rm, stopping_criteria=[MaxLengthCriteria(8)])
     assert torch.equal(shorter, generate(lm, [[1, 2, 3]], rm, max_new_tokens=5))
+
+
+WIDTHS = [1, 5, "auto"]
+MANY, IDS = PROMPTS * 4, list(range(12))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_asked_about_a_row_that_has_ended(rm, width):
+    """A grammar allows no token behind the EOS, and transformers' own processor raises on that."""
+    lm = spelling_model("abc")
+
+    def allowed(prompt, ids):
+        return [] if EOS in ids.tolist() else [*byte_tokenizer()("abc")["input_ids"], EOS]
+
+    config = StarsConfig(
+        seed=3, reward_threshold=3.0, beta=1.0, max_new_tokens=22, segment_size=6, max_attempts=6, **OFF
+    )
+    grammar = PrefixConstrainedLogitsProcessor(allowed, 1)
+    result = padded(
+        lm, MANY, rm, pad_token_id=0, width=width, request_ids=IDS, top_k=0, seed=3, reward_threshold=3.0,
+        max_new_tokens=22, segment_size=6, max_attempts=6, prefix_allowed_tokens_fn=allowed,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for prompt, id_, output in zip(MANY, IDS, result.outputs, strict=True):
+        tokens, tried = sequential_decode(
+            lm, rm, prompt, id_, config, [EOS], lambda ids, logits: grammar(ids, logits.float())
+        )
+        assert output.token_ids == tokens
+        assert [segment.attempts for segment in output.segments] == tried
+    assert sum(output.token_ids[-1] == EOS for output in result.outputs) > 3
+
+
+DEAD = torch.arange(5, 260, 40)
+
+
+class DeadEnd(LogitsProcessor):
+    """No way on from some tokens, not even for the rows beside; writes on what it is given before it says so."""
+
+    def __init__(self):
+        self.raised = 0
+
+    def __call__(self, input_ids, scores):
+        scores -= 1.0 * (torch.arange(scores.shape[1]) % 3)
+        return self.check(input_ids, scores)
+
+    def check(self, input_ids, scores, **kwargs):
+        if torch.isin(input_ids[:, -1], DEAD).any():
+            self.raised += 1
+            raise LookupError("a dead end")
+        return scores
+
+
+class RaisingCriterion(DeadEnd):
+    def __call__(self, input_ids, scores, **kwargs):
+        self.check(input_ids, scores)
+        return False
+
+
+@pytest.mark.parametrize("segment_size", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(DeadEnd, "a logits processor failed"), (RaisingCriterion, "a stopping criterion failed")]
+)
+def test_only_a_judged_attempt_that_raises_fails_its_prompt(lm, rm, kind, what, segment_size):
+    """As in the sequential loop, at every width: what it would not have tried fails nothing."""
+    settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=10, segment_size=segment_size)
+    config = StarsConfig(**settings, max_attempts=6, **OFF)
+    given = {"logits_processor": [kind()]} if kind is DeadEnd else {"stopping_criteria": [kind()]}
+    (asked,) = next(iter(given.values()))
+
+    def process(ids, logits):
+        return asked(ids, logits.float()) if kind is DeadEnd else logits
+
+    def stops(answer):
+        return kind is RaisingCriterion and asked(torch.tensor([answer]), None)
+
+    expected = []
+    for prompt, id_ in zip(MANY, IDS, strict=True):
+        try:
+            expected.append(sequential_decode(lm, rm, prompt, id_, config, [EOS], process, stops))
+        except LookupError:
+            expected.append(None)
+    assert 2 < expected.count(None) < 10
+    raised = []
+    for width in WIDTHS:
+        asked.raised = 0
+        with pytest.raises(StarsError) as failed:
+            padded(lm, MANY, rm, pad_token_id=0, width=width, request_ids=IDS, top_k=0, max_attempts=6, **settings,
+                   **given)  # fmt: skip
+        raised.append(asked.raised)
+        for result, truth in zip(failed.value.results, expected, strict=True):
+            if truth is None:
+                assert f": {what}: LookupError: a dead end" in str(result)
+                assert isinstance(result.__cause__, LookupError)
+            else:
+                assert (result.token_ids, [segment.attempts for segment in result.segments]) == truth
+    assert raised[1] > raised[0]  # so wide rounds did meet dead ends beyond what is judged
+
+
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
+def test_out_of_memory_in_what_is_asked_is_the_rounds(lm, rm, where):
+    """It is no row's fault: the round is tried again with fewer attempts."""
+    full = []
+
+    def asked(input_ids, scores):
+        if not full:
+            full.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return scores if where == "logits_processor" else False
+
+    expected = generate(lm, [[1, 2]], rm, width=4, max_attempts=4)
+    with pytest.warns(RuntimeWarning, match="1 prompts x 4 attempts: going on with width=2"):
+        again = generate(lm, [[1, 2]], rm, width=4, max_attempts=4, **{where: [asked]})
+    assert torch.equal(again, expected)
