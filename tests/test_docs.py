@@ -50,6 +50,7 @@ SMALL = {  # command: a smaller run of the same entry point
     "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
 SAME_ENTRY = {
+    "python -m bench decode --rewards real --quick",
     "python -m demo.gain --reward own-head",
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
