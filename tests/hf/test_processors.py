@@ -210,9 +210,10 @@ MANY, IDS = PROMPTS * 4, list(range(12))
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_asked_about_a_row_that_has_ended(rm, width):
     """A grammar allows no token behind the EOS, and transformers' own processor raises on that."""
-    lm = spelling_model("abc")
+    lm, behind = spelling_model("abc"), []
 
     def allowed(prompt, ids):
+        behind.append(EOS in ids.tolist())
         return [] if EOS in ids.tolist() else [*byte_tokenizer()("abc")["input_ids"], EOS]
 
     config = StarsConfig(
@@ -231,6 +232,7 @@ def test_nothing_is_asked_about_a_row_that_has_ended(rm, width):
         assert output.token_ids == tokens
         assert [segment.attempts for segment in output.segments] == tried
     assert sum(output.token_ids[-1] == EOS for output in result.outputs) > 3
+    assert behind and not any(behind)
 
 
 DEAD = torch.arange(5, 260, 40)
