@@ -230,7 +230,11 @@ class Engine:
             finders.append(functools.partial(self.rules.find_stop, index))
 
         def find_stop(tokens: list[int], accepted: int) -> int | None:
-            return min((n for find in finders if (n := find(tokens, accepted)) is not None), default=None)
+            stop = None
+            for find in finders:
+                if (found := find(tokens, accepted)) is not None:
+                    stop, tokens = found, tokens[:found]  # the next is not asked about what lies behind it
+            return stop
 
         return find_stop if finders else None
 
