@@ -32,18 +32,16 @@ from stars_kernels.ops._registry import call_op
 class ForkCache(Cache):
     """Storage and attention of one model for a batch of prompts."""
 
-    packs = True
-    """Whether a forward may read several prompts, one after the other."""
-    cuts = True
-    """Whether a prompt may be read in several forwards."""
-
     def __init__(
         self, layout: Layout, capacities: Sequence[int], segment_size: int, device: torch.device,
         states: States | None = None,
     ) -> None:  # fmt: skip
         """capacities: tokens each prompt may hold, answer included. device: where the bookkeeping lies."""
         self.layout, self.segment_size, self.device, self.states = layout, segment_size, device, states
-        self.packs, self.cuts = self.packs and states is None, states is None
+        self.packs = layout.mode == "hook" and states is None
+        """Whether a forward may read several prompts, one after the other."""
+        self.cuts = states is None
+        """Whether a prompt may be read in several forwards."""
         self.layers = [] if states is None else states.layers
         sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
         self.offsets = sizes.cumsum(0)[:-1]  # [P]
@@ -274,8 +272,6 @@ class GatheredCache(ForkCache):
     left; the model's own attention does the rest, with a 2-D mask. It is exact, and gives up what forking saves: each
     layer copies each row's prefix.
     """
-
-    packs = False
 
     @contextmanager
     def _forward(self, plan: list[Span] | Suffix) -> Iterator[None]:

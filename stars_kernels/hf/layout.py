@@ -54,6 +54,8 @@ class Layout:
     """Whether the model makes a padding mask of its own, whose every use is a look whether it hides anything."""
     limit: int
     """Tokens the model's positions are made for."""
+    keeps_logits: bool
+    """Whether the forward computes the logits of chosen tokens alone; **kwargs may swallow the wish."""
 
     @property
     def why_eager(self) -> str | None:
@@ -95,6 +97,7 @@ def _probe(view: PreTrainedModel) -> Layout:
             steps=WORKS.get(type(view).__name__) == STEPS,
             makes_mask=probe.makes_mask,
             limit=context_limit(view),
+            keeps_logits="logits_to_keep" in inspect.signature(type(view).forward).parameters,
         )
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{type(view).__name__} cannot be decoded exactly: {error}") from None

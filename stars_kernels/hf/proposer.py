@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.hidden import HiddenStates
+from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.packing import is_plain
 from stars_kernels.hf.processors import BatchProcessors
 
@@ -216,15 +216,10 @@ class ModelProposer:
 
 def logits_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
     """Logits [B, K, V] after the last `keep` tokens, 0 = after all, or after those at the indices `keep` [K]."""
-    if _keeps(type(model).forward):
+    if layout_of(model).keeps_logits:
         return model(input_ids=ids, logits_to_keep=keep, **inputs).logits
     logits = model(input_ids=ids, **inputs).logits
     return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-
-
-@functools.cache
-def _keeps(forward: Callable[..., Any]) -> bool:
-    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def can_fuse(model: PreTrainedModel, sampling: dict[str, Any]) -> bool:
