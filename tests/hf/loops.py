@@ -1,8 +1,11 @@
 """Loops on tiny models with any scorer, and what they decided."""
 
+import stars_kernels
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.ops.philox import request_key
+from tests.sequential import sequential_decode
+from tests.tiny import EOS, byte_tokenizer
 
 
 def loop_of(proposer, scorer, config, prompts, ids, eos=(), find_stop=None):
@@ -49,3 +52,18 @@ def count_forwards(model):
     body = model.base_model
     body.register_forward_pre_hook(lambda _, args, given: shapes.append([*given["input_ids"].shape]), with_kwargs=True)
     return shapes
+
+
+def decode_as_the_sequential_loop(lm, rm, reward, prompts, config):
+    """Outputs for texts at widths 1 and 5, whose tokens and attempts are the sequential loop's; and these attempts.
+
+    reward: what `rm` is to give for (prompt ids, answer ids).
+    """
+    plain, ids = byte_tokenizer(), range(len(prompts))
+    expected = [sequential_decode(lm, reward, plain(prompts[i])["input_ids"], i, config, (EOS,)) for i in ids]
+    every = []
+    for width in (1, 5):
+        outputs = stars_kernels.decode(lm, rm, prompts, tokenizer=plain, request_ids=ids, config=config, width=width)
+        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+        every.append(outputs)
+    return every, [attempts for _, attempts in expected]

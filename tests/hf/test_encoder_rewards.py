@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, TextClassificationPipeline
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.reward_models import ENCODERS
+from tests.hf.loops import decode_as_the_sequential_loop
 from tests.hf.test_text_rewards import text_of
-from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model
 
 SET = dict(seed=1, reward_threshold=0.5, beta=0.5, max_new_tokens=16, segment_size=4, max_attempts=6, progress=False)
@@ -79,7 +79,7 @@ def test_rewards_are_the_pipelines(lm, tokenizer, name):
 
 @pytest.mark.parametrize("template", [None, "{answer} to {prompt}"])
 def test_decode_is_the_sequential_algorithm(lm, tokenizer, template):
-    rm, plain = encoder(), byte_tokenizer()
+    rm = encoder()
 
     def reward(prompt, answer):
         prompt, answer = text_of(prompt), text_of(answer)
@@ -87,14 +87,9 @@ def test_decode_is_the_sequential_algorithm(lm, tokenizer, template):
         return rm(**{name: torch.tensor([ids]) for name, ids in encoded.items()}).logits[0, 0].item()
 
     config = StarsConfig(**dict(SET, reward_threshold=4.0))
-    expected = [sequential_decode(lm, reward, plain(p)["input_ids"], i, config, (EOS,)) for i, p in enumerate(PROMPTS)]
-    assert max(n for _, attempts in expected for n in attempts) > 1
-    for width in (1, 5):
-        outputs = stars_kernels.decode(
-            lm, RewardModel(rm, tokenizer, template), PROMPTS, tokenizer=plain, request_ids=[0, 1], config=config,
-            width=width,
-        )  # fmt: skip
-        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+    described = RewardModel(rm, tokenizer, template)
+    _, attempts = decode_as_the_sequential_loop(lm, described, reward, PROMPTS, config)
+    assert max(map(max, attempts)) > 1
 
 
 def test_whole_texts_are_counted(tokenizer):

@@ -11,8 +11,8 @@ import stars_kernels
 from stars_kernels import RewardModel, StarsConfig
 from stars_kernels.hf.reward_models import PROCESS_MODELS
 from tests.hf import families
+from tests.hf.loops import decode_as_the_sequential_loop
 from tests.hf.test_text_rewards import CHAT, MERGES, THINKING, text_of
-from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, tiny_config
 
 SET = dict(seed=1, reward_threshold=0.7, beta=0.1, max_new_tokens=24, segment_size=4, max_attempts=6, progress=False)
@@ -54,7 +54,7 @@ def steps_of(rm, tokenizer, prompt, answer, step, label=1):
 @pytest.mark.parametrize("reduce", REDUCED)
 @pytest.mark.parametrize("step", ["\n", "\n\n"], ids=repr)
 def test_decode_is_the_sequential_algorithm(lm, rm, reduce, step):
-    plain, counts = byte_tokenizer(), []
+    counts = []
 
     def reward(prompt, answer):
         steps = steps_of(rm, MERGING, text_of(prompt), text_of(answer), step)
@@ -62,14 +62,10 @@ def test_decode_is_the_sequential_algorithm(lm, rm, reduce, step):
         return REDUCED[reduce](steps)
 
     config = StarsConfig(**dict(SET, reward_threshold=0.9))
-    expected = [sequential_decode(lm, reward, plain(p)["input_ids"], i, config, (EOS,)) for i, p in enumerate(PROMPTS)]
-    assert max(counts) > 1 and max(n for _, attempts in expected for n in attempts) > 1
     described = RewardModel(rm, MERGING, label=1, step=step, reduce=reduce)
-    for width in (1, 5):
-        outputs = stars_kernels.decode(
-            lm, described, PROMPTS, tokenizer=plain, request_ids=[0, 1], config=config, width=width
-        )
-        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+    every, attempts = decode_as_the_sequential_loop(lm, described, reward, PROMPTS, config)
+    assert max(counts) > 1 and max(map(max, attempts)) > 1
+    for outputs in every:
         for output, prompt in zip(outputs, PROMPTS, strict=True):
             own = REDUCED[reduce](steps_of(rm, MERGING, prompt, output.text, step))
             assert output.reward == pytest.approx(own, abs=1e-9)

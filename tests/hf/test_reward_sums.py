@@ -5,9 +5,9 @@ import torch
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
+from tests.hf.loops import decode_as_the_sequential_loop
 from tests.hf.test_text_rewards import MERGING, reward_of, text_of
-from tests.sequential import sequential_decode
-from tests.tiny import EOS, byte_tokenizer, spelling_model, tiny_reward_model
+from tests.tiny import byte_tokenizer, spelling_model, tiny_reward_model
 
 SET = dict(seed=1, reward_threshold=2.0, beta=1.0, max_new_tokens=20, segment_size=4, max_attempts=6, progress=False)
 PROMPTS = ["ab", "cab bca"]
@@ -39,13 +39,9 @@ def test_decode_is_the_sequential_algorithm(lm, parts):
 
     described = [by_ids, RewardModel(by_text, MERGING, weight=-0.5), RewardModel(function, weight=0.25)]
     config = StarsConfig(**SET)
-    expected = [sequential_decode(lm, reward, plain(p)["input_ids"], i, config, (EOS,)) for i, p in enumerate(PROMPTS)]
-    assert max(n for _, attempts in expected for n in attempts) > 1
-    for width in (1, 5):
-        outputs = stars_kernels.decode(
-            lm, described, PROMPTS, tokenizer=plain, request_ids=[0, 1], config=config, width=width
-        )
-        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+    every, attempts = decode_as_the_sequential_loop(lm, described, reward, PROMPTS, config)
+    assert max(map(max, attempts)) > 1
+    for outputs in every:
         for output, prompt in zip(outputs, PROMPTS, strict=True):
             assert output.reward == pytest.approx(reward(plain(prompt)["input_ids"], output.token_ids), abs=1e-9)
 

@@ -9,7 +9,7 @@ import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.scorers.reader import RowReader
 from tests.hf import families
-from tests.sequential import sequential_decode
+from tests.hf.loops import decode_as_the_sequential_loop
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text_model, tiny_config, tiny_reward_model
 
 LETTERS = "abc é"  # é is two bytes, which a segment's end may part
@@ -67,15 +67,9 @@ def test_decode_is_the_sequential_algorithm(lm, rm, kind):
     def reward(prompt, answer):
         return reward_of(rm, tokenizer, whole(text_of(prompt), text_of(answer)))
 
-    plain = byte_tokenizer()
     config = StarsConfig(**SET)
-    expected = [sequential_decode(lm, reward, plain(p)["input_ids"], i, config, (EOS,)) for i, p in enumerate(PROMPTS)]
-    for width in (1, 5):
-        outputs = stars_kernels.decode(
-            lm, RewardModel(rm, tokenizer, template), PROMPTS, tokenizer=plain, request_ids=[0, 1], config=config,
-            width=width,
-        )  # fmt: skip
-        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+    every, _ = decode_as_the_sequential_loop(lm, RewardModel(rm, tokenizer, template), reward, PROMPTS, config)
+    for outputs in every:
         for output, prompt in zip(outputs, PROMPTS, strict=True):
             text = whole(prompt, output.text)
             assert output.reward == pytest.approx(reward_of(rm, tokenizer, text), abs=1e-9)
