@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace stars {
 namespace {
@@ -128,7 +128,7 @@ at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_
     };
     const auto attend = STARS_PICK(attend_block<scalar_t, sum_t>);
     const auto scratch_size = STARS_PICK(Scratch<sum_t>::size)(key_size, value_size);
-    at::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
       std::vector<sum_t> memory(scratch_size + kAlign / sizeof(sum_t));
       void* start = memory.data();
       size_t room = memory.size() * sizeof(sum_t);

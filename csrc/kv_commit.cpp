@@ -1,4 +1,3 @@
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstring>
@@ -6,6 +5,7 @@
 
 #include "check.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace stars {
 
@@ -55,7 +55,7 @@ void kv_commit_cpu(const at::Tensor& suffix, const at::Tensor& arena, const at::
     const auto* const from = static_cast<const char*>(suffix.const_data_ptr());
     auto* const to = static_cast<char*>(arena.mutable_data_ptr());
     constexpr int64_t kGrain = 8;  // copies worth a thread
-    at::parallel_for(0, layers * 2 * moves, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, layers * 2 * moves, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t layer = i / (2 * moves), kv = i / moves % 2;
         const Copy& copy = copies[i % moves];

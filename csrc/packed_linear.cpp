@@ -1,6 +1,5 @@
 #include "packed_linear.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -12,6 +11,7 @@
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace stars {
 namespace {
@@ -51,7 +51,7 @@ PackedLinearArgs<W> arguments(const at::Tensor& x, const at::Tensor& weight, con
 template <typename Work>
 void over_panels(const at::Tensor& x, const at::Tensor& weight, const Work& work) {
   constexpr int64_t kGrain = 1 << 16;  // multiplications worth a thread
-  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.numel() * kPanel)), work);
+  parallel_for(0, weight.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.numel() * kPanel)), work);
 }
 
 // A function of the weights' type, called with a null pointer to it.

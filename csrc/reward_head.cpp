@@ -1,6 +1,5 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace stars {
 
@@ -40,7 +40,7 @@ at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, con
     const auto* const norm = norm_weight ? norm_c.const_data_ptr<sum_t>() : nullptr;
     auto* const out = reward.mutable_data_ptr<sum_t>();
     constexpr int64_t kGrain = 16384;  // elements worth a thread
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         sum_t squares, products;
         sums(data + r * hidden_d.stride(0) + position[r] * hidden_d.stride(1), weight_c.const_data_ptr<sum_t>(), norm, size,

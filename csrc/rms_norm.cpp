@@ -1,6 +1,5 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace stars {
 
@@ -25,7 +25,7 @@ at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double ep
     const auto* const from = x_c.const_data_ptr<scalar_t>();
     auto* const to = y.mutable_data_ptr<scalar_t>();
     constexpr int64_t kGrain = 16384;  // elements worth a thread
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         row(from + r * size, weight_c.const_data_ptr<sum_t>(), size, static_cast<sum_t>(eps), to + r * size);
     });

@@ -1,7 +1,6 @@
 #include "segment_sample.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
+#include "parallel.h"
 #include "philox.h"
 
 namespace stars {
@@ -223,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor> segment_sample_cpu(const at::Tensor& logits, 
     const auto* data = logits_d.const_data_ptr<scalar_t>();
     auto* const tokens = token.mutable_data_ptr<int64_t>();
     auto* const logprobs = logprob.mutable_data_ptr<float>();
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       Row row(vocabulary, filters);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t r = order[i];
