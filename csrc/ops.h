@@ -22,6 +22,9 @@ std::tuple<at::Tensor, at::Tensor> accept_cuda(const at::Tensor& rewards, const 
                                                const at::Tensor& first_attempt, int64_t max_attempts,
                                                const at::Tensor& best_reward, const at::Tensor& best_attempt);
 
+// content_hash.cpp: a scalar int64
+at::Tensor content_hash_cpu(const at::Tensor& x);
+
 // fork_attention.cpp: [R, S, Hq, Dv]
 at::Tensor fork_attention_cpu(const at::Tensor& query, const at::Tensor& suffix_key, const at::Tensor& suffix_value,
                               const at::Tensor& suffix_len, const at::Tensor& query_len, const at::Tensor& arena_key,

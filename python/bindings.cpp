@@ -67,6 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 // The schemas are defined in Python, beside each op's definition, and exist without this file.
 TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("accept", &stars::accept_cpu);
+  m.impl("content_hash", &stars::content_hash_cpu);
   m.impl("fork_attention", &stars::fork_attention_cpu);
   m.impl("kv_commit", &stars::kv_commit_cpu);
   m.impl("packed_linear", &stars::packed_linear_cpu);

@@ -1,7 +1,9 @@
 """Linear layers on packed weights (`ops.packed_linear`): faster on a CPU where rows are few.
 
 Only on the engine's view of a model, never on the user's. It costs a second copy of the weights, kept for as long as
-the originals live and shared by all views of them. What cannot be replaced without a difference stays as it is: weights
+the originals live and shared by all views of them. Every call reads the weights once and packs those anew that have
+changed since, whatever changed them (`ops.content_hash`): a write through `.data` or NumPy leaves no other trace.
+Changes during a call are seen by the next. What cannot be replaced without a difference stays as it is: weights
 of another dtype or device, those that the model's code reads by themselves, and modules with hooks or a forward of
 their own.
 """
@@ -24,7 +26,7 @@ from stars_kernels.ops._registry import call_op
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-_packed = WeakTensorKeyDictionary()  # weight -> {dtype: (the weight's fingerprint when packed, the packed copy)}
+_packed = WeakTensorKeyDictionary()  # weight -> {dtype: (its shape and hash when packed, the packed copy)}
 _packing = threading.Lock()  # a decode that needs the same weights waits for them
 
 
@@ -113,17 +115,10 @@ def has_hooks(module: nn.Module) -> bool:
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     with _packing:
         copies = _packed.setdefault(weight, {})
-        fingerprint = _fingerprint(weight)
+        fingerprint = tuple(weight.shape), ops.content_hash(weight)
         known, packed = copies.get(dtype, (None, None))
         if known != fingerprint:
             packed = ops.pack_linear(weight.detach(), dtype)
             copies[dtype] = (fingerprint, packed)
     assert packed is not None
     return packed
-
-
-def _fingerprint(weight: Tensor) -> tuple[int, int]:
-    """Where the weight lies and the sum of its bits: a write through `.data` leaves no other trace."""
-    flat = weight.detach().flatten()
-    words = flat.view(torch.int64 if flat.numel() % 2 == 0 else torch.int32)
-    return weight.data_ptr(), int(words.sum())

@@ -2,6 +2,7 @@
 
 from stars_kernels.ops._registry import DEVICES, backends, reference
 from stars_kernels.ops.accept import accept
+from stars_kernels.ops.content_hash import content_hash
 from stars_kernels.ops.fork_attention import fork_attention
 from stars_kernels.ops.kv_commit import kv_commit
 from stars_kernels.ops.lm_head_sample import lm_head_sample
@@ -11,6 +12,6 @@ from stars_kernels.ops.rms_norm import rms_norm
 from stars_kernels.ops.segment_sample import segment_sample
 
 __all__ = [
-    "DEVICES", "accept", "backends", "fork_attention", "kv_commit", "lm_head_sample", "pack_linear", "packed_linear",
+    "DEVICES", "accept", "backends", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "pack_linear", "packed_linear",
     "packed_swiglu", "reference", "reward_head", "rms_norm", "segment_sample",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ import stars_kernels
 from stars_kernels.ops._registry import build_info, load_extension
 
 OPS = {
-    "accept", "fork_attention", "kv_commit", "lm_head_sample", "packed_linear", "packed_swiglu", "reward_head",
-    "rms_norm", "segment_sample",
+    "accept", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "packed_linear", "packed_swiglu",
+    "reward_head", "rms_norm", "segment_sample",
 }  # fmt: skip
 COMPILED = {(op, "cpu"): "cpp" for op in OPS - {"lm_head_sample"}}
 TRITON = {"fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample"}
