@@ -15,7 +15,7 @@ from bench.machine import Forward
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.loop import Loop
-from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
+from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.packing import pack_linears
@@ -39,8 +39,8 @@ class _Judged:
         scores.rewards = torch.tensor(judged, dtype=torch.float64, device=scores.rewards.device)
         return scores
 
-    def commit(self, commit: Commit) -> None:
-        self.scorer.commit(commit)
+    def commit(self, commit: Commit) -> Settle:
+        return self.scorer.commit(commit)
 
     def release(self) -> None:
         self.scorer.release()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from stars_kernels.decoder.errors import message_of
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
 
 FindStop = Callable[[list[int], int], int | None]
@@ -30,6 +31,8 @@ class Answer:
     error: Exception | None = None
     kept: list[int] = field(default_factory=list)
     """Tokens of the attempt to keep so far: the winner, or the best of those rejected."""
+    kept_stops: bool = False
+    """Whether `find_stop` ends the answer with them."""
 
     @property
     def active(self) -> bool:
@@ -48,6 +51,6 @@ class Answer:
         return self.segments[-1]
 
     def fail(self, what: str, cause: Exception | None = None) -> None:
-        why = "" if cause is None else f": {type(cause).__name__}: {cause}"
+        why = "" if cause is None else f": {type(cause).__name__}: {message_of(cause)}"
         self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}{why}")
         self.error.__cause__ = cause

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.errors import traceback_of, without_our_frames
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Segment
-from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer
+from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle
 from stars_kernels.decoder.threshold import start_reward, threshold
 from stars_kernels.decoder.width import AcceptanceHistory
 from stars_kernels.ops import accept
@@ -48,11 +49,18 @@ class _Trial:
     thresholds: list[float]
     tokens: list[list[int]]
     lengths: list[int]
+    stopped: list[bool]
+    """Whether `find_stop` ends the answer there."""
     rm_scored: list[int]
 
     @property
     def decided(self) -> bool:
         return self.outcome in (ACCEPTED, FALLBACK)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is something to commit."""
+        return self.outcome != NAN and (self.chosen >= 0 or self.decided)
 
 
 @dataclass
@@ -94,8 +102,9 @@ class Loop:
     def rounds(self) -> Iterator[list[int]]:
         """Bring every begun answer to its end or its error; yields the prompts of every round, after it.
 
-        Until it is judged, a round changes nothing. So where memory runs out, it is tried again with half the attempts,
-        then with half the prompts. Any other exception (of a model's forward, say) ends the answers in the round.
+        Until all that needs memory is done, a round changes nothing. So where memory runs out, it is tried again with
+        half the attempts, then with half the prompts. Any other exception (of a model's forward, say) ends the answers
+        in the round; a warning that the caller has made an error ends the run.
         """
         history = AcceptanceHistory()
         yield list(range(len(self.answers)))  # begun, or failed there
@@ -103,12 +112,15 @@ class Loop:
             turn = active[: self.limits.prompts]
             widths = self._widths(turn, history)
             again = False
-            trials: list[_Trial] = []
+            settles: list[Settle] | None = None
             try:
                 trials = self._round(turn, widths)
-                self._settle(turn, trials, history)
+                settles = self._commit(turn, trials)
+                self._settle(turn, trials, settles, history)
+            except Warning:
+                raise
             except Exception as error:
-                again = not trials and sum(widths) > 1 and is_out_of_memory(error)
+                again = settles is None and sum(widths) > 1 and is_out_of_memory(error)
                 if not again:
                     self.fail(turn, error)
             if again:  # out here nothing holds the round's tensors any more: the exception did
@@ -117,12 +129,15 @@ class Loop:
                 yield turn
 
     def fail(self, prompts: Sequence[int], error: Exception) -> None:
-        """End those of `prompts` that have not ended."""
-        if is_out_of_memory(error):
-            error.__traceback__ = None  # its frames hold the tensors that the others need room for
+        """End those of `prompts` that have not ended; of the traceback, its text is kept: its frames hold tensors."""
+        told = traceback_of(error)
+        error.__traceback__ = None
         for p in prompts:
-            if self.answers[p].active:
-                self.answers[p].fail("the batch failed", error)
+            answer = self.answers[p]
+            if answer.active:
+                answer.fail("the batch failed", error)
+                assert answer.error is not None
+                answer.error.add_note(told)
 
     def _shrink(self, prompts: int, width: int) -> None:
         self.limits.halve_round(prompts, width)
@@ -147,7 +162,7 @@ class Loop:
             eos = torch.tensor(self.eos, dtype=torch.int64, device=self.proposer.device)
             tokens = self.proposer.propose(rows, size, config.sampling, self.stream, eos)  # [R, S]
         with self._timed("accept"):
-            lengths, broken, errors = self._lengths(rows, tokens, eos)  # [R]
+            lengths, broken, stopped, errors = self._lengths(rows, tokens, eos)  # [R]
             tokens = tokens.clamp(min=0)
         with self._timed("score"):
             scores = self.scorer.score(rows, tokens, lengths)
@@ -155,7 +170,7 @@ class Loop:
             rewards = scores.rewards.masked_fill(broken, math.nan)
             thresholds, outcome, chosen = self._judge(active, widths, rows, lengths, rewards)
             read = torch.zeros_like(lengths) if scores.tokens is None else scores.tokens
-            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, read)]
+            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, stopped, read)]
             faults = self._faults(scores.errors, broken, errors)
         trials, head = [], 0
         for i, width in enumerate(widths):
@@ -173,15 +188,38 @@ class Loop:
             faults[row] = ("a logits processor failed", unsampled[row]) if row in unsampled else (BAD_LOGITS, None)
         return faults | {row: ("a stopping criterion failed", error) for row, error in unstopped.items()}
 
-    def _settle(self, active: list[int], trials: list[_Trial], history: AcceptanceHistory) -> None:
-        """Write a judged round on the answers, and commit what is kept of it."""
+    def _commit(self, active: list[int], trials: list[_Trial]) -> list[Settle]:
+        """Have both sides take what is kept of a judged round; what makes it true."""
+        kept = [(self.answers[p], p, trial) for p, trial in zip(active, trials, strict=True) if trial.kept]
+        if not kept:
+            return []
+
+        def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.proposer.device)
+
+        candidates = [
+            answer.kept if trial.chosen < 0 else trial.tokens[trial.chosen][: trial.lengths[trial.chosen]]
+            for answer, _, trial in kept
+        ]
         with self._timed("commit"):
-            round_ = zip(active, trials, strict=True)
-            kept = [(p, trial) for p, trial in round_ if self._book(self.answers[p], trial, history)]
-            if kept:
-                commit = self._commit(kept)
-                self.proposer.commit(commit)
-                self.scorer.commit(commit)
+            commit = Commit(
+                prompt=column([p for _, p, _ in kept]),
+                row=column([-1 if trial.chosen < 0 else trial.head + trial.chosen for _, _, trial in kept]),
+                length=column([len(candidate) for candidate in candidates]),
+                advance=column([trial.decided for _, _, trial in kept], torch.bool),
+                last_token=column([candidate[-1] for candidate in candidates]),
+            )
+            return [self.proposer.commit(commit), self.scorer.commit(commit)]
+
+    def _settle(
+        self, active: list[int], trials: list[_Trial], settles: list[Settle], history: AcceptanceHistory
+    ) -> None:
+        """Make a judged round true, and write it on the answers."""
+        with self._timed("commit"):
+            for settle in settles:
+                settle()
+            for p, trial in zip(active, trials, strict=True):
+                self._book(self.answers[p], trial, history)
 
     def _rows(self, active: list[int], widths: list[int]) -> Rows:
         answers = [self.answers[p] for p in active]
@@ -198,10 +236,10 @@ class Loop:
             position=per_row([len(answer.tokens) for answer in answers]),
         )
 
-    def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
-        """Each candidate's true length [R] (to its EOS, its stop or its limit), whether it is broken [R], and errors.
+    def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[int, Exception]]:
+        """The candidates' true lengths [R] (to EOS, stop or limit), whether each is broken [R] and stopped [R], errors.
 
-        Broken is one that holds a -1, or on which `find_stop` fails: these rows' errors are returned.
+        Broken is one that holds a -1, or on which `find_stop` fails: these rows' errors are returned too.
         """
         errors: dict[int, Exception] = {}
         size = tokens.shape[1]
@@ -210,6 +248,7 @@ class Loop:
         ends = torch.isin(tokens, eos)
         ended = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size)
         lengths = ended.clamp(max=torch.tensor(room, device=tokens.device))
+        stopped = torch.zeros_like(lengths, dtype=torch.bool)
         if any(answer.find_stop is not None for answer in self.answers):
             cut = lengths.tolist()
             for r, (p, candidate) in enumerate(zip(owners, tokens.tolist(), strict=True)):
@@ -221,14 +260,15 @@ class Loop:
                     except Exception as error:  # of a candidate that may never be judged
                         if is_out_of_memory(error):
                             raise
-                        errors[r], stop = error, None
-                    cut[r] = cut[r] if stop is None else stop - len(accepted)
+                        errors[r], stop = without_our_frames(error), None
+                    if stop is not None:
+                        cut[r], stopped[r] = stop - len(accepted), True
             lengths = torch.tensor(cut, device=tokens.device)
         inside = torch.arange(size, device=tokens.device) < lengths[:, None]
         broken = ((tokens < 0) & inside).any(dim=1)
         if errors:
             broken[list(errors)] = True
-        return lengths, broken, errors
+        return lengths, broken, stopped, errors
 
     def _judge(
         self, active: list[int], widths: list[int], rows: Rows, lengths: Tensor, rewards: Tensor
@@ -269,15 +309,15 @@ class Loop:
             torch.tensor([s.chosen for s in segments], dtype=torch.int64, device=device),
         )
 
-    def _book(self, answer: Answer, trial: _Trial, history: AcceptanceHistory) -> bool:
-        """Write a prompt's part of the round on its answer; whether there is something to commit."""
+    def _book(self, answer: Answer, trial: _Trial, history: AcceptanceHistory) -> None:
+        """Write a prompt's part of the round on its answer."""
         segment, counts, column = answer.segment, answer.counts, trial.chosen
         counts.sampled += sum(len(tokens) for tokens in trial.tokens)
         counts.rm_scored += sum(trial.rm_scored)
         if trial.outcome == NAN:
             what, cause = trial.faults.get(column, ("the reward is nan, expected a number", None))
             answer.fail(f"attempt {segment.attempts + column}: {what}", cause)
-            return False
+            return
 
         before, width = segment.attempts, len(trial.rewards)
         judged = column + 1 if trial.outcome == ACCEPTED else width
@@ -291,22 +331,9 @@ class Loop:
         if column >= 0:
             segment.chosen = before + column
             answer.kept = trial.tokens[column][: trial.lengths[column]]
+            answer.kept_stops = trial.stopped[column]
         if trial.decided:
             self._take(answer, segment, trial.outcome == ACCEPTED, history)
-        return column >= 0 or trial.decided
-
-    def _commit(self, kept: list[tuple[int, _Trial]]) -> Commit:
-        def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.proposer.device)
-
-        candidates = [self.answers[p].kept for p, _ in kept]
-        return Commit(
-            prompt=column([p for p, _ in kept]),
-            row=column([-1 if trial.chosen < 0 else trial.head + trial.chosen for _, trial in kept]),
-            length=column([len(candidate) for candidate in candidates]),
-            advance=column([trial.decided for _, trial in kept], torch.bool),
-            last_token=column([candidate[-1] for candidate in candidates]),
-        )
 
     def _take(self, answer: Answer, segment: Segment, accepted: bool, history: AcceptanceHistory) -> None:
         """The chosen candidate becomes a part of the answer, and may end it."""
@@ -316,10 +343,9 @@ class Loop:
         history.accepted += accepted
         counts.rejections += segment.attempts - 1
         counts.rejected += sum(segment.lengths) - segment.length
-        before = len(answer.tokens)
         answer.tokens += answer.kept
         answer.reward = segment.reward
-        if answer.find_stop is not None and answer.find_stop(answer.tokens, before) is not None:
+        if answer.kept_stops:
             answer.finish_reason = "stop"
         elif answer.tokens[-1] in self.eos:
             answer.finish_reason = "eos"

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 import warnings
 from dataclasses import dataclass
 
 import torch
 
+from stars_kernels.decoder.errors import causes, message_of
+
 _WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
 """Of the plain RuntimeErrors of torch's CPU allocator, of C++, of CUDA and of its libraries (cuBLAS, cuDNN)."""
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or one that led to it, says so: less work at once may then succeed."""
-    if error is None:
-        return False
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS):
-        return True
-    return is_out_of_memory(error.__cause__ or error.__context__)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what it was explicitly raised from, says so: less work at once may then succeed.
 
-
-def forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames behind `error` hold (models' caches and tensors); its traceback stays readable."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    What was handled while it was raised does not count: it may be the caller's, and over.
+    """
+    return any(
+        isinstance(link, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(link, RuntimeError) and any(words in message_of(link) for words in _WORDS))
+        for link in causes(error)
+    )
 
 
 def free_memory() -> None:

@@ -104,7 +104,8 @@ class StarsOutput:
     token_ids: the answer's tokens, EOS included.
     reward: the reward model's reward of the answer.
     finish_reason: why the answer ended: "eos" (an end-of-sequence token), "stop" (a stop string), "length"
-        (max_new_tokens), "context" (the context limit of a model) or "interrupted" (from the keyboard).
+        (max_new_tokens), "context" (the context limit of a model) or "interrupted" (from the keyboard, or by whatever
+        else ended the call).
     config: as resolved: seed, r* and beta as used.
     request_id: as given, or a hash of the prompt's token ids and how many equal prompts came before it.
     prompt_reward: r(x), the reward of the empty answer.

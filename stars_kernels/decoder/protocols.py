@@ -1,16 +1,21 @@
 """The two sides of the loop: a Proposer (the language model) and a Scorer (the reward model).
 
-The loop knows prompts by their index in the batch. A round is: propose -> score -> (the loop judges) -> commit.
+The loop knows prompts by their index in the batch. A round is: propose -> score -> (the loop judges) -> commit. Any of
+these may run out of memory, so none changes what another attempt at the round would see: a commit shows only when the
+function that it returns is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+Settle = Callable[[], None]
+"""Makes a commit visible. It cannot fail: it assigns, and copies into memory that is there."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Proposer(Protocol):
         May be asked again before a commit, for other rows.
         """
 
-    def commit(self, commit: Commit) -> None: ...
+    def commit(self, commit: Commit) -> Settle:
+        """Write what is kept of the last round's rows behind the prefixes; it shows once the result is called."""
 
     def release(self) -> None:
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
@@ -87,7 +93,8 @@ class Scorer(Protocol):
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         """The rewards of prompt + accepted answer + tokens[r, :lengths[r]], [R]; may be asked again."""
 
-    def commit(self, commit: Commit) -> None: ...
+    def commit(self, commit: Commit) -> Settle:
+        """Write what is kept of the last round's rows behind the prefixes; it shows once the result is called."""
 
     def release(self) -> None:
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""

@@ -12,7 +12,7 @@ from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.models import ModelOrPath
 from stars_kernels.hf.prompts import split_prompts
-from stars_kernels.hf.requests import collect
+from stars_kernels.hf.requests import Results, carrying, collect
 from stars_kernels.hf.rewards import Reward
 
 
@@ -56,14 +56,19 @@ def decode(
         ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
         RuntimeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
         StarsError: some prompts of a list failed; `.results` holds the others.
-        KeyboardInterrupt: `.results` holds what was done: finished answers, partial ones ("interrupted"), or None.
+        KeyboardInterrupt, and whatever else ends a call early (SystemExit, a warning made an error): `.results` holds
+            what was done: finished answers, partial ones ("interrupted"), or None.
     """
     settings = resolve_config(config, overrides)
     prompts, many = split_prompts(prompt)
     if not prompts:
         return []
-    engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-    outputs = collect(engine.run(prompts, request_ids if many or request_ids is None else [request_ids]), many)
+    results: Results = [None] * len(prompts)
+    with carrying(results):
+        engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
+        for _ in engine.run(prompts, request_ids if many or request_ids is None else [request_ids], results):
+            pass
+    outputs = collect(results, many)
     return outputs if many else outputs[0]
 
 
@@ -95,5 +100,8 @@ def stream(
     prompts, many = split_prompts(prompt)
     if not prompts:
         return (event for event in list[StarsEvent]())
-    engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-    return engine.run(prompts, request_ids if many or request_ids is None else [request_ids], texts=True)
+    results: Results = [None] * len(prompts)
+    with carrying(results):
+        engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
+        ids = request_ids if many or request_ids is None else [request_ids]
+        return engine.run(prompts, ids, results, texts=True)

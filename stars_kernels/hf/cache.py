@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
+from stars_kernels.decoder.protocols import Settle
 from stars_kernels.hf.attention import Mask, answered_by, check_options
 from stars_kernels.hf.layout import Layout, layout_of
 from stars_kernels.hf.states import States
@@ -113,22 +114,29 @@ class ForkCache(Cache):
             group.release()
         self.fork(self._forked[:0])
 
-    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> None:
-        """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest."""
+    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:
+        """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest.
+
+        Nothing is written before the result is called: the tokens that lie behind the prefix may still be wanted.
+        """
         prompt, row, count, advance = (t.to(self.device) for t in (prompt, row, count, advance))
-        states = [] if self.states is None else self.states.commit(prompt, row, count, advance, self.held)
-        for group in self.groups[1:]:
-            here = (self.lengths, self.offsets, prompt, row, count, torch.zeros_like(advance))
-            ops.kv_commit(group.suffix, group.arena, *(t.to(group.device) for t in here))
-        for group in self.groups[:1]:  # the last to be written, as it moves the lengths
-            ops.kv_commit(group.suffix, group.arena, self.lengths, self.offsets, prompt, row, count, advance)
-        if not self.groups:
-            self.lengths[prompt] += count * advance
-        for state, at, new in states:
-            state.index_copy_(0, at, new)
-        self.held = 0
-        if self.states is not None:
-            self.states.ready = False
+        settle_states = None if self.states is None else self.states.commit(prompt, row, count, advance, self.held)
+        where = [self.lengths, self.offsets, prompt, row, count]
+        staying = [*where, torch.zeros_like(advance)]
+        calls = [(group, [t.to(group.device) for t in staying]) for group in self.groups[1:]]
+        calls += [(group, [*where, advance]) for group in self.groups[:1]]  # the last: it moves the lengths
+        lengths = None if self.groups else self.lengths.index_add(0, prompt, count * advance)
+
+        def settle() -> None:
+            for group, arguments in calls:
+                ops.kv_commit(group.suffix, group.arena, *arguments)
+            if lengths is not None:
+                self.lengths.copy_(lengths)
+            if settle_states is not None:
+                settle_states()
+            self.held = 0
+
+        return settle
 
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.errors import message_of, without_our_frames
 from stars_kernels.decoder.loop import Loop
-from stars_kernels.decoder.memory import MemoryLimits, forget_frames, free_memory, is_out_of_memory
+from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
@@ -36,11 +37,12 @@ from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer, can_fuse
-from stars_kernels.hf.requests import Request, Told, failure, number_requests
+from stars_kernels.hf.requests import Request, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
 
+Result = StarsOutput | Exception
 PROGRESS_DELAY = 3.0
 """Seconds before a progress bar appears."""
 CALIBRATION_WIDTH = 32
@@ -83,36 +85,42 @@ class Engine:
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
         self.codec = Codec(tokenizer, config.stop_strings, self.eos)
         self.limits = MemoryLimits()
-        self.results: list[StarsOutput | Exception | None] = []
-        """Of the prompts that are finished, also after an interrupt."""
+        self.results: Results = []
+        self.told: Codec | None = None
 
-    def run(self, prompts: list[Any], request_ids: Any, texts: bool = False) -> Generator[StarsEvent, None, None]:
-        """Segments and finished prompts as they come, with their texts or not; wrong request ids raise at the call."""
-        self.results, self.told = [None] * len(prompts), self.codec if texts else None
+    def run(
+        self, prompts: list[Any], request_ids: Any, results: Results, texts: bool = False
+    ) -> Generator[StarsEvent, None, None]:
+        """Segments and finished prompts as they come, with their texts or not; wrong request ids raise at the call.
+
+        results: gets what each prompt comes to; whatever ends the generator early carries it.
+        """
+        self.results, self.told = results, self.codec if texts else None
         return self._run(*self._admit(prompts, request_ids))
 
     @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
     def _run(self, requests: list[Request], failed: list[StarsEvent]) -> Generator[StarsEvent, None, None]:
-        try:
-            for event in failed:
-                self.results[event.index] = event.output
-                yield event
+        with carrying(self.results):
+            yield from self._failed(failed)
             beta_needed = self.config.beta is None and self.config.accept == "soft"
             if requests and (self.config.reward_threshold is None or beta_needed):
                 why = self._calibrate(requests)
                 if why is not None:
-                    for request in requests:
-                        yield failure(
-                            self.codec, request.index, request.id, RuntimeError(f"prompt {request.index}: {why}")
-                        )
+                    errors = [RuntimeError(f"prompt {request.index}: {why}") for request in requests]
+                    yield from self._failed(
+                        failure(self.codec, request.index, request.id, error)
+                        for request, error in zip(requests, errors, strict=True)
+                    )
                     return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
                 while requests:
                     count = yield from self._run_batch(requests, bar)
                     requests = requests[count:]
-        except KeyboardInterrupt as interrupt:
-            interrupt.results = self.results  # type: ignore[attr-defined]
-            raise
+
+    def _failed(self, events: Iterable[StarsEvent]) -> Iterator[StarsEvent]:
+        for event in events:
+            self.results[event.index] = event.output
+            yield event
 
     def _admit(self, prompts: list[Any], request_ids: Any) -> tuple[list[Request], list[StarsEvent]]:
         """Encode and check every prompt; those that fail are events at once."""
@@ -122,8 +130,10 @@ class Engine:
             try:
                 encoded[index] = self._check(self.codec.encode(prompt))
             except Exception as error:  # a tokenizer's and a chat template's errors are of many kinds
-                errors[index] = (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}")
-                errors[index].__cause__ = error
+                errors[index] = (TypeError if isinstance(error, TypeError) else ValueError)(
+                    f"prompt {index}: {message_of(error)}"
+                )
+                errors[index].__cause__ = without_our_frames(error)
         ids = number_requests(request_ids, len(prompts), encoded)
         requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
         return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
@@ -185,8 +195,6 @@ class Engine:
         loop = self._begin(requests, plain, STREAM_CALIBRATE)
         for _ in loop.rounds():
             pass
-        for answer in loop.answers:
-            forget_frames(answer.error)
         return loop.answers
 
     def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
@@ -197,6 +205,8 @@ class Engine:
             try:
                 loop.begin()
                 return loop
+            except Warning:  # which the caller has made an error
+                raise
             except Exception as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     loop.fail(range(len(batch)), error)
@@ -248,25 +258,42 @@ class Engine:
                     result, before = self._result(request, answer, loop.seconds), told.tokens
                     if result is not None or len(answer.tokens) > before:
                         bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
-                        yield told.event(request, answer, result)
-        except KeyboardInterrupt:
+                        yield self._event(request, answer, told, result, loop.seconds)
+        except BaseException:
             for request, answer, _ in batch:
                 if answer.active:
                     answer.finish_reason = "interrupted"
                 self._result(request, answer, loop.seconds)
             raise
-        for answer in loop.answers:  # the caller may keep the errors, and the next batch needs the room
-            forget_frames(answer.error)
         return len(batch)
 
-    def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> StarsOutput | Exception | None:
+    def _event(
+        self, request: Request, answer: Answer, told: Told, result: Result | None, seconds: dict[str, float]
+    ) -> StarsEvent:
+        """What is new of a prompt; where its text cannot be told, the prompt ends with that."""
+        try:
+            return told.event(request, answer, result)
+        except Warning:  # which the caller has made an error
+            raise
+        except Exception as error:
+            answer.fail("its text could not be made", without_our_frames(error))
+        result = self._result(request, answer, seconds)
+        assert isinstance(result, Exception)
+        return failure(self.codec, request.index, request.id, result)
+
+    def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> Result | None:
         """What a prompt has come to; None while it is on its way."""
-        result: StarsOutput | Exception | None = None
+        result: Result | None = None
+        if answer.error is None and answer.finish_reason is not None:
+            try:
+                result = self._output(request, answer, answer.finish_reason, seconds)
+            except Exception as error:  # a tokenizer's, of any kind
+                answer.fail("its text could not be made", without_our_frames(error))
         if answer.error is not None:
             result = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
             result.__cause__ = answer.error.__cause__
-        elif answer.finish_reason is not None:
-            result = self._output(request, answer, answer.finish_reason, seconds)
+            for note in getattr(answer.error, "__notes__", ()):
+                result.add_note(note)
         self.results[request.index] = result
         return result
 

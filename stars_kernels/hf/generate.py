@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,12 +21,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.output import StarsEvent, StarsOutput
+from stars_kernels.decoder.output import StarsOutput
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.models import unwrapped
 from stars_kernels.hf.processors import TokenRules, lift_criteria, lift_processors
 from stars_kernels.hf.prompts import Prompt
-from stars_kernels.hf.requests import collect, number_requests
+from stars_kernels.hf.requests import Results, carrying, collect, number_requests
 from stars_kernels.hf.reward_models import TokenizerMissing
 from stars_kernels.hf.rewards import Reward
 
@@ -121,16 +122,20 @@ def generate(
             eos_token_id=tuple(stops.eos),
         )
         rules = TokenRules(processors, stops.rest, input_ids)
-        try:
-            engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, rules=rules)
-        except TokenizerMissing as error:
-            raise ValueError(unbound(error.why)) from error
-        ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
-        events = engine.run(prompts, ids)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-            events = streamed(events, streamer)
-        outputs = collect(events, many=len(prompts) > 1)
+        results: Results = [None] * len(prompts)
+        with carrying(results):
+            try:
+                engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, rules=rules)
+            except TokenizerMissing as error:
+                raise ValueError(unbound(error.why)) from error
+            ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
+            with closing(engine.run(prompts, ids, results)) as events:
+                if streamer is not None:
+                    streamer.put(input_ids.cpu())
+                for event in events:
+                    if streamer is not None and event.token_ids:
+                        streamer.put(torch.tensor(event.token_ids))
+        outputs = collect(results, many=len(prompts) > 1)
     finally:  # also after an error: somebody may be waiting for the stream's end
         if streamer is not None:
             streamer.end()
@@ -212,11 +217,3 @@ def sequence_ids(
     first = prompts[::returned]
     ids = number_requests(request_ids, len(first), {i: Prompt(p) for i, p in enumerate(first)})
     return [ids[i] if k == 0 else str((ids[i], k)) for i in range(len(first)) for k in range(returned)]
-
-
-def streamed(events: Iterable[StarsEvent], streamer: BaseStreamer) -> Generator[StarsEvent, None, None]:
-    """The events, each told to the streamer."""
-    for event in events:
-        if event.token_ids:
-            streamer.put(torch.tensor(event.token_ids))
-        yield event

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 
 import torch
@@ -46,18 +47,31 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with (
-            _capturing,
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            result = run()
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with _capturing, torch.cuda.device(self._device):
+            result = captured(run, capture)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+
+def captured(run: Callable[[], Tensor], capture: AbstractContextManager[object]) -> Tensor:
+    """run() inside of `capture`, whose end fails too where run() does, with an error that does not say why."""
+    cause: Exception | None = None
+    try:
+        with capture:
+            try:
+                return run()
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        if cause is None or error is cause:
+            raise
+        raise error from cause
 
 
 class SegmentGraphs:

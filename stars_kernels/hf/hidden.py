@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit
+from stars_kernels.decoder.protocols import Commit, Settle
 
 
 class HiddenStates:
@@ -78,9 +78,18 @@ class HiddenStates:
         """Where the buffers lie that a segment writes."""
         return self.rows.data_ptr(), self.logits.data_ptr()
 
-    def commit(self, commit: Commit, logits: Tensor) -> None:
-        """Bring `logits` [P, V], those after the prefixes, up to the segments that became a part of their prefix."""
+    def commit(self, commit: Commit, logits: Tensor) -> Settle:
+        """Bring `logits` [P, V], those after the prefixes, up to the segments that become a part of their prefix.
+
+        It shows once the result is called.
+        """
         found = commit.row >= 0
-        self.best_logits[commit.prompt[found]] = self.logits[commit.row[found]]
+        best = self.best_logits.index_put((commit.prompt[found],), self.logits[commit.row[found]])
         grown = commit.prompt[commit.advance]
-        logits[grown] = self.best_logits[grown]
+        after = logits.index_put((grown,), best[grown])
+
+        def settle() -> None:
+            self.best_logits = best
+            logits.copy_(after)  # in place: graphs read it there
+
+        return settle

@@ -36,8 +36,9 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.memory import is_out_of_memory
-from stars_kernels.decoder.protocols import Commit, Rows
+from stars_kernels.decoder.protocols import Commit, Rows, Settle
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(input_ids [R, T], logits [R, V]) -> logits [R, V]"""
@@ -190,7 +191,7 @@ class BatchProcessors:
             if is_out_of_memory(error):
                 raise
             if len(index) == 1:
-                self.errors[index[0]] = error
+                self.errors[index[0]] = without_our_frames(error)
                 return torch.full_like(logits, math.nan, dtype=torch.float32)
         rows = zip(index, suffix.split(1), logits.split(1), strict=True)
         return torch.cat([self._process(prompt, [row], *one).to(logits.device) for row, *one in rows])
@@ -206,11 +207,17 @@ class BatchProcessors:
                 raise ValueError(f"{name} returned logits of shape {list(scores.shape)}, expected {list(logits.shape)}")
         return scores
 
-    def commit(self, commit: Commit, candidates: Tensor) -> None:
-        """candidates [R, S] int64: the round's tokens, as proposed."""
+    def commit(self, commit: Commit, candidates: Tensor) -> Settle:
+        """candidates [R, S] int64: the round's tokens, as proposed. It shows once the result is called."""
         columns = (commit.prompt, commit.row, commit.length, commit.advance)
+        tail, accepted = self.tail.copy(), self.accepted.copy()
         for p, row, length, advance in zip(*(column.tolist() for column in columns), strict=True):
             if row >= 0:
-                self.tail[p] = candidates[row, :length].to(self.device)
+                tail[p] = candidates[row, :length].to(self.device)
             if advance:
-                self.accepted[p] = torch.cat([self.accepted[p], self.tail[p]])
+                accepted[p] = torch.cat([accepted[p], tail[p]])
+
+        def settle() -> None:
+            self.tail, self.accepted = tail, accepted
+
+        return settle

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows
+from stars_kernels.decoder.protocols import Commit, Rows, Settle
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.hidden import HiddenStates
@@ -174,15 +174,24 @@ class ModelProposer:
             state, source = state[:, 0], None
         return tokens[:, : step + 1]
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit) -> Settle:
+        settles = []
         if self.hidden is not None:
-            self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
-            self.hidden.commit(commit, self.logits)
+            settles.append(self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance))
+            settles.append(self.hidden.commit(commit, self.logits))
+            pending = self.pending
         else:  # a candidate's last token was not read, so its keys and values are not among the suffix's
-            self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance)
-            self.pending[commit.prompt[commit.advance]] = commit.last_token[commit.advance]
+            settles.append(self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance))
+            pending = self.pending.index_put((commit.prompt[commit.advance],), commit.last_token[commit.advance])
         if self.processors is not None:
-            self.processors.commit(commit, self.candidates)
+            settles.append(self.processors.commit(commit, self.candidates))
+
+        def settle() -> None:
+            for part in settles:
+                part()
+            self.pending = pending
+
+        return settle
 
     def release(self) -> None:
         if self.graphs is not None:
@@ -202,9 +211,10 @@ class ModelProposer:
         with self.cache.extend(1) as inputs:
             self.logits[prompts] = self._logits(self.pending[prompts, None], inputs, 1)[:, 0]
         one, rows = torch.ones_like(prompts), torch.arange(len(prompts), device=self.device)
-        read = torch.zeros_like(self.pending, dtype=torch.bool).index_fill_(0, prompts, True)
-        self.cache.commit(prompts, rows, one, one.bool())
-        self.pending.masked_fill_(read, -1)  # takes no memory: running out of it here would feed the tokens twice
+        settle = self.cache.commit(prompts, rows, one, one.bool())
+        pending = self.pending.index_fill(0, prompts, -1)
+        settle()  # the two go together: with one of them alone, tokens would be fed twice, or not at all
+        self.pending = pending
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
         with nullcontext() if self.hidden is None else self.hidden.catch():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +54,27 @@ def failure(codec: Codec, index: int, request_id: int | str | None, error: Excep
     return StarsEvent(index, request_id, token_ids=[], text=text, segment=None, output=error)
 
 
-def collect(events: Iterable[StarsEvent], many: bool) -> list[StarsOutput]:
-    """One output a prompt, in order; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
-    ends = {event.index: event.output for event in events if event.output is not None}
-    results = [ends[index] for index in sorted(ends)]
-    errors = [result for result in results if isinstance(result, Exception)]
+Results = list[StarsOutput | Exception | None]
+"""One entry a prompt: its output, or what ended it; None until then."""
+
+
+@contextmanager
+def carrying(results: Results) -> Iterator[None]:
+    """Give whatever ends the block the results so far, as `.results`."""
+    try:
+        yield
+    except BaseException as error:
+        error.results = results  # type: ignore[attr-defined]
+        raise
+
+
+def collect(results: Results, many: bool) -> list[StarsOutput]:
+    """One output a prompt; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
+    ends = [result for result in results if result is not None]
+    errors = [result for result in ends if isinstance(result, Exception)]
     if errors:
-        raise StarsError(results) if many else errors[0]
-    return [result for result in results if isinstance(result, StarsOutput)]
+        raise StarsError(ends) if many else errors[0]
+    return [result for result in ends if isinstance(result, StarsOutput)]
 
 
 @dataclass

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
+from stars_kernels.decoder.protocols import Settle
+
 
 class States:
     """The states of a batch of `prompts` prompts, and those of the rows of the running forward."""
@@ -63,25 +65,28 @@ class States:
                 held[index], ready[index] = self.rows[key][rows], True
                 layer.has_previous_state[index] = True
 
-    def commit(
-        self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What keeps the rows' states for their prompts, to be written by `index_copy_`: (where, which prompts, what).
-
-        That is for later, as it takes no memory: a commit that runs out of it has then changed nothing.
+    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int) -> Settle:
+        """Keep the rows' states for their prompts; it shows once the result is called.
 
         A state is that after all `held` tokens. A candidate with fewer was ended by EOS, a stop string or the limit:
         if it is chosen its answer is finished and its state never read. NaN makes sure of that: read, it would show.
         """
-        moves = []
+        kept_best, kept_prefix = {}, {}
         for key, state in self.rows.items():
             p, r, n, go = (t.to(state.device) for t in (prompt, row, count, advance))
             one = (-1, *[1] * (state.dim() - 1))
             new = state[r.clamp(min=0)].masked_fill((n != held).view(one), torch.nan)
             best = torch.where((r >= 0).view(one), new, self.best[key][p])
             prefix = torch.where(go.view(one), best, self.prefix[key][p])
-            moves += [(self.best[key], p, best), (self.prefix[key], p, prefix)]
-        return moves
+            kept_best[key] = self.best[key].index_copy(0, p, best)
+            kept_prefix[key] = self.prefix[key].index_copy(0, p, prefix)
+
+        def settle() -> None:
+            self.best.update(kept_best)
+            self.prefix.update(kept_prefix)
+            self.ready = False
+
+        return settle
 
     def _slots(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
         """Each layer that may have a state, where it holds it, where it says so, and its index there."""

@@ -12,6 +12,6 @@ from stars_kernels.ops.rms_norm import rms_norm
 from stars_kernels.ops.segment_sample import segment_sample
 
 __all__ = [
-    "DEVICES", "accept", "backends", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "pack_linear", "packed_linear",
-    "packed_swiglu", "reference", "reward_head", "rms_norm", "segment_sample",
+    "DEVICES", "accept", "backends", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "pack_linear",
+    "packed_linear", "packed_swiglu", "reference", "reward_head", "rms_norm", "segment_sample",
 ]  # fmt: skip

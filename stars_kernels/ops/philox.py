@@ -42,7 +42,8 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 def request_key(seed: int, request_id: int | str) -> int:
     """The 64-bit key of a request, as a signed integer: blake2b of (seed, request id)."""
     kind = "int" if isinstance(request_id, int) else "str"
-    digest = hashlib.blake2b(f"{seed}|{kind}|{request_id}".encode(), digest_size=8).digest()
+    text = f"{seed}|{kind}|{request_id}".encode(errors="surrogatepass")  # a str may hold half a character
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

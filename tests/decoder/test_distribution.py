@@ -73,18 +73,21 @@ class Table:
         return Scores(self.rewards[rows.position + lengths, self.candidate])
 
     def commit(self, commit):
-        written = commit.row >= 0
-        self.tail[commit.prompt[written]] = self.candidate[commit.row[written]]
-        moved = commit.prompt[commit.advance]
-        self.value[moved] = self.tail[moved]
-        self.length[moved] += commit.length[commit.advance]
+        def settle():
+            written = commit.row >= 0
+            self.tail[commit.prompt[written]] = self.candidate[commit.row[written]]
+            moved = commit.prompt[commit.advance]
+            self.value[moved] = self.tail[moved]
+            self.length[moved] += commit.length[commit.advance]
+
+        return settle
 
 
 class Scorer:
     """The table's other face, so that a commit reaches it once."""
 
     def __init__(self, table):
-        self.begin, self.score, self.commit = table.begin, table.score, lambda commit: None
+        self.begin, self.score, self.commit = table.begin, table.score, lambda commit: lambda: None
 
 
 def run(world, config, seed):

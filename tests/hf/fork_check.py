@@ -70,9 +70,9 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
         # One row of each prompt is the best so far, then its fallback; the row of the last prompt is accepted.
         chosen, held = torch.tensor([1, 3, 4]), torch.tensor([again + 4] * 3)
         advance = torch.tensor([False, False, True])
-        cache.commit(torch.arange(3), chosen, held, advance)
+        cache.commit(torch.arange(3), chosen, held, advance)()
         cache.fork(owners)
-        cache.commit(torch.arange(2), torch.tensor([-1, -1]), held[:2], ~advance[:2])
+        cache.commit(torch.arange(2), torch.tensor([-1, -1]), held[:2], ~advance[:2])()
         cache.fork(torch.arange(3))
         feed(chosen.tolist(), again + 4, again + 5)
         cache.rollback()

@@ -33,7 +33,7 @@ def check_rewards(model, tolerance=1e-6):
         chosen = torch.tensor([1, 3, 4])  # a row of each prompt; those of a model with states end at the last token
         kept = [candidates[row] for row in chosen]
         length, last = torch.tensor([len(c) for c in kept]), torch.tensor([c[-1] for c in kept])
-        scorer.commit(Commit(torch.arange(3), chosen, length, torch.ones(3, dtype=torch.bool), last))
+        scorer.commit(Commit(torch.arange(3), chosen, length, torch.ones(3, dtype=torch.bool), last))()
         prompts = [prompt + candidate for prompt, candidate in zip(prompts, kept, strict=True)]
     found, expected = (torch.tensor(values, dtype=torch.float64) for values in (found, expected))
     worst = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

@@ -90,7 +90,10 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
 
         def commit(prompt, row, count, advance):
             before, lengths = cache.groups[0].arena.clone(), cache.lengths.clone()
-            real(prompt, row, count, advance)
+            settle = real(prompt, row, count, advance)
+            assert torch.equal(cache.groups[0].arena.view(torch.int64), before.view(torch.int64))  # not before settle()
+            assert torch.equal(cache.lengths, lengths)
+            settle()
             expected, moved = before.clone(), lengths.clone()
             for p, r, n, go in zip(prompt.tolist(), row.tolist(), count.tolist(), advance.tolist(), strict=True):
                 start = int(cache.offsets[p] + lengths[p])
@@ -100,6 +103,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
                 seen["advanced" if go and r >= 0 else "stored earlier" if go else "best so far"] += 1
             assert torch.equal(cache.groups[0].arena.view(torch.int64), expected.view(torch.int64))
             assert torch.equal(cache.lengths, moved)
+            return lambda: None
 
         monkeypatch.setattr(cache, "commit", commit)
 

@@ -286,7 +286,7 @@ def test_states_know_no_earlier_token():
         cache.rollback(1)
     # A candidate shorter than the forwards ended its answer: its state is of no use, and must show if it is read.
     one = torch.tensor([1])
-    cache.commit(torch.tensor([0]), one, one, one.bool())
+    cache.commit(torch.tensor([0]), one, one, one.bool())()
     with pytest.raises(ValueError, match="go on after a commit, expected a fork before"), cache.extend(1):
         pass
     cache.fork(torch.tensor([0, 1]))
@@ -315,7 +315,7 @@ def test_selected_rows_and_shortened_prefixes(name):
         pieces.append(feed(rows))
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-6)
     three = torch.tensor([3, 3, 3])
-    cache.commit(torch.arange(3), torch.tensor([1, 3, 0]), three, three.bool())  # rows of both pieces
+    cache.commit(torch.arange(3), torch.tensor([1, 3, 0]), three, three.bool())()  # rows of both pieces
     cache.fork(torch.arange(3))
     own = MODELS[name]()(input_ids=torch.tensor([PROMPTS[1] + tokens[3].tolist() + tokens[0].tolist()])).logits
     torch.testing.assert_close(feed([0, 0, 0])[1], own[0, -3:], rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Out of memory: half the width, then half the prompts, then half the batch; said once each, and the same answers."""
 
 import gc
+import random
 import re
 import subprocess
 import sys
@@ -10,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars_kernels
 from stars_kernels import StarsConfig, StarsError
 from stars_kernels.decoder.memory import is_out_of_memory
+from stars_kernels.hf.graphs import captured
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.scorers import ClassifierScorer, LikelihoodScorer, SumScorer, TextClassifierScorer
+from tests.hf import families
 from tests.sequential import sequential_decode
-from tests.tiny import EOS, tiny_language_model, tiny_reward_model
+from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11], [90, 91]]
 IDS = [10, 11, "twelve", 13]
@@ -264,7 +270,7 @@ def test_a_failed_answer_holds_no_cache(lm, monkeypatch):
         stars_kernels.decode(lm, head, PROMPTS, request_ids=IDS, config=CONFIG, batch_size=1)
     first = failed.value.results[0]
     gc.collect()
-    assert "once" in str(first) and first.__cause__.__traceback__ is not None
+    assert "once" in str(first) and 'raise ValueError("once")' in first.__notes__[0]
     assert len(caches) == len(PROMPTS) and not any(cache() for cache in caches)
 
 
@@ -289,30 +295,130 @@ def test_what_is_out_of_memory():
     assert is_out_of_memory(failed.value)
     assert all(is_out_of_memory(exhausted(kind)) for kind in EXHAUSTED)
     late = RuntimeError("operation failed due to a previous error during capture")
-    late.__context__ = exhausted()
+    late.__cause__ = exhausted()
     assert is_out_of_memory(late)
+    handled = RuntimeError("raised where the caller was handling another error")
+    handled.__context__ = exhausted()
+    assert not is_out_of_memory(handled)
+    circle = ValueError("raised from itself")
+    circle.__cause__ = circle
+    assert not is_out_of_memory(circle)
+    circle.__cause__ = late
+    late.__cause__.__cause__ = circle
+    assert is_out_of_memory(circle)
     for other in (RuntimeError("shape mismatch"), ValueError("can't allocate memory"), KeyError("x"), OSError()):
         assert not is_out_of_memory(other)
 
 
-def test_a_round_that_was_judged_is_not_tried_again(lm, rm, monkeypatch):
-    """Its decisions are on the answers, and maybe half of them in the caches: out of memory there ends its answers."""
-    from stars_kernels.hf.proposer import ModelProposer
+class ShortOfMemory(TorchDispatchMode):
+    """Raises before the `at`-th op, from now on, that takes memory; counts them.
 
-    real, calls = ModelProposer.commit, []
+    What takes none: views, and a write into memory that is there (`copy_`, `kv_commit`).
+    """
 
-    def commit(self, commit):
-        real(self, commit)
-        calls.append(1)
-        if len(calls) == 2:
-            raise exhausted()
+    FREE = ("aten::copy_", "stars::kv_commit")
 
-    monkeypatch.setattr(ModelProposer, "commit", commit)
-    with warnings.catch_warnings(), pytest.raises(StarsError) as failed:
-        warnings.simplefilter("error")
-        stars_kernels.decode(lm, rm, PROMPTS, config=CONFIG, request_ids=IDS)
-    assert len(calls) == 2 and sorted(failed.value.errors) == [0, 1, 2, 3]
-    assert "the batch failed: OutOfMemoryError" in str(failed.value)
+    def __init__(self, at=-1):
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        schema = function._schema
+        new = any(value.alias_info is None for value in schema.returns)
+        if schema.name not in self.FREE and (new or schema.is_mutable):
+            self.count += 1
+            if self.count == self.at:
+                raise exhausted()
+        return function(*args, **(kwargs or {}))
+
+
+SIDES = {
+    "proposer": (ModelProposer, ("_read_pending", "commit")),
+    "classifier": (ClassifierScorer, ("commit",)),
+    "likelihood": (LikelihoodScorer, ("commit",)),
+    "text": (TextClassifierScorer, ("commit",)),
+    "sum": (SumScorer, ("commit",)),
+}
+COMMITS = ("classifier", "likelihood", "text", "sum", "own head", "states")
+
+
+def models_that_commit(kind, lm, rm):
+    """Models whose commits are of this kind, and the settings of a call with them."""
+    text = dict(tokenizer=byte_tokenizer())
+    if kind == "likelihood":
+        return lm, stars_kernels.Likelihood(lm, tiny_language_model(seed=3)), {}
+    if kind == "text":
+        return lm, stars_kernels.RewardModel(rm, byte_tokenizer(reverse=True)), text
+    if kind == "sum":
+        return lm, [rm, stars_kernels.RewardModel(tiny_reward_model(seed=4), weight=0.5)], {}
+    if kind == "own head":
+        torch.manual_seed(0)
+        return lm, torch.nn.Linear(lm.config.hidden_size, 1).double(), {}
+    if kind == "states":
+        return families.tiny("qwen3_next"), lambda prompts, answers: [len(set(a)) / 4 for a in answers], text
+    return lm, rm, {}
+
+
+@pytest.mark.parametrize("kind", COMMITS)
+def test_memory_that_runs_out_at_any_op_of_a_commit(kind, lm, rm, monkeypatch):
+    """Of what a judged round writes, all or nothing is true: the round is tried again, and the answers are the same."""
+    model, reward, settings = models_that_commit(kind, lm, rm)
+    config = CONFIG.replace(max_new_tokens=10, width=4, eos_token_id=(), top_k=20)
+
+    def run(mode):
+        watched = SIDES["proposer"], SIDES.get(kind, SIDES["proposer"])
+        with monkeypatch.context() as patch:
+            for owner, names in watched:
+                for name in names:
+                    real = getattr(owner, name)
+                    if getattr(real, "watched", False):
+                        continue
+
+                    def watch(self, *args, real=real):
+                        with mode:
+                            settle = real(self, *args)
+
+                        def settle_watched():
+                            with mode:
+                                settle()
+
+                        return settle_watched
+
+                    watch.watched = True
+                    patch.setattr(owner, name, watch)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                outputs = stars_kernels.decode(model, reward, PROMPTS, request_ids=IDS, config=config, **settings)
+        return [(o.token_ids, o.reward, [(s.rewards, s.chosen) for s in o.segments]) for o in outputs], told(caught)
+
+    count = ShortOfMemory()
+    expected, said = run(count)
+    assert not said and count.count > 20
+    places = [*range(1, min(count.count, 40)), *random.Random(0).sample(range(40, count.count), 20), count.count]
+    for at in places:
+        found, said = run(ShortOfMemory(at))
+        assert found == expected, at
+        assert len(said) == 1 and said[0].startswith("out of memory in a round of "), (at, said)
+
+
+def test_memory_that_runs_out_in_a_capture():
+    """The end of a CUDA capture fails too, with an error of its own."""
+
+    class Capture:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, error, trace):
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def run():
+        raise exhausted()
+
+    with pytest.raises(RuntimeError, match="previous error") as failed:
+        captured(run, Capture())
+    assert is_out_of_memory(failed.value)
+    assert captured(lambda: 3, Capture()) == 3
 
 
 def test_other_errors_are_not_tried_again(rm):

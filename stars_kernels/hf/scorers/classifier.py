@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import score_head
 from stars_kernels.hf.proposer import packed_chunks
@@ -55,9 +55,8 @@ class ClassifierScorer:
         rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))
         return Scores(rewards.to(tokens.device), lengths)
 
-    def commit(self, commit: Commit) -> None:
-        decided = (commit.prompt, commit.row, commit.length, commit.advance)
-        self.cache.commit(*(column.to(self.device) for column in decided))
+    def commit(self, commit: Commit) -> Settle:
+        return self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
 
     def release(self) -> None:
         self.cache.release()

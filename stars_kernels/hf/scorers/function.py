@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
 from stars_kernels.hf.scorers.text import TextScorer
@@ -36,20 +37,20 @@ class CallableScorer(TextScorer[tuple[str, str]]):
 
         Rewards of the wrong number or kind are a mistake in the function, and no row's fault: it is not asked again.
         """
-        rewards = torch.full((len(inputs),), torch.nan, dtype=torch.float64)
-        errors: dict[int, Exception] = {}
         try:
-            rewards[:] = self._rewards(inputs)
+            return Scores(self._rewards(inputs).to(self.device))
         except WrongRewards as error:
-            errors = dict.fromkeys(range(len(inputs)), error)
+            errors: dict[int, Exception] = dict.fromkeys(range(len(inputs)), without_our_frames(error))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            for row, one in enumerate(inputs):
-                try:
-                    rewards[row] = self._rewards([one])[0]
-                except Exception as error:
-                    errors[row] = error
+            errors = {}
+        rewards = torch.full((len(inputs),), torch.nan, dtype=torch.float64)
+        for row, one in enumerate(inputs if not errors else ()):
+            try:
+                rewards[row] = self._rewards([one])[0]
+            except Exception as error:
+                errors[row] = without_our_frames(error)
         return Scores(rewards.to(self.device), errors=errors)
 
     def _rewards(self, inputs: list[tuple[str, str]]) -> Tensor:
@@ -58,7 +59,9 @@ class CallableScorer(TextScorer[tuple[str, str]]):
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise WrongRewards(f"the reward function returned {_shorten(returned)}, {expected}") from error
+            raise WrongRewards(
+                f"the reward function returned {_shorten(returned)}, {expected}"
+            ) from without_our_frames(error)
         if values.shape != (len(inputs),):
             raise WrongRewards(f"the reward function returned shape {list(values.shape)}, {expected}")
         return values

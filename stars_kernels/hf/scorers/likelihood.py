@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.proposer import logits_of, packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
@@ -41,9 +41,14 @@ class LikelihoodScorer:
         first, *second = [side.score(rows.prompt, tokens, lengths).to(tokens.device) for side in self.sides]
         return Scores(first - second[0] if second else first, lengths * len(self.sides))
 
-    def commit(self, commit: Commit) -> None:
-        for side in self.sides:
-            side.commit(commit)
+    def commit(self, commit: Commit) -> Settle:
+        settles = [side.commit(commit) for side in self.sides]
+
+        def settle() -> None:
+            for side in settles:
+                side()
+
+        return settle
 
     def release(self) -> None:
         for side in self.sides:
@@ -109,16 +114,22 @@ class _Likelihood:
         self.row_total = self.total[prompt] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
         return self.row_total
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit) -> Settle:
         columns = (commit.prompt, commit.row, commit.length, commit.advance)
         prompt, row, length, advance = (column.to(self.device) for column in columns)
-        self.cache.commit(prompt, row, length, advance)
-        found = row >= 0
-        self.best[prompt[found]] = self.row_total[row[found]]
-        self.best_logits[prompt[found]] = self.row_logits[row[found]]
-        grown = prompt[advance]
-        self.total[grown] = self.best[grown]
-        self.next_log_probs[grown] = self.best_logits[grown].log_softmax(-1, self.dtype)
+        settle_cache = self.cache.commit(prompt, row, length, advance)
+        found, grown = row >= 0, prompt[advance]
+        best = self.best.index_put((prompt[found],), self.row_total[row[found]])
+        best_logits = self.best_logits.index_put((prompt[found],), self.row_logits[row[found]])
+        total = self.total.index_put((grown,), best[grown])
+        log_probs = best_logits[grown].log_softmax(-1, self.dtype)
+        next_log_probs = self.next_log_probs.index_put((grown,), log_probs)
+
+        def settle() -> None:
+            settle_cache()
+            self.best, self.best_logits, self.total, self.next_log_probs = best, best_logits, total, next_log_probs
+
+        return settle
 
     def release(self) -> None:
         self.cache.release()

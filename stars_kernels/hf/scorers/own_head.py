@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.packing import is_plain
 
@@ -32,11 +32,12 @@ class OwnHeadScorer:
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         return Scores(head_rewards(self.head, self.hidden.rows[: len(rows)], lengths - 1))
 
-    def commit(self, commit: Commit) -> None:
-        """What is kept of the rows is the proposer's."""
+    def commit(self, commit: Commit) -> Settle:
+        """Nothing to write: what is kept of the rows is the proposer's."""
+        return lambda: None
 
     def release(self) -> None:
-        """As in `commit`."""
+        """It holds no rows of its own."""
 
 
 def head_rewards(head: nn.Module, states: Tensor, last: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stars_kernels.decoder.protocols import Settle
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import name_of
@@ -60,16 +61,24 @@ class RowReader:
             counts[owners.index(p)] += count
         return self.values, counts
 
-    def keep(self, kept: Sequence[int]) -> None:
-        """Move these rows of the last `read`, one of a prompt at most, behind their prompts' prefixes."""
+    def keep(self, kept: Sequence[int]) -> Settle:
+        """Move these rows of the last `read`, one of a prompt at most, behind their prompts' prefixes.
+
+        It shows once the result is called.
+        """
         if not kept or self.cache is None:
-            return
+            return lambda: None
         prompt, row, count = (
             self._tensor(column) for column in zip(*((self.owners[r], r, len(self.news[r])) for r in kept), strict=True)
         )
-        self.cache.commit(prompt, row, count, torch.ones_like(prompt, dtype=torch.bool))
-        for r in kept:
-            self.held[self.owners[r]], self.held_values[self.owners[r]] = self.rows[r], self.values[r]
+        settle_cache = self.cache.commit(prompt, row, count, torch.ones_like(prompt, dtype=torch.bool))
+
+        def settle() -> None:
+            settle_cache()
+            for r in kept:
+                self.held[self.owners[r]], self.held_values[self.owners[r]] = self.rows[r], self.values[r]
+
+        return settle
 
     def release(self) -> None:
         if self.cache is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores
+from stars_kernels.decoder.errors import without_our_frames
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.hf.layout import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import reward_output
@@ -38,12 +39,17 @@ class TextScorer(ABC, Generic[Input]):
         owners = rows.prompt.tolist()
         return self._scores(owners, [self.accepted[p] + c for p, c in zip(owners, self.rows, strict=True)])
 
-    def commit(self, commit: Commit) -> None:
-        for p, row, advance in zip(commit.prompt.tolist(), commit.row.tolist(), commit.advance.tolist(), strict=True):
-            if row >= 0:
-                self.tail[p] = self.rows[row]
-            if advance:
-                self.accepted[p] += self.tail[p]
+    def commit(self, commit: Commit) -> Settle:
+        columns = zip(commit.prompt.tolist(), commit.row.tolist(), commit.advance.tolist(), strict=True)
+
+        def settle() -> None:
+            for p, row, advance in columns:
+                if row >= 0:
+                    self.tail[p] = self.rows[row]
+                if advance:
+                    self.accepted[p] += self.tail[p]
+
+        return settle
 
     def release(self) -> None:
         """It holds no rows on a device."""
@@ -64,7 +70,7 @@ class TextScorer(ABC, Generic[Input]):
             try:
                 inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
             except Exception as error:  # a template's and a tokenizer's errors are of many kinds
-                errors[row] = error
+                errors[row] = without_our_frames(error)
         ready = self.ready = list(inputs)
         found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
         if ready:
@@ -90,13 +96,19 @@ class ReaderScorer(TextScorer[Input]):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         self.reader.begin(len(prompts), max_new_tokens, segment_size)
         scores = super().begin(prompts, max_new_tokens, segment_size)
-        self.reader.keep(range(len(self.ready)))  # the empty answers, one of a prompt
+        self.reader.keep(range(len(self.ready)))()  # the empty answers, one of a prompt
         return scores
 
-    def commit(self, commit: Commit) -> None:
-        super().commit(commit)
+    def commit(self, commit: Commit) -> Settle:
         chosen = [row for row, go in zip(commit.row.tolist(), commit.advance.tolist(), strict=True) if go and row >= 0]
-        self.reader.keep([self.ready.index(row) for row in chosen])
+        settle_texts = super().commit(commit)
+        settle_reader = self.reader.keep([self.ready.index(row) for row in chosen])
+
+        def settle() -> None:
+            settle_texts()
+            settle_reader()
+
+        return settle
 
     def release(self) -> None:
         self.reader.release()

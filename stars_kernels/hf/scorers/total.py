@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores
+from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
 
 
 class SumScorer:
@@ -23,9 +23,14 @@ class SumScorer:
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         return self._sum([part.score(rows, tokens, lengths) for part, _ in self.parts])
 
-    def commit(self, commit: Commit) -> None:
-        for part, _ in self.parts:
-            part.commit(commit)
+    def commit(self, commit: Commit) -> Settle:
+        settles = [part.commit(commit) for part, _ in self.parts]
+
+        def settle() -> None:
+            for part in settles:
+                part()
+
+        return settle
 
     def release(self) -> None:
         for part, _ in self.parts:
