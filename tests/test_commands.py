@@ -23,6 +23,7 @@ import pytest
         ("demo.equality --widths 2 0", "argument --widths: it is '0', expected a whole number >= 1"),
         ("demo.gain --plain-samples 0", "argument --plain-samples: it is '0', expected a whole number >= 1"),
         ("bench.__main__ decode --prompts 0", "argument --prompts: it is '0', expected a whole number >= 1"),
+        ("bench.neighbour --runs 0", "argument --runs: it is '0', expected a whole number >= 1"),
         (
             "bench.__main__ decode --json no/such/out.json",
             "argument --json: it is 'no/such/out.json', expected a file in a folder that exists",
