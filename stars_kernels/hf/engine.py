@@ -22,7 +22,7 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import context_limit, layout_of, text_config
+from stars_kernels.hf.layout import context_limit, layout_of, vocabulary
 from stars_kernels.hf.models import (
     ModelOrPath,
     RMSNorm,
@@ -137,10 +137,10 @@ class Engine:
         return prompt
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        vocabulary = text_config(self.lm).vocab_size
-        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        size = vocabulary(self.lm)
+        wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
-            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {size - 1}")
 
     def _calibrate(self, requests: list[Request]) -> str | None:
         """Find what is not given of r* and beta; the reason why that is not possible, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,14 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of its language model, where a model has other parts too."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     return config
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids it reads: as its config says, but no more than its embeddings have rows, which may be cut.
+
+    (Some have rows behind the vocabulary, for images or for padding.)
+    """
+    return min(text_config(model).vocab_size, len(cast(Tensor, model.get_input_embeddings().weight)))
 
 
 def context_limit(model: PreTrainedModel) -> int:

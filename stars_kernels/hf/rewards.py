@@ -238,7 +238,8 @@ def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
     if devices:
         raise ValueError(f"rm is a head on {devices.pop()}, expected the language model's {lm.device}")
     copy = eval_copy(head)
-    size = getattr(lm.get_output_embeddings(), "in_features", text_config(lm).hidden_size)
+    output = lm.get_output_embeddings()
+    size = text_config(lm).hidden_size if output is None else output.weight.shape[1]
     try:
         with torch.inference_mode():
             states = torch.zeros(1, 1, size, dtype=lm.dtype, device=lm.device)
@@ -302,7 +303,7 @@ def _classifier(
 
 def _process(rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Part:
     rm.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
-    if loaded.model.config.num_labels == 1:
+    if loaded.labels == 1:
         raise ValueError(f"rm {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     own = loaded.own_tokenizer(lm, tokenizer)
