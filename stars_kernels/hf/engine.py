@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.answer import Answer, FindStop
-from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.config import StarsConfig, shown
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, forget_frames, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
@@ -140,7 +140,7 @@ class Engine:
         size = vocabulary(self.lm)
         wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
-            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {size - 1}")
+            raise ValueError(f"{name} {shown(wrong)} is outside the vocabulary, expected 0 to {size - 1}")
 
     def _calibrate(self, requests: list[Request]) -> str | None:
         """Find what is not given of r* and beta; the reason why that is not possible, or None."""

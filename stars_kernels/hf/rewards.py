@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TypeGuard, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stars_kernels.decoder.config import finite, shown
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.layout import context_limit, layout_of, text_config
@@ -103,8 +103,8 @@ class RewardModel:
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
         check_template(self.template)
-        if isinstance(self.weight, bool) or not isinstance(self.weight, Real) or not math.isfinite(self.weight):
-            raise TypeError(f"weight is {self.weight!r}, expected a finite number")
+        if finite(self.weight) is None:
+            raise TypeError(f"weight is {shown(self.weight)}, expected a finite number")
         if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
             raise TypeError(f"label is {self.label!r}, expected an integer or None")
         if not isinstance(self.step, str) or not self.step:

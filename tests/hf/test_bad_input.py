@@ -1,6 +1,8 @@
 """Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -486,3 +488,9 @@ def test_labels_and_hidden_sizes_are_those_of_the_weights(lm):
     model = tiny_language_model()
     model.lm_head.in_features = 7
     assert stars_kernels.decode(model, torch.nn.Linear(24, 1).double(), [1], **SET).token_ids
+
+
+def test_weights_beyond_floats(rm):
+    for weight in (10**400, -(10**400), 10**5000, Fraction(10**400, 3), Decimal("1e400")):
+        with pytest.raises(TypeError, match=r"^weight is .*\d.*, expected a finite number$"):
+            RewardModel(rm, weight=weight)
