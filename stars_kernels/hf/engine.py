@@ -32,6 +32,7 @@ from stars_kernels.hf.models import (
     load_language_model,
     view_of,
 )
+from stars_kernels.hf.modes import run_without_autocast
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
@@ -89,7 +90,7 @@ class Engine:
     def run(self, prompts: list[Any], request_ids: Any, texts: bool = False) -> Generator[StarsEvent, None, None]:
         """Segments and finished prompts as they come, with their texts or not; wrong request ids raise at the call."""
         self.results, self.told = [None] * len(prompts), self.codec if texts else None
-        return self._run(*self._admit(prompts, request_ids))
+        return run_without_autocast(self._run(*self._admit(prompts, request_ids)))
 
     @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
     def _run(self, requests: list[Request], failed: list[StarsEvent]) -> Generator[StarsEvent, None, None]:

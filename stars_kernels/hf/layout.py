@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
 from stars_kernels.hf.families import STEPS, WORKS
+from stars_kernels.hf.modes import without_autocast
 
 Plane = tuple[int, int, torch.dtype, torch.device]
 """Heads, head size, dtype and device of one layer's keys, or of its values."""
@@ -81,6 +82,7 @@ def layout_of(view: PreTrainedModel) -> Layout:
 
 
 @torch.no_grad()
+@without_autocast()
 def _probe(view: PreTrainedModel) -> Layout:
     probe, argument = _Probe(view), _cache_argument(view)
     one = torch.zeros(1, 1, dtype=torch.int64, device=view.device)

@@ -26,6 +26,7 @@ from stars_kernels.hf.models import (
     score_head,
     view_of,
 )
+from stars_kernels.hf.modes import in_callers_mode, without_autocast
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.scorers import (
@@ -229,7 +230,12 @@ def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTo
     rm.takes_only("a function of texts")
     if tokenizer is None:
         raise TokenizerMissing("rm is a function of texts, which needs a tokenizer")
-    return Part(lambda prompts, device, _: CallableScorer(function, prompts, device))
+    called = in_callers_mode(function)
+    return Part(lambda prompts, device, _: CallableScorer(called, prompts, device))
+
+
+def called_template(template: Template | None) -> Template | None:
+    return in_callers_mode(template) if callable(template) else template
 
 
 def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
@@ -241,7 +247,7 @@ def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
     output = lm.get_output_embeddings()
     size = text_config(lm).hidden_size if output is None else output.weight.shape[1]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast():
             states = torch.zeros(1, 1, size, dtype=lm.dtype, device=lm.device)
             head_rewards(copy, states, torch.zeros(1, dtype=torch.int64, device=lm.device))
     except Exception as error:  # whatever a module raises that is no head
@@ -294,9 +300,9 @@ def _classifier(
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit = context_limit(loaded.model)
         return Part(lambda prompts, device, _: ClassifierScorer(view, label, chunks), view.base_model, limit)
-    own = loaded.own_tokenizer(lm, tokenizer)
+    own, template = loaded.own_tokenizer(lm, tokenizer), called_template(rm.template)
     return Part(
-        lambda prompts, device, _: TextClassifierScorer(view, label, own, rm.template, prompts, device, chunks),
+        lambda prompts, device, _: TextClassifierScorer(view, label, own, template, prompts, device, chunks),
         view.base_model,
     )
 
@@ -324,4 +330,5 @@ def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase
         raise TokenizerMissing(f"rm {loaded.name} reads text, which needs the language model's tokenizer")
     loaded.checked(own)
     label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
-    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)
+    template = called_template(rm.template)
+    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, template, prompts, device, chunks), copy)
