@@ -6,12 +6,17 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
-from stars_kernels.ops.philox import MAX_ATTEMPTS
+from stars_kernels.ops.philox import MAX_ATTEMPTS, MAX_POSITIONS
 from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+SEED_BITS = 4096
+"""Of the largest seed: it is hashed as decimal digits, of which Python writes a few thousand at most."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,19 @@ class StarsConfig:
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
         self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
         self._check("calibration_samples", self.calibration_samples < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
-        self._check("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number in [0, 1]")
-        self._check("beta", self.beta is None or (_is_number(self.beta) and self.beta > 0), "a finite number > 0")
-        self._check(
-            "reward_threshold",
-            self.reward_threshold is None or _is_number(self.reward_threshold),
-            "a finite number",
-        )
+        self._check("max_new_tokens", self.max_new_tokens < MAX_POSITIONS, f"less than {MAX_POSITIONS}")
+        self._number("alpha", lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        self._number("beta", lambda x: x > 0, "a finite number > 0", optional=True)
+        self._number("reward_threshold", lambda x: True, "a finite number", optional=True)
         self._check("accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
         self._check(
             "do_sample",
             self.do_sample is True,
             "True: without sampling all attempts at a segment would be equal",
         )
-        self._check(
+        self._number(
             "temperature",
-            _is_number(self.temperature) and MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            lambda x: MIN_TEMPERATURE <= x <= MAX_TEMPERATURE,
             "1e-30 to 1e30: at 0 all attempts at a segment would be equal",
         )
         self._check(
@@ -100,12 +102,13 @@ class StarsConfig:
             self.top_k is None or (_is_int(self.top_k) and self.top_k >= 0 and self.top_k != 1),
             "an integer >= 2, or None or 0 for off: with 1 all attempts at a segment would be equal",
         )
-        self._check("top_p", self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1), "in (0, 1]")
-        self._check("min_p", self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p < 1), "in [0, 1)")
+        self._number("top_p", lambda x: 0 < x <= 1, "in (0, 1]", optional=True)
+        self._number("min_p", lambda x: 0 <= x < 1, "in [0, 1)", optional=True)
         self._check("pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
         for name in ("graphs", "progress"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("seed", self.seed is None or _is_int(self.seed), "an integer or None")
+        valid = self.seed is None or (_is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
+        self._check("seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
         valid = eos is None or (isinstance(eos, tuple) and all(_is_int(i) for i in eos))
@@ -113,11 +116,20 @@ class StarsConfig:
         valid = isinstance(stops, tuple) and all(isinstance(s, str) and s for s in stops)
         self._check("stop_strings", valid, "non-empty strings")
         for name in ("calibration_quantile", "calibration_acceptance"):
-            self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) < 1, "in (0, 1)")
+            self._number(name, lambda x: 0 < x < 1, "in (0, 1)")
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+            raise ValueError(f"{name} is {shown(getattr(self, name))}, expected {expected}")
+
+    def _number(self, name: str, valid: Callable[[float], bool], expected: str, optional: bool = False) -> None:
+        """Make the field a float; None stays where it is admitted."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        number = finite(value)
+        self._check(name, number is not None and valid(number), expected)
+        object.__setattr__(self, name, number)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -148,15 +160,31 @@ def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Ma
 
 
 def _plain(value: Any) -> Any:
-    """Any library's integer or real number, as Python's own; all else as it is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    """Any library's integer as Python's own; all else as it is."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def finite(value: object) -> float | None:
+    """The float that a number of any kind and library is; None where it is none, or beyond all finite floats."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # an integer or a fraction that is too large; a signalling NaN
+        return None
+    return number if math.isfinite(number) else None
+
+
+class _Shown(reprlib.Repr):
+    """`repr` cut to a line: Python refuses to write an integer of many thousand digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() <= SEED_BITS else f"<an integer of {x.bit_length()} bits>"
+
+
+shown = _Shown().repr
+"""What an error message says of a value that was found."""

@@ -86,7 +86,8 @@ class Loop:
     def begin(self) -> None:
         """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
         prompts = [answer.prompt for answer in self.answers]
-        size = (max((a.limit for a in self.answers), default=0), self.config.segment_size)
+        limit = max((a.limit for a in self.answers), default=0)
+        size = (limit, min(limit, self.config.segment_size))
         with self._timed("prefill"):
             self.proposer.begin(prompts, *size)
             scores = self.scorer.begin(prompts, *size)

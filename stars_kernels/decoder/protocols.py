@@ -68,7 +68,7 @@ class Proposer(Protocol):
         """Why rows of the last `propose` hold a -1, where it was not for the model's logits."""
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
-        """Read the prompts' token ids; room for `max_new_tokens` more each."""
+        """Read the prompts' token ids; room for `max_new_tokens` more each, and for rows of up to `segment_size`."""
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
         """[R, <= size] int64 tokens, -1 where a row's logits were not usable.

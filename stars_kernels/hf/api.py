@@ -30,13 +30,16 @@ def decode(
     """Align `model`'s answer to `prompt` with reward model `rm` while it decodes (STARS, arXiv 2511.03827).
 
     Args:
-        model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name.
+        model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name. It
+            is decoded in its own dtype, whatever `torch.autocast` says around the call, and on a copy of its modules
+            (`hf.models.eval_copy`), so its hooks are called with that copy's.
         rm: a reward model, its folder or hub name, a `RewardModel` that says more of it, or a list of these, whose
             weighted sum is the reward; docs/reward_models.md has the kinds. Or a function rm(prompts, answers) -> one
             float each, called with texts: prompts as given (a chat as its template renders it, special tokens
             included), answers without special tokens, which begin with what the template writes into the assistant's
             turn ("<think>", say). It is called on the empty answer and on unfinished ones, several at a time; where it
-            raises, it is called again for each answer alone, and only those that fail again have no reward.
+            raises, it is called again for each answer alone, and only those that fail again have no reward. It runs
+            with gradients, inference mode and autocast as they are at this call.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
             a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.

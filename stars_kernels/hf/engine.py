@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.answer import Answer, FindStop
-from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.config import StarsConfig, shown
 from stars_kernels.decoder.errors import message_of, without_our_frames
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
@@ -23,7 +23,7 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import context_limit, layout_of, text_config
+from stars_kernels.hf.layout import context_limit, layout_of, vocabulary
 from stars_kernels.hf.models import (
     ModelOrPath,
     RMSNorm,
@@ -33,6 +33,7 @@ from stars_kernels.hf.models import (
     load_language_model,
     view_of,
 )
+from stars_kernels.hf.modes import run_without_autocast
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
@@ -96,7 +97,7 @@ class Engine:
         results: gets what each prompt comes to; whatever ends the generator early carries it.
         """
         self.results, self.told = results, self.codec if texts else None
-        return self._run(*self._admit(prompts, request_ids))
+        return run_without_autocast(self._run(*self._admit(prompts, request_ids)))
 
     @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
     def _run(self, requests: list[Request], failed: list[StarsEvent]) -> Generator[StarsEvent, None, None]:
@@ -147,10 +148,10 @@ class Engine:
         return prompt
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        vocabulary = text_config(self.lm).vocab_size
-        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        size = vocabulary(self.lm)
+        wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
-            raise ValueError(f"{name} {wrong} is outside the vocabulary, expected 0 to {vocabulary - 1}")
+            raise ValueError(f"{name} {shown(wrong)} is outside the vocabulary, expected 0 to {size - 1}")
 
     def _calibrate(self, requests: list[Request]) -> str | None:
         """Find what is not given of r* and beta; the reason why that is not possible, or None."""

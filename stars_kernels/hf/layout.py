@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
 from stars_kernels.hf.families import STEPS, WORKS
+from stars_kernels.hf.modes import without_autocast
 
 Plane = tuple[int, int, torch.dtype, torch.device]
 """Heads, head size, dtype and device of one layer's keys, or of its values."""
@@ -81,6 +82,7 @@ def layout_of(view: PreTrainedModel) -> Layout:
 
 
 @torch.no_grad()
+@without_autocast()
 def _probe(view: PreTrainedModel) -> Layout:
     probe, argument = _Probe(view), _cache_argument(view)
     one = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
@@ -107,6 +109,14 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of its language model, where a model has other parts too."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     return config
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids it reads: as its config says, but no more than its embeddings have rows, which may be cut.
+
+    (Some have rows behind the vocabulary, for images or for padding.)
+    """
+    return min(text_config(model).vocab_size, len(cast(Tensor, model.get_input_embeddings().weight)))
 
 
 def context_limit(model: PreTrainedModel) -> int:

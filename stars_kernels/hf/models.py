@@ -104,12 +104,51 @@ def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
 
 
 def eval_copy(model: Model) -> Model:
-    """A module in eval mode that shares every tensor with `model` but has its own config and modules.
+    """A module in eval mode that shares every parameter and buffer with `model` but has its own config and modules.
 
-    The user's model is left alone, so other threads may go on using it.
+    The user's model is left alone, so other threads may go on using it: what a forward may write on a module, such as
+    a list or a dict, is the copy's own. What cannot be copied (a lock, an open file, a generator) is shared, and so is
+    an object that holds such a thing. Hooks are the user's: they are called with the copy's module, and one that is a
+    bound method runs on the object it was bound to, be it `model` itself.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    # Empty modules first: the copying of what one holds then ends at the next, and fails for no fault of another.
+    modules = [module for module in model.modules() if not _copies_itself(type(module))]
+    for module in modules:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in modules:
+        state = {
+            name: copy.copy(value) if name.endswith("_hooks") else _copied(value, memo)
+            for name, value in module.__getstate__().items()
+        }
+        memo[id(module)].__setstate__(state)
+    twin: Model = _copied(model, memo)
+    return twin.eval()
+
+
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class are more than their state, as TorchScript's are."""
+    return hasattr(kind, "__deepcopy__") or (kind.__reduce_ex__, kind.__reduce__) != (
+        object.__reduce_ex__, object.__reduce__,
+    )  # fmt: skip
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, but that what cannot be copied is shared; of a list and a dict, those parts that cannot."""
+    known = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:  # whatever the things that a model holds raise
+        if isinstance(value, nn.Module):  # shared, it would be the user's that the view's layers are swapped on
+            raise ValueError(f"a module {type(value).__name__} cannot be copied for its view: {error}") from error
+    while len(memo) > known:  # half-made copies
+        memo.popitem()
+    if not isinstance(value, dict | list):
+        return value
+    parts = memo[id(value)] = copy.copy(value)
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        parts[key] = _copied(part, memo)
+    return parts
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:

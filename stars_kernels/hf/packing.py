@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.packed, self.bias, self.columns = _pack(linear.weight, dtype), linear.bias, linear.out_features
+        self.packed, self.bias, self.columns = _pack(linear.weight, dtype), linear.bias, len(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return call_op("packed_linear", x, self.packed, self.columns, self.bias)
@@ -47,7 +47,7 @@ class PackedMLP(nn.Module):
     def __init__(self, mlp: LlamaMLP, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate, self.up = _pack(mlp.gate_proj.weight, dtype), _pack(mlp.up_proj.weight, dtype)
-        self.columns, self.down_proj = mlp.intermediate_size, PackedLinear(mlp.down_proj, dtype)
+        self.columns, self.down_proj = len(mlp.gate_proj.weight), PackedLinear(mlp.down_proj, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(call_op("packed_swiglu", x, self.gate, self.up, self.columns))
@@ -90,6 +90,7 @@ def _is_swiglu(mlp: LlamaMLP) -> bool:
     layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return (
         all(_is_packable(layer) and layer.bias is None for layer in layers)
+        and mlp.gate_proj.weight.shape == mlp.up_proj.weight.shape
         and mlp.config.hidden_act == "silu"
         and not has_hooks(mlp.act_fn)
     )

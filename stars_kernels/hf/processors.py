@@ -39,6 +39,7 @@ from transformers.generation import (
 from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Commit, Rows, Settle
+from stars_kernels.hf.modes import CallersMode
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(input_ids [R, T], logits [R, V]) -> logits [R, V]"""
@@ -120,18 +121,21 @@ def lift_criteria(criteria: Iterable[Criterion]) -> Stops:
 class TokenRules:
     """What is asked at every token of a call's answers; the default asks nothing.
 
-    inputs: [P, T] int64, the prompts as processors and criteria see them; these are asked on its device.
+    inputs: [P, T] int64, the prompts as processors and criteria see them; these are asked on its device, and in the
+    mode in which this was made: they may compute gradients, on tensors of their own.
     """
 
     processors: Sequence[Processor] = ()
     criteria: Sequence[Criterion] = ()
     inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    mode: CallersMode = field(default_factory=CallersMode)
 
     def find_stop(self, index: int, tokens: list[int], accepted: int) -> int | None:
         """How many of the answer's `tokens` there are when a criterion first ends it (see `decoder.loop.FindStop`)."""
-        ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
-        length = self.inputs.shape[1]
-        return next((n for n in range(accepted + 1, len(tokens) + 1) if self._ends(ids[:, : length + n])), None)
+        with self.mode.active():
+            ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
+            length = self.inputs.shape[1]
+            return next((n for n in range(accepted + 1, len(tokens) + 1) if self._ends(ids[:, : length + n])), None)
 
     def _ends(self, ids: Tensor) -> bool:
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.criteria)
@@ -141,7 +145,7 @@ class TokenRules:
         if not self.processors:
             return None
         own = [[_for_prompt(processor, index) for processor in self.processors] for index in indices]
-        return BatchProcessors(own, self.inputs[list(indices)])
+        return BatchProcessors(own, self.inputs[list(indices)], self.mode)
 
 
 def _for_prompt(processor: Processor, index: int) -> Processor:
@@ -157,9 +161,9 @@ def _for_prompt(processor: Processor, index: int) -> Processor:
 class BatchProcessors:
     """The processors of each prompt of a lock-step batch, and the tokens they read."""
 
-    def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor) -> None:
-        """inputs: [P, T] int64"""
-        self.processors, self.device = processors, inputs.device
+    def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor, mode: CallersMode) -> None:
+        """inputs: [P, T] int64. mode: what they are asked in."""
+        self.processors, self.device, self.mode = processors, inputs.device, mode
         self.accepted = list(inputs)  # [T + accepted] of each prompt
         self.tail = [row[:0] for row in inputs]
         """The candidate to keep so far, behind the accepted tokens."""
@@ -186,7 +190,8 @@ class BatchProcessors:
     def _process(self, prompt: int, index: list[int], suffix: Tensor, logits: Tensor) -> Tensor:
         """Rows `index` of the round, all of one prompt; where they fail together, each alone."""
         try:
-            return self._ask(prompt, suffix, logits)
+            with self.mode.active():
+                return self._ask(prompt, suffix, logits)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

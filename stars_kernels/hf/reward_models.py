@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from stars_kernels.hf.families import CLASSIFIERS
-from stars_kernels.hf.layout import text_config
+from stars_kernels.hf.layout import vocabulary
 from stars_kernels.hf.models import check_model, has_tokenizer, name_of, unwrapped
 
 PROCESS_MODELS = tuple(
@@ -58,9 +59,15 @@ class Loaded:
     def name(self) -> str:
         return name_of(self.model)
 
+    @property
+    def labels(self) -> int:
+        """How many outputs it has."""
+        weight = getattr(getattr(self.model, "score", None), "weight", None)  # of an encoder, the head has another name
+        return len(weight) if isinstance(weight, Tensor) else self.model.config.num_labels or 1
+
     def label(self, given: int | None) -> int:
         """The index of the output that is the reward."""
-        labels = self.model.config.num_labels or 1
+        labels = self.labels
         if given is None and labels != 1:
             raise ValueError(
                 f"rm {self.name} has {labels} labels, expected 1; say which one is the reward with "
@@ -81,7 +88,7 @@ class Loaded:
 
     def checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Its tokenizer, whose ids have embeddings; but for the pad token's, which is not read."""
-        size = text_config(self.model).vocab_size
+        size = vocabulary(self.model)
         highest = max((i for i in tokenizer.get_vocab().values() if i != tokenizer.pad_token_id), default=-1)
         if highest >= size:
             raise ValueError(
@@ -92,7 +99,7 @@ class Loaded:
 
     def vocabularies(self, lm: PreTrainedModel) -> tuple[int, int]:
         """The sizes of its own and of the language model's."""
-        return text_config(self.model).vocab_size, text_config(lm).vocab_size
+        return vocabulary(self.model), vocabulary(lm)
 
     def shares_ids(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
         """Whether the language model's token ids mean the same text to it.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TypeGuard, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stars_kernels.decoder.config import finite, shown
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.layout import context_limit, layout_of, text_config
@@ -26,6 +26,7 @@ from stars_kernels.hf.models import (
     score_head,
     view_of,
 )
+from stars_kernels.hf.modes import in_callers_mode, without_autocast
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.scorers import (
@@ -103,8 +104,8 @@ class RewardModel:
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
         check_template(self.template)
-        if isinstance(self.weight, bool) or not isinstance(self.weight, Real) or not math.isfinite(self.weight):
-            raise TypeError(f"weight is {self.weight!r}, expected a finite number")
+        if finite(self.weight) is None:
+            raise TypeError(f"weight is {shown(self.weight)}, expected a finite number")
         if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
             raise TypeError(f"label is {self.label!r}, expected an integer or None")
         if not isinstance(self.step, str) or not self.step:
@@ -229,7 +230,12 @@ def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTo
     rm.takes_only("a function of texts")
     if tokenizer is None:
         raise TokenizerMissing("rm is a function of texts, which needs a tokenizer")
-    return Part(lambda prompts, device, _: CallableScorer(function, prompts, device))
+    called = in_callers_mode(function)
+    return Part(lambda prompts, device, _: CallableScorer(called, prompts, device))
+
+
+def called_template(template: Template | None) -> Template | None:
+    return in_callers_mode(template) if callable(template) else template
 
 
 def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
@@ -238,9 +244,10 @@ def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
     if devices:
         raise ValueError(f"rm is a head on {devices.pop()}, expected the language model's {lm.device}")
     copy = eval_copy(head)
-    size = getattr(lm.get_output_embeddings(), "in_features", text_config(lm).hidden_size)
+    output = lm.get_output_embeddings()
+    size = text_config(lm).hidden_size if output is None else output.weight.shape[1]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast():
             states = torch.zeros(1, 1, size, dtype=lm.dtype, device=lm.device)
             head_rewards(copy, states, torch.zeros(1, dtype=torch.int64, device=lm.device))
     except Exception as error:  # whatever a module raises that is no head
@@ -293,16 +300,16 @@ def _classifier(
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit = context_limit(loaded.model)
         return Part(lambda prompts, device, _: ClassifierScorer(view, label, chunks), view.base_model, limit)
-    own = loaded.own_tokenizer(lm, tokenizer)
+    own, template = loaded.own_tokenizer(lm, tokenizer), called_template(rm.template)
     return Part(
-        lambda prompts, device, _: TextClassifierScorer(view, label, own, rm.template, prompts, device, chunks),
+        lambda prompts, device, _: TextClassifierScorer(view, label, own, template, prompts, device, chunks),
         view.base_model,
     )
 
 
 def _process(rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Part:
     rm.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
-    if loaded.model.config.num_labels == 1:
+    if loaded.labels == 1:
         raise ValueError(f"rm {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     own = loaded.own_tokenizer(lm, tokenizer)
@@ -323,4 +330,5 @@ def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase
         raise TokenizerMissing(f"rm {loaded.name} reads text, which needs the language model's tokenizer")
     loaded.checked(own)
     label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
-    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, rm.template, prompts, device, chunks), copy)
+    template = called_template(rm.template)
+    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, template, prompts, device, chunks), copy)

@@ -14,7 +14,8 @@ Messages = list[Mapping[str, Any]]
 Template = str | Callable[[str | Messages, str], str]
 """A format string with {prompt} and {answer}, or a function (prompt: str | messages, answer) -> text."""
 
-_MARK = "stars-kernels-answer"
+_ANSWERS = ("alpha", "omega")
+"""Of one length, and different from the first character on."""
 
 
 class TextPrompt:
@@ -54,13 +55,14 @@ def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def turn_header(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     """What the chat template writes before the words of an assistant's turn behind `messages`."""
-    text = _render(tokenizer, messages, _MARK)
-    header, found, _ = text.partition(_MARK)
-    if not found:
+    # Two texts that part where their answers do: whatever the messages and the template say, both say it.
+    first, second = (_render(tokenizer, messages, answer) for answer in _ANSWERS)
+    length = shared_length(first, second)
+    if not all(text.startswith(answer, length) for text, answer in zip((first, second), _ANSWERS, strict=True)):
         raise ValueError(
             "the chat template does not show what an assistant's turn says, so no answer can be placed in it"
         )
-    return header
+    return first[:length]
 
 
 def whole_ids(
@@ -93,12 +95,12 @@ def check_template(template: object) -> None:
     if not isinstance(template, str):
         raise TypeError(f"template is of type {type(template).__name__}, expected a format string, a function or None")
     try:
-        filled = template.format(prompt="", answer=_MARK)
+        texts = {template.format(prompt="", answer=answer) for answer in _ANSWERS}
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
             f"template is {template!r}, expected a format string with {{prompt}} and {{answer}}"
         ) from error
-    if _MARK not in filled:
+    if len(texts) == 1:
         raise ValueError(f"template is {template!r}, expected a format string that has {{answer}}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 STREAM_SAMPLE, STREAM_ACCEPT, STREAM_CALIBRATE = 0, 1, 2
 MAX_ATTEMPTS = 1 << 24  # an attempt's number shares a counter word with its stream
+MAX_POSITIONS = 1 << 32  # a position fills one
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -38,7 +38,7 @@ def segment_sample(
         keys, attempt, position: [R] int64, the row's Philox key, its attempt (< 2^24) and the token's position in the
             answer (< 2^32).
         source: [R] int64, the row of `logits` each row draws from (many attempts share one); None when N == R.
-        temperature: 1e-30 to 1e30. top_k: 0 = off. top_p: in (0, 1], 1 = off. min_p: in [0, 1), 0 = off.
+        temperature: 1e-30 to 1e30. top_k: off at 0 and from V on. top_p: in (0, 1], 1 = off. min_p: in [0, 1), 0 = off.
 
     Returns:
         token [R] int64, -1 where the row's logits hold NaN or +inf, or no finite value;
@@ -62,6 +62,7 @@ def segment_sample(
         raise ValueError(f"stream is {stream}, expected 0 to 255")
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(f"{top_k=} {top_p=} {min_p=}, expected top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1")
+    top_k = min(top_k, logits.shape[1])  # the dispatcher takes no integer above 2^63
     return call_op(_NAME, logits, keys, attempt, position, source, temperature, top_k, top_p, min_p, stream)
 
 

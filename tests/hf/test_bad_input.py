@@ -1,6 +1,8 @@
 """Bad input gets a clear error that names the value found, what was expected, the prompt and the segment."""
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -465,3 +467,30 @@ def test_remote_code_runs_only_when_asked(monkeypatch, lm, rm):
         with pytest.raises(TypeError):  # the stand-in is no tokenizer
             stars_kernels.decode("somewhere", rm, "hi", **SET, **({"trust_remote_code": True} if trust else {}))
     assert asked == [False, False, True, True]
+
+
+def test_the_vocabulary_is_what_the_embeddings_hold(rm):
+    """And not what the config says, which stays where a weight is cut."""
+    model = tiny_language_model()
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight[:250].detach().clone())
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:250].detach().clone())
+    with pytest.raises(ValueError, match="prompt 0: token id 255 is outside the vocabulary, expected 0 to 249"):
+        stars_kernels.decode(model, lambda p, a: [0.0] * len(a), [1, 255], tokenizer=byte_tokenizer(), **SET)
+    with pytest.raises(ValueError, match="a vocabulary of 260 tokens and the language model one of 250"):
+        stars_kernels.decode(model, rm, [1], **SET)
+
+
+def test_labels_and_hidden_sizes_are_those_of_the_weights(lm):
+    rm, one = tiny_reward_model(num_labels=3), tiny_reward_model()
+    rm.score.weight = torch.nn.Parameter(one.score.weight.detach().clone())
+    one.model = rm.model
+    assert stars_kernels.decode(lm, rm, [1], **SET).reward == stars_kernels.decode(lm, one, [1], **SET).reward
+    model = tiny_language_model()
+    model.lm_head.in_features = 7
+    assert stars_kernels.decode(model, torch.nn.Linear(24, 1).double(), [1], **SET).token_ids
+
+
+def test_weights_beyond_floats(rm):
+    for weight in (10**400, -(10**400), 10**5000, Fraction(10**400, 3), Decimal("1e400")):
+        with pytest.raises(TypeError, match=r"^weight is .*\d.*, expected a finite number$"):
+            RewardModel(rm, weight=weight)

@@ -175,3 +175,18 @@ def test_prompts_of_very_different_lengths(lm, rm, batch_size):
         else:  # the sequential loop knows no context limit: whole segments before it are equal
             assert (output.finish_reason, len(output.token_ids)) == ("context", room)
             assert output.token_ids[: room // 5 * 5] == tokens[: room // 5 * 5]
+
+
+@pytest.mark.parametrize("kind", ["ids", "text", "head", "likelihood"])
+def test_a_segment_longer_than_an_answer_takes_no_more_room(lm, rm, kind):
+    tokenizer = byte_tokenizer()
+    described = {
+        "ids": rm,
+        "text": RewardModel(rm, byte_tokenizer(reverse=True)),
+        "head": torch.nn.Linear(24, 1).double(),
+        "likelihood": stars_kernels.Likelihood(lm),
+    }[kind]
+    settings = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, eos_token_id=(), tokenizer=tokenizer)
+    sizes = (8, 10**9, 10**30)
+    outputs = [stars_kernels.decode(lm, described, "ab", segment_size=size, **settings) for size in sizes]
+    assert len({(tuple(output.token_ids), output.reward) for output in outputs}) == 1

@@ -160,3 +160,47 @@ def test_a_weight_that_is_read_by_itself_stays():
     assert pack_linears(router) > 0
     assert (type(router.gate), type(router.out)) == (nn.Linear, PackedLinear)
     torch.testing.assert_close(router(x), expected)
+
+
+def cut(linear, rows=slice(None), columns=slice(None)):
+    """Keep a part of a layer's weight, as pruning by hand does; its sizes stay as they were written down."""
+    linear.weight = nn.Parameter(linear.weight.detach()[rows, columns].clone())
+
+
+def test_an_output_layer_cut_short_draws_no_ids_that_do_not_exist():
+    """Shapes are the weight's. (260 and 257 outputs take as many panels, and those without a weight have logit 0.)"""
+    model, rm = tiny_language_model(torch.float32), tiny_reward_model(torch.float32)
+    cut(model.lm_head, slice(257))
+    settings = dict(SET, max_new_tokens=140, top_k=None, temperature=1e4, eos_token_id=(), request_ids=range(6))
+    answers = [
+        [o.token_ids for o in stars_kernels.decode(model, rm, [[1], [2], [3], [4], [5], [6]], pack=pack, **settings)]
+        for pack in (True, False)
+    ]
+    assert max(max(ids) for ids in answers[0]) == 256
+    assert answers[0] == answers[1]
+
+
+def test_an_mlp_pruned_by_hand():
+    model, rm = tiny_language_model(torch.float32), tiny_reward_model(torch.float32)
+    for layer in model.model.layers:
+        cut(layer.mlp.gate_proj, slice(40)), cut(layer.mlp.up_proj, slice(40))
+        cut(layer.mlp.down_proj, columns=slice(40))
+    packed, plain = (stars_kernels.decode(model, rm, [1, 2], pack=pack, **SET) for pack in (True, False))
+    assert packed.token_ids == plain.token_ids and packed.reward == pytest.approx(plain.reward, abs=1e-4)
+    cut(model.model.layers[0].mlp.up_proj, slice(39))  # which no SwiGLU can be made of, packed or not
+    for pack in (True, False):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            stars_kernels.decode(model, rm, [1, 2], pack=pack, **SET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_weights_that_are_views_into_one_vector_at_any_offset(dtype):
+    """`torch.nn.utils.vector_to_parameters` makes them so."""
+    models = tiny_language_model(dtype), tiny_reward_model(dtype)
+    expected = stars_kernels.decode(*models, [1, 2], **SET)
+    for model in models:
+        vector = torch.cat([torch.zeros(1, dtype=dtype), nn.utils.parameters_to_vector(model.parameters()).detach()])
+        nn.utils.vector_to_parameters(vector[1:], model.parameters())
+        assert any(parameter.storage_offset() % 2 for parameter in model.parameters())
+    output = stars_kernels.decode(*models, [1, 2], **SET)
+    assert (output.token_ids, output.reward) == (expected.token_ids, expected.reward)

@@ -12,7 +12,7 @@ from stars_kernels import RewardModel, StarsConfig
 from stars_kernels.hf.reward_models import PROCESS_MODELS
 from tests.hf import families
 from tests.hf.loops import decode_as_the_sequential_loop
-from tests.hf.test_text_rewards import CHAT, MERGES, THINKING, text_of
+from tests.hf.test_text_rewards import CHAT, LM_TEMPLATE, MERGES, RM_TEMPLATE, THINKING, text_of
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, tiny_config
 
 SET = dict(seed=1, reward_threshold=0.7, beta=0.1, max_new_tokens=24, segment_size=4, max_attempts=6, progress=False)
@@ -144,3 +144,13 @@ def test_what_it_cannot_do_is_refused(lm, rm):
         RewardModel(rm, reduce="max")
     with pytest.raises(TypeError, match="step is '', expected a non-empty string"):
         RewardModel(rm, step="")
+
+
+@pytest.mark.parametrize("words", ["stars-kernels-answer", "alpha", "omega"])
+def test_no_words_of_a_chat_are_taken_for_the_answers_place(lm, rm, words):
+    tokenizer = byte_tokenizer(RM_TEMPLATE, merges=MERGES)
+    chat = [{"role": "user", "content": f"bc {words} a?"}]
+    described = RewardModel(rm, tokenizer, label=1, step="\n")
+    output = stars_kernels.decode(lm, described, chat, tokenizer=byte_tokenizer(LM_TEMPLATE), **SET)
+    prompt = f"(user: bc {words} a?)(assistant: "
+    assert output.reward == pytest.approx(min(steps_of(rm, tokenizer, prompt, output.text, "\n")), abs=1e-9)

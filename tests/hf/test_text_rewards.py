@@ -339,3 +339,45 @@ def test_without_its_own_tokenizer_it_reads_text_with_the_language_models(lm):
         lm, RewardModel(same_size, template="{prompt}|{answer}"), "ab", tokenizer=byte_tokenizer(), **SET
     )
     assert output.reward == pytest.approx(reward_of(same_size, byte_tokenizer(), f"ab|{output.text}"), abs=1e-9)
+
+
+SAID = ["stars-kernels-answer", "alpha", "omega", "[assistant]", "alphaomega stars-kernels-answer [assistant]<think>"]
+
+
+@pytest.mark.parametrize("where", ["user", "system", "template"])
+@pytest.mark.parametrize("words", SAID)
+def test_no_words_of_a_chat_are_taken_for_the_answers_place(lm, rm, where, words):
+    """Whatever the messages or the template say, the answer starts where the assistant's turn does."""
+    template = f"{words} {THINKING}" if where == "template" else THINKING
+    chat = [
+        {"role": "system", "content": f"be {words} kind" if where == "system" else "be kind"},
+        {"role": "user", "content": f"why {words}, c?" if where == "user" else "why, c?"},
+    ]
+    asked = "".join(f"[{message['role']}]{message['content']}" for message in chat) + "[assistant]"
+    asked = f"{words} {asked}" if where == "template" else asked
+    seen = []
+
+    def function(prompts, answers):
+        seen.extend(zip(prompts, answers, strict=True))
+        return [0.0] * len(answers)
+
+    plain = byte_tokenizer(template)
+    output = stars_kernels.decode(lm, function, chat, tokenizer=plain, **SET)
+    assert {prompt for prompt, _ in seen} == {asked}
+    assert seen[0][1] == "<think>\n" and all(answer.startswith("<think>\n") for _, answer in seen)
+
+    output = stars_kernels.decode(lm, RewardModel(rm, MERGING), chat, tokenizer=plain, **SET)
+    assert output.reward == pytest.approx(reward_of(rm, MERGING, f"{asked}<think>\n{output.text}"), abs=1e-9)
+
+
+@pytest.mark.parametrize("shown", ["nothing", "{{ m.content | upper }}"])
+def test_a_chat_template_that_does_not_show_the_answer_is_refused(lm, rm, shown):
+    hiding = "{% for m in messages %}" + shown + "{% endfor %}"
+    with pytest.raises(RuntimeError, match="the chat template does not show what an assistant's turn says"):
+        stars_kernels.decode(lm, RewardModel(rm, MERGING), CHAT, tokenizer=byte_tokenizer(hiding), **SET)
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "stars-kernels-answer", "alpha omega", "{answer:.0}"])
+def test_a_format_string_without_the_answer_is_refused(rm, template):
+    with pytest.raises(ValueError, match=r"expected a format string that has \{answer\}"):
+        RewardModel(rm, template=template)

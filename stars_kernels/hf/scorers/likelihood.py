@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.layout import vocabulary
 from stars_kernels.hf.proposer import logits_of, packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
 
@@ -57,7 +58,7 @@ class LikelihoodScorer:
 
 def likelihood_chunks(model: PreTrainedModel) -> Chunks:
     """Forwards of at most LOGITS logits."""
-    return Chunks(LOGITS // model.config.get_text_config().vocab_size)
+    return Chunks(LOGITS // vocabulary(model))
 
 
 class _Likelihood:
