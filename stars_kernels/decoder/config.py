@@ -16,7 +16,7 @@ from stars_kernels.ops.philox import MAX_ATTEMPTS, MAX_POSITIONS
 from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 SEED_BITS = 4096
-"""Of the largest seed: it is hashed as decimal digits, of which Python writes a few thousand at most."""
+"""Of the largest seed or request id: it is hashed as decimal digits, of which Python writes a few thousand at most."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.config import SEED_BITS, shown
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.prompts import Codec, Prompt
@@ -42,6 +43,8 @@ def number_requests(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Ma
     for request_id in given:
         if not isinstance(request_id, int | str) or isinstance(request_id, bool):
             raise TypeError(f"request id {request_id!r} is of type {type(request_id).__name__}, expected int or str")
+        if isinstance(request_id, int) and request_id.bit_length() > SEED_BITS:
+            raise ValueError(f"request id {shown(request_id)} is too large, expected at most {SEED_BITS} bits")
     repeated = [i for i, n in Counter(given).items() if n > 1]
     if repeated:
         raise ValueError(f"request id {repeated[0]!r} is given more than once, expected distinct ones")
