@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig, shown
@@ -344,7 +345,7 @@ class Engine:
         modules = [module for body in self.bodies for module in body.modules()]
         if not any(isinstance(module, RMSNorm) for module in modules):
             served["rms_norm"] = "the model's own"
-        plain = sum(type(module) is nn.Linear for module in modules)
+        plain = sum(type(module) in (nn.Linear, Conv1D) for module in modules)
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         if self.packed_bytes and plain:
             linear += f"; torch: {plain} layers"

@@ -24,7 +24,7 @@ from stars_kernels import ops
 from stars_kernels.hf.attention import ATTENTION
 from stars_kernels.hf.families import REFUSED, WORKS
 from stars_kernels.hf.layout import has_hook, text_config
-from stars_kernels.hf.packing import is_plain
+from stars_kernels.hf.packing import works_as
 from stars_kernels.ops._registry import call_op
 
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -158,13 +158,16 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
         view.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
-            if is_plain(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
+            if works_as(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
                 setattr(parent, name, RMSNorm(child))
     return view
 
 
 class RMSNorm(nn.Module):
-    """LlamaRMSNorm in one op. (In float64 and half precision it rounds otherwise than LlamaRMSNorm, which stays.)"""
+    """LlamaRMSNorm, or another family's that does the same, in one op.
+
+    (In float64 and half precision it rounds otherwise than LlamaRMSNorm, which stays.)
+    """
 
     def __init__(self, norm: LlamaRMSNorm) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     packed[n // 16, k, n % 16] = weight[n, k]
 
 The weights are read once, as one stream, for all rows. Each output is one sum over k in ascending order, so on a CPU a
-row's bits do not depend on the rows beside it: in fp32 an answer is the same whatever the width or the batch.
+row's bits do not depend on the rows beside it: docs/exactness.md says for which models an answer's do not either.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from stars_kernels.hf.families import CLASSIFIERS, REFUSED, STATES, STEPS, WORKS
 from stars_kernels.hf.layout import Layout, context_limit, layout_of, text_config
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.states import States
-from tests.hf import families
+from tests.hf import bits_check, families
 from tests.hf.fork_check import check_logits
 
 DOCUMENT = Path(__file__).parents[2] / "docs/families.md"
@@ -169,6 +169,13 @@ Paths: **hook**, prefixes are read where they lie; **gathered**, the class has n
 copies of whole rows: exact, but prefixes are copied at each step; **states**, as hook, and convolution and recurrent
 states are copied for each row; **steps**, as states, but one token a forward behind a prompt, as transformers' own
 forward of several tokens behind a state is wrong.
+
+"fp32 bits" is for float32 on a CPU, with the compiled extension and packed weights: **equal**, answers and rewards (of
+the family's own sequence classifier where it is a reward model, else of a head on its hidden states) are the same to
+the bit whatever the width and the batch; otherwise the ops of torch in its forward whose roundings depend on the rows
+beside a row: products over shapes that differ, and functions that round an element by its place in memory. There the
+tiny model's tokens were equal too, but its rewards may differ in their last bits. Where only luck made them equal, as
+sizes are multiples of 32, the ops are named all the same ([exactness.md](exactness.md) has the reasons).
 """
 
 
@@ -182,21 +189,25 @@ time behind their prompts, so some of these work all the same.)
 WAYS = {"step": "of one token behind others", "chunk": "of several tokens behind others"}
 
 
-def table() -> str:
+def table(bits: Callable[[str], str] = bits_check.cell) -> str:
+    """The document; bits: the last column's entry for a family."""
     works = [f for f in sorted(FAMILIES) if FAMILIES[f] in WORKS]
     paths = [WORKS[FAMILIES[f]] for f in works]
     counts = ", ".join(f"{paths.count(path)} {path}" for path in dict.fromkeys(paths))
     refused = [f for f in sorted(FAMILIES) if FAMILIES[f] in REFUSED]
+    cells = {family: bits(family) for family in works}
+    equal = list(cells.values()).count(bits_check.EQUAL)
     lines = [
         HEAD,
-        f"## Works: {len(works)} of {len(FAMILIES)} ({counts})\n",
-        "| model_type | class | path | attention | logit error | its sequence classifier as reward model |",
-        "|---|---|---|---|---|---|",
+        f"## Works: {len(works)} of {len(FAMILIES)} ({counts}), equal to the bit in fp32: {equal}\n",
+        "| model_type | class | path | attention | logit error | its sequence classifier as reward model | fp32 bits |",
+        "|---|---|---|---|---|---|---|",
     ]
     for family in works:
         found, kind = measured(family), CLASSIFIER_OF.get(family)
         rated = "" if kind is None else "yes" if kind in CLASSIFIERS else f"no: one {REFUSED.get(kind, ENCODER)}"
         row = [family, FAMILIES[family], found.path, ", ".join(found.features), f"{found.error:.1e}", rated]
+        row.append(cells[family])
         lines.append(f"| {' | '.join(row)} |")
     lines += [f"\n## Refused: {len(refused)}\n", "| model_type | class | why: it is a model |", "|---|---|---|"]
     for family in refused:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 import stars_kernels
 from stars_kernels.hf import packing
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import PackedLinear, pack_linears
+from stars_kernels.hf.models import RMSNorm, view_of
+from stars_kernels.hf.packing import Elementwise, PackedLinear, PackedMLP, pack_linears
+from tests.hf import families
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=12, segment_size=4)
@@ -97,9 +100,74 @@ def test_a_rows_bits_do_not_depend_on_its_batch():
     assert torch.equal(packed(x.flip(0)), alone.flip(0))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", sorted(ACT2CLS.keys() - {"prelu", "xielu"}))  # which have parameters
+@torch.no_grad()
+def test_an_activations_bits_do_not_depend_on_the_place(name, threads):
+    """Neither at the end of a tensor nor, in large ones, at the borders between threads."""
+    function = ACT2FN[name]
+    activation = Elementwise(function)
+    torch.set_num_threads(threads)
+    try:
+        for rows, size in [(7, 48), (3, 13), (5, 1), (7, 2432), (31, 4864), (13, 5001)]:
+            x = 3 * torch.randn(rows, size)
+            found = activation(x)
+            assert torch.equal(found, torch.cat([activation(row[None]) for row in x]))
+            assert torch.equal(activation(x.T).T, found)
+            assert torch.equal(activation(x[:, ::2]), found[:, ::2])
+            torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(1)
+    assert activation(x[:0]).shape == (0, size)
+
+
+@torch.no_grad()
+def test_activations_are_elementwise_on_the_view_alone():
+    model = families.tiny("gemma").float()
+    view, hooked = view_of(model), model.model.layers[1].mlp.act_fn
+    pack_linears(view)
+    assert [type(layer.mlp.act_fn) for layer in view.model.layers] == 2 * [Elementwise]
+    assert type(model.model.layers[0].mlp.act_fn) is type(hooked)
+    hooked.register_forward_hook(lambda *_: None)
+    view = view_of(model)
+    pack_linears(view)
+    assert [type(layer.mlp.act_fn) for layer in view.model.layers] == [Elementwise, type(hooked)]
+    prelu, model = nn.PReLU(4), nn.Sequential(nn.PReLU(4), nn.Softmax(-1))
+    pack_linears(model)
+    assert [type(child) for child in model] == [type(prelu), nn.Softmax], "neither works element by element"
+
+
+@torch.no_grad()
+def test_a_conv1d_is_packed_as_the_linear_layer_that_it_is():
+    layer, x = Conv1D(130, 96), torch.randn(9, 96)
+    layer.bias.normal_()
+    packed = PackedLinear(layer, torch.float32)
+    torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed(x), torch.cat([packed(row[None]) for row in x]))
+    view = view_of(families.tiny("gpt2").float())
+    pack_linears(view)
+    assert not [module for module in view.modules() if type(module) in (nn.Linear, Conv1D)]
+
+
+@pytest.mark.parametrize("family, mlp, norm", [
+    ("qwen2", True, True), ("mistral", True, True), ("phi3", False, True), ("gemma", False, False),
+])  # fmt: skip
+@torch.no_grad()
+def test_other_families_modules_that_work_as_llamas(family, mlp, norm):
+    """A gated MLP with another activation, or a norm with 1 + weight, is none."""
+    model = families.tiny(family).float()
+    view = view_of(model)
+    pack_linears(view)
+    kinds = {type(module) for module in view.modules()}
+    assert (PackedMLP in kinds, RMSNorm in kinds) == (mlp, norm)
+    ids = torch.arange(20)[None]
+    view.set_attn_implementation("sdpa")
+    torch.testing.assert_close(view(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [WIDE, {}, dict(WIDE, num_key_value_heads=4)], ids=["wide", "tiny", "grouped"])
 def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch(shape):
-    """Every kernel of a packed decode works row by row, in one order: no rounding can tip a choice."""
+    """Every kernel of a packed Llama works row by row, in one order (tests/hf/test_families.py has the others)."""
     if stars_kernels.backends()["packed_linear"]["cpu"] != "cpp":
         pytest.skip("needs the compiled extension")
     model, rm = tiny_language_model(torch.float32, **shape), tiny_reward_model(torch.float32, **shape)
