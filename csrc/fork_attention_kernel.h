@@ -131,7 +131,7 @@ inline void attend_tile(const ForkAttentionArgs<T>& args, const Scratch<A>& scra
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < columns; ++c) {
         A& score = scores[i * kStride + c];
-        if (score != -__builtin_inff()) score = cap * static_cast<A>(__builtin_tanh(score / cap));
+        score = cap * static_cast<A>(__builtin_tanh(score / cap));
       }
   }
   A maxima[kStride], sums[kStride];

@@ -39,8 +39,11 @@ void kv_commit_cpu(const at::Tensor& suffix, const at::Tensor& arena, const at::
     TORCH_CHECK_INDEX(0 <= p && p < prompts, "prompt: expected 0 to ", prompts - 1, ", found ", p);
     TORCH_CHECK_INDEX(-1 <= r && r < rows, "row: expected -1 to ", rows - 1, ", found ", r);
     TORCH_CHECK_INDEX(0 <= n && n <= slots, "count: expected 0 to ", slots, ", found ", n);
-    const int64_t slot = offsets_c.const_data_ptr<int64_t>()[p] + length[p * length_stride];
-    TORCH_CHECK_INDEX(0 <= slot && slot <= arena_slots - n, "prompt ", p, ": ", n, " tokens from slot ", slot,
+    const int64_t offset = offsets_c.const_data_ptr<int64_t>()[p], filled = length[p * length_stride];
+    TORCH_CHECK_INDEX(0 <= offset && offset <= arena_slots, "offsets: expected 0 to ", arena_slots, ", found ", offset);
+    TORCH_CHECK_INDEX(0 <= filled && filled <= arena_slots, "lengths: expected 0 to ", arena_slots, ", found ", filled);
+    const int64_t slot = offset + filled;
+    TORCH_CHECK_INDEX(slot <= arena_slots - n, "prompt ", p, ": ", n, " tokens from slot ", slot,
                       " on do not fit an arena of ", arena_slots);
     if (r >= 0 && n > 0) copies.push_back({slot, r, n});
   }

@@ -72,7 +72,7 @@ class Row {
     if (bad_) return {-1, std::numeric_limits<float>::quiet_NaN()};
     Candidate winner{0, -1};
     if (candidates_.empty()) {
-      winner.id = STARS_PICK(race_row)(logits_, vocabulary_, filters_.temperature, draw);
+      winner.id = STARS_PICK(race_row)(logits_, vocabulary_, filters_.temperature, best_, draw);
       TORCH_INTERNAL_ASSERT(winner.id >= 0);
       winner.score = score(winner.id);
     } else {
@@ -81,7 +81,7 @@ class Row {
         const uint32_t bits = token_bits(draw.key, static_cast<uint32_t>(candidate.id), draw.position, draw.stream,
                                          draw.attempt);
         const float v = std::min((static_cast<float>(bits) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
-        const float key = std::log(-std::log1p(-v)) - candidate.score;
+        const float key = std::log(-std::log1p(-v)) - (candidate.score - best_);
         if (key < best || (key == best && candidate.id < winner.id)) {
           best = key;
           winner = candidate;

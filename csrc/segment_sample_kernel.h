@@ -80,11 +80,11 @@ STARS_INLINE Vec<float> uniform(Vec<uint32_t> bits) {
   return v < most ? v : broadcast(most);
 }
 
-// The winner of the race over all `count` ids: the smallest log(-log1p(-v)) - x / temperature, first of equals.
+// The winner of the race over all `count` ids: the smallest log(-log1p(-v)) - (x / temperature - max), first of equals.
 //
 // Only ids that may win pay for logarithms: log(-log1p(-v)) >= log(v), which is at least ln 2 times a line through
-// v's exponent and mantissa.
-inline int64_t race_row(const float* x, int64_t count, float temperature, const Draw& draw) {
+// v's exponent and mantissa. `least` lacks the maximum, which `bound` has instead.
+inline int64_t race_row(const float* x, int64_t count, float temperature, float max, const Draw& draw) {
   constexpr int64_t kLane = kLanes<uint32_t>;
   float best = __builtin_inff(), bound = best;
   int64_t winner = -1;
@@ -105,11 +105,12 @@ inline int64_t race_row(const float* x, int64_t count, float temperature, const 
       if (!any(least <= bound)) continue;
       for (int64_t lane = 0; lane < kLane; ++lane) {
         if (!(least[lane] <= bound)) continue;
-        const float key = __builtin_logf(-__builtin_log1pf(-v[lane])) - logits[lane] / temperature;
+        const float key = __builtin_logf(-__builtin_log1pf(-v[lane])) - (logits[lane] / temperature - max);
         if (key < best) {
           best = key;
           winner = begin + half * kLane + lane;
-          bound = best + 1e-3f + 1e-6f * __builtin_fabsf(best);  // `least` is rounded
+          const float rounding = 1e-3f + 1e-6f * (__builtin_fabsf(best) + __builtin_fabsf(max));  // of `least`
+          bound = best - max + rounding;
         }
       }
     }

@@ -23,6 +23,13 @@ def check_dtype(name: str, tensor: Tensor, *expected: dtype) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, expected))}")
 
 
+def check_range(name: str, indices: Tensor, least: int, most: int) -> None:
+    """Waits for the device: for definitions alone."""
+    wrong = indices[(indices < least) | (indices > most)].tolist()
+    if wrong:
+        raise IndexError(f"{name}: expected {least} to {most}, found {wrong[0]}")
+
+
 def check_device(device_of: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device_of.device:

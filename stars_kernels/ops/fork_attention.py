@@ -139,18 +139,15 @@ def _attend(
     prefix_scores = (q.flatten(1, 2) @ prefix_key.permute(1, 2, 0)).unflatten(1, (w, steps, group))  # [Hkv, w, S, G, n]
     suffix_scores = (q @ suffix_key.permute(2, 0, 3, 1)).unflatten(2, (steps, group))  # [Hkv, w, S, G, T]
 
-    step = torch.arange(steps, device=query.device)
-    at = suffix_len[:, None] - query_len[:, None] + step  # [w, S] place of each query in its suffix
-    back = at[:, :, None] - columns  # [w, S, T] tokens between query and key
-    hidden = (back < 0) | (back >= window) if window else back < 0
-    suffix_scores = suffix_scores.masked_fill(hidden[:, :, None], -torch.inf)
-    if window:
-        back = at[:, :, None] + torch.arange(n, 0, -1, device=query.device)  # [w, S, n]
-        prefix_scores = prefix_scores.masked_fill((back >= window)[:, :, None], -torch.inf)
     scores = torch.cat((prefix_scores, suffix_scores), dim=-1)
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
-    if softcap:  # a score of -inf must stay one
-        scores = torch.where(scores == -torch.inf, scores, softcap * torch.tanh(scores / softcap))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    step = torch.arange(steps, device=query.device)
+    at = suffix_len[:, None] - query_len[:, None] + step  # [w, S] place of each query in its suffix
+    back = at[:, :, None] - torch.arange(-n, used, device=query.device)  # [w, S, n+T] tokens between query and key
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    scores = scores.masked_fill(hidden[:, :, None], -torch.inf)  # last: no scale and no cap may change what is hidden
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(kv_heads, 1, 1, group, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sink), dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_dtype, check_shape
+from stars_kernels.ops._validate import check_device, check_dtype, check_range, check_shape
 
 
 def kv_commit(
@@ -24,6 +24,11 @@ def kv_commit(
         lengths: [P] int64, moved by count[i] in place where advance[i]. offsets: [P] int64.
         prompt: [C] int64, distinct. row: [C] int64, -1 = nothing to write (its tokens already lie in the tail).
         count: [C] int64 tokens, at most T. advance: [C] bool.
+
+    Raises:
+        IndexError: a number is out of range, an offset or a length is negative, or the tokens do not fit the arena;
+            nothing was written. A GPU raises nothing, as the host would have to wait for it: there, a commit that does
+            not lie between its prompt's offset and the arena's end is left out, its copy and its length.
     """
     check_shape("suffix", suffix, None, 2, None, None, None, None)
     layers, two, _, _, heads, size = suffix.shape
@@ -54,7 +59,16 @@ def kv_commit_ref(
     advance: Tensor,
 ) -> None:  # fmt: skip
     """The definition."""
+    arena_slots = arena.shape[2]
+    check_range("prompt", prompt, 0, len(lengths) - 1)  # all of these before a byte is written
+    check_range("row", row, -1, suffix.shape[2] - 1)
+    check_range("count", count, 0, suffix.shape[3])
+    check_range("offsets", offsets[prompt], 0, arena_slots)
+    check_range("lengths", lengths[prompt], 0, arena_slots)
     starts = (offsets + lengths)[prompt].tolist()
+    for p, start, n in zip(prompt.tolist(), starts, count.tolist(), strict=True):
+        if start + n > arena_slots:
+            raise IndexError(f"prompt {p}: {n} tokens from slot {start} on do not fit an arena of {arena_slots}")
     for start, r, n in zip(starts, row.tolist(), count.tolist(), strict=True):
         if r >= 0:
             arena[:, :, start : start + n] = suffix[:, :, r, :n]

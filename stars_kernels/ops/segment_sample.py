@@ -2,8 +2,9 @@
 
 Filters apply in HF's order: temperature, top-k (ties with the k-th stay), top-p (the shortest prefix in (probability
 descending, id ascending) whose mass reaches top_p), min-p. Survivors then race: with x the token's own 32 Philox bits
-and v = min((x + 1/2) 2^-32, 1 - 2^-24), the smallest  log(-log1p(-v)) - logit / T  wins (fp32, ties to the smallest
-id). That is Gumbel-max with the tail at v -> 0, where fp32 is exact enough.
+and v = min((x + 1/2) 2^-32, 1 - 2^-24), the smallest  log(-log1p(-v)) - (logit / T - m)  wins, where m is the row's
+largest logit / T (fp32, ties to the smallest id). That is Gumbel-max with the tail at v -> 0, where fp32 is exact
+enough. Without m, large logits would round the noise away: equal ones would not be drawn equally.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def segment_sample_ref(
     scores = scores.masked_fill(bad[:, None], 0.0)
     scores, ids = filter_scores(scores, top_k, top_p, min_p)  # [N, M]
     logprobs = scores.log_softmax(dim=-1)
+    scores = scores - scores.amax(dim=-1, keepdim=True)
     if source is not None:
         scores, logprobs, bad = scores[source], logprobs[source], bad[source]  # [R, M]
         ids = None if ids is None else ids[source]
@@ -124,9 +126,8 @@ def filter_scores(scores: Tensor, top_k: int, top_p: float, min_p: float) -> tup
         scores, order = scores.sort(dim=-1, descending=True, stable=True)  # stable: equal scores by ascending id
         ids = order if ids is None else ids.gather(1, order)
     if top_p < 1:
-        probs = scores.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        scores = scores.masked_fill(before >= top_p, -torch.inf)
+        reached = scores.softmax(dim=-1).cumsum(dim=-1) >= top_p
+        scores[:, 1:].masked_fill_(reached[:, :-1], -torch.inf)  # nothing comes before the first: it always stays
     if min_p > 0:
         best = scores.amax(dim=-1, keepdim=True)
         scores = scores.masked_fill((scores - best).exp() < min_p, -torch.inf)

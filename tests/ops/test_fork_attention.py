@@ -151,6 +151,17 @@ def test_variants(impl, dtype, steps, variant):
     assert_right(make_case(steps=steps, dtype=dtype, **variant))
 
 
+SCALES = [0.0, -0.7]  # of 0, every key that is seen weighs the same
+
+
+@variants
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_a_scale_of_any_sign(impl, dtype, scale, variant):
+    """What is hidden stays so."""
+    assert_right(make_case(steps=5, dtype=dtype, **variant) | {"scale": scale})
+
+
 @variants
 @shapes
 @steps_1_5

@@ -183,30 +183,6 @@ def test_fork_attention_refuses_what_lies_outside(change, message):
         fork_attention(**(ONE_ROW | change))
 
 
-COMMIT = {
-    "suffix": torch.ones(1, 2, 2, 3, 1, 4), "arena": torch.zeros(1, 2, 6, 1, 4),
-    "lengths": longs(2), "offsets": longs(1),
-    "prompt": longs(0), "row": longs(1), "count": longs(3), "advance": torch.tensor([True]),
-}  # fmt: skip
-COMMIT_ERRORS = [
-    ({"prompt": longs(1)}, "prompt: expected 0 to 0, found 1"),
-    ({"row": longs(2)}, "row: expected -1 to 1, found 2"),
-    ({"row": longs(-2)}, "row: expected -1 to 1, found -2"),
-    ({"count": longs(4)}, "count: expected 0 to 3, found 4"),
-    ({"offsets": longs(2)}, "3 tokens from slot 4 on do not fit an arena of 6"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), COMMIT_ERRORS, ids=[m for _, m in COMMIT_ERRORS])
-def test_kv_commit_refuses_what_lies_outside(change, message):
-    if not compiled("kv_commit"):
-        pytest.skip("no compiled kv_commit")
-    case = {name: t.clone() for name, t in COMMIT.items()} | change
-    with pytest.raises(IndexError, match=message):
-        kv_commit(**case)
-    assert (case["arena"] == 0).all() and case["lengths"].tolist() == [2], "nothing may be written before the check"
-
-
 @pytest.mark.parametrize("last", [-1, 3])
 def test_reward_head_refuses_what_lies_outside(last):
     if not compiled("reward_head"):

@@ -135,6 +135,42 @@ def test_errors(impl, name, change, message):
     assert_commits(case)
 
 
+COMMIT = {
+    "suffix": torch.ones(1, 2, 2, 3, 1, 4), "arena": torch.zeros(1, 2, 6, 1, 4),
+    "lengths": longs(0, 2), "offsets": longs(0, 1),
+    "prompt": longs(1), "row": longs(1), "count": longs(3), "advance": torch.tensor([True]),
+}  # fmt: skip
+OUTSIDE = [
+    ({"prompt": longs(2)}, "prompt: expected 0 to 1, found 2"),
+    ({"prompt": longs(-1)}, "prompt: expected 0 to 1, found -1"),
+    ({"row": longs(2)}, "row: expected -1 to 1, found 2"),
+    ({"row": longs(-2)}, "row: expected -1 to 1, found -2"),
+    ({"count": longs(4)}, "count: expected 0 to 3, found 4"),
+    ({"count": longs(-1)}, "count: expected 0 to 3, found -1"),
+    ({"lengths": longs(0, -1), "row": longs(-1)}, "lengths: expected 0 to 6, found -1"),
+]
+# In the neighbour's slots, or in none.
+MISPLACED = [
+    ({"offsets": longs(0, 2)}, "prompt 1: 3 tokens from slot 4 on do not fit an arena of 6"),
+    ({"lengths": longs(0, -1)}, "lengths: expected 0 to 6, found -1"),
+    ({"lengths": longs(0, 7)}, "lengths: expected 0 to 6, found 7"),
+    ({"offsets": longs(0, -1)}, "offsets: expected 0 to 6, found -1"),
+    ({"offsets": longs(0, 7)}, "offsets: expected 0 to 6, found 7"),
+    ({"offsets": longs(0, 7), "lengths": longs(0, -4)}, "offsets: expected 0 to 6, found 7"),
+    ({"offsets": longs(0, -4), "lengths": longs(0, 4)}, "offsets: expected 0 to 6, found -4"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OUTSIDE + MISPLACED, ids=str)
+def test_what_lies_outside_is_refused(impl, change, message):
+    case = {name: t.clone() for name, t in (COMMIT | change).items()}
+    lengths = case["lengths"].tolist()
+    with pytest.raises(IndexError, match=message):
+        kv_commit(**case)
+    assert (case["arena"] == 0).all() and case["lengths"].tolist() == lengths, "written before the check"
+    kv_commit(**{name: t.clone() for name, t in COMMIT.items()})
+
+
 def test_schema_tells_the_mutation():
     written = {a.name for a in torch.ops.stars.kv_commit.default._schema.arguments if a.alias_info is not None}
     assert written == {"arena", "lengths"}

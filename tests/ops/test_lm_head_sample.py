@@ -1,9 +1,10 @@
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from stars_kernels.ops import lm_head_sample, segment_sample
 from tests.ops.helpers import DTYPES, dtype_name, generator
-from tests.ops.test_segment_sample import rows_of
+from tests.ops.test_segment_sample import EQUALS, LARGE, large_logits, rows_of
 
 
 def make_case(rows=7, vocabulary=120, size=24, dtype=torch.float32):
@@ -20,6 +21,13 @@ def test_it_is_the_draw_from_the_output_layer(impl, dtype):
     token, logprob = lm_head_sample(**case, temperature=0.8, stream=2)
     assert torch.equal(token, expected[0])
     torch.testing.assert_close(logprob, expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_equal_logits_are_drawn_equally_at_any_size(impl, value):
+    token, _ = lm_head_sample(torch.ones(5000, 1), large_logits(value)[:, None], *rows_of(5000, seed=6))
+    counts = torch.bincount(token, minlength=800)[EQUALS]
+    assert counts.sum() == 5000 and chisquare(counts).pvalue > 1e-3
 
 
 def test_zero_rows(impl):

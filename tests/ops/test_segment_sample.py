@@ -72,9 +72,9 @@ def borderline(logits, temperature, top_k, top_p, min_p):
 
 
 def race(scores, bits):
-    """The race's keys in float64, of scores as fp32 holds them."""
+    """The race's keys in float64, of scores as fp32 holds them, and their distances from the largest."""
     v = ((bits.double() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return torch.log(-torch.log1p(-v)) - scores.double()
+    return torch.log(-torch.log1p(-v)) - (scores - scores.amax(dim=-1, keepdim=True)).double()
 
 
 def assert_winners(token, scores, bits):
@@ -366,14 +366,85 @@ def test_few_finite_logits(impl, filters):
     assert set(token[1::2].tolist()) == {3, 100, 499}
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.99}, {"top_k": 2, "min_p": 0.1}])
+# Draws in which two tokens have equal noise: (smaller id, larger id, position, attempt), under the same key.
+# fmt: off
+TIED = [
+    (4, 641, 1, 1515375), (5, 640, 1, 3882226), (7, 643, 1, 4907903), (6, 643, 1, 6921731),
+    (7, 642, 1, 10036199), (6, 640, 1, 10407063), (4, 640, 1, 10434831), (6, 643, 1, 10843458),
+    (5, 641, 1, 12334146), (5, 640, 1, 12953877), (4, 643, 2, 1243185), (4, 643, 2, 2726279),
+    (4, 640, 2, 8004130), (7, 641, 2, 13149157),
+]
+# fmt: on
+PAIR_FILTERS = [{}, {"top_k": 2}, {"top_p": 0.99}, {"top_k": 2, "min_p": 0.1}]
+
+
+def tied_draws():
+    """logits [14, 800] whose two largest are equal, and (keys, attempts, positions) in which their keys are, too."""
+    smaller, larger, position, attempt = torch.tensor(TIED).unbind(1)
+    logits, rows = torch.zeros(len(TIED), 800), torch.arange(len(TIED))
+    logits[rows, smaller] = logits[rows, larger] = 40.0
+    bits = token_bits(longs(RARE_KEY).expand(len(TIED)), 800, position, attempt, STREAM_SAMPLE)
+    v = (bits.float() + 0.5) * 2.0**-32
+    assert torch.equal(v[rows, smaller], v[rows, larger])
+    return logits, (longs(RARE_KEY).expand(len(TIED)), attempt, position), smaller
+
+
+@pytest.mark.parametrize("filters", PAIR_FILTERS, ids=str)
 def test_equal_keys_go_to_the_smallest_id(impl, filters):
-    """At 1e9 one ulp of fp32 is 64: the noise rounds away and three tokens have equal keys."""
-    logits = torch.zeros(50)
-    logits[[41, 7, 30]] = 1e9
-    token, logprob = draw(logits, 300, **filters)
-    assert (token == 7).all()
-    torch.testing.assert_close(logprob.exp(), torch.full((300,), 1 / 3))
+    logits, rows, smaller = tied_draws()
+    token, logprob = segment_sample(logits, *rows, **filters)
+    assert torch.equal(token, smaller)
+    torch.testing.assert_close(logprob.exp(), torch.full((len(TIED),), 0.5))
+
+
+# The noise is within -23 to 3; an ulp of these logits is 1/16, 8 and 7.6e22.
+LARGE = [1e6, -1e6, 1e8, -1e8, 1e30, -1e30]
+LARGE_FILTERS = [{}, {"top_k": 5}, {"top_p": 0.999}, {"min_p": 0.1}, {"temperature": 1e-3, "top_k": 5, "min_p": 0.1}]
+EQUALS = [3, 100, 300, 301, 700]
+
+
+def large_logits(value, temperature=1.0):
+    """800 logits, the EQUALS among them `value` over the temperature; others far below, or -inf."""
+    value *= temperature
+    logits = torch.full((800,), value - abs(value) / 10)
+    logits[::7] = -torch.inf
+    logits[1::7] = -2 * abs(value)
+    logits[EQUALS] = value
+    return logits
+
+
+@pytest.mark.parametrize("filters", LARGE_FILTERS, ids=str)
+@pytest.mark.parametrize("value", LARGE)
+def test_equal_logits_are_drawn_equally_at_any_size(impl, value, filters):
+    token, logprob = draw(large_logits(value, filters.get("temperature", 1.0)), 20_000, seed=6, **filters)
+    counts = torch.bincount(token, minlength=800)
+    assert counts[EQUALS].sum() == 20_000
+    assert chisquare(counts[EQUALS]).pvalue > 1e-3
+    torch.testing.assert_close(logprob.exp(), torch.full((20_000,), 0.2))
+
+
+def test_an_ulp_of_large_logits_counts(impl):
+    """At 1e6 it is 1/16: neighbouring logits are drawn with probabilities 6 % apart."""
+    logits = 1e6 + torch.arange(-8, 1) / 16
+    token, _ = draw(logits, 100_000, seed=6)
+    expected = logits.double().softmax(0) * 100_000
+    assert chisquare(torch.bincount(token, minlength=9), expected).pvalue > 1e-3
+
+
+TINY_TOP_P = [1e-300, 1e-50, 1e-46, 1e-40]  # 0 in fp32, but for the last, which is subnormal there
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"min_p": 0.1}, {"top_k": 3, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("top_p", TINY_TOP_P)
+def test_the_smallest_top_p_keeps_the_first_token(impl, top_p, filters):
+    logits = torch.randn(4, 300, generator=generator(14))
+    logits[1, [17, 50, 299]] = 9.0  # of equals, the smallest id
+    logits[2, :-1] = -torch.inf
+    logits[3] = 0.0
+    source = torch.arange(40) % 4
+    token, logprob = segment_sample(logits, *rows_of(40), source=source, top_p=top_p, **filters)
+    assert torch.equal(token, logits.argmax(dim=1)[source])
+    assert token[1:4].tolist() == [17, 299, 0] and (logprob == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -254,8 +254,7 @@ def _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP: tl.cons
     """
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if SOFTCAP:
-        capped = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
-        scores = tl.where(scores == float("-inf"), scores, capped)
+        scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
     scores = tl.where(visible, scores, float("-inf"))
     new_high = tl.maximum(high, tl.max(scores, axis=1))
     reference = tl.where(new_high == float("-inf"), 0.0, new_high)  # nothing seen yet: -inf - -inf is NaN

@@ -6,6 +6,9 @@ A segment's tokens lie side by side in the suffix and in the arena, so each laye
 All programs of a commit need the length that the commit moves. So each takes it with an atomic addition that also
 counts the programs, in the upper half of the length's 64 bits: whoever comes last knows that all others have the old
 length, clears the count and moves the length. No other memory is needed, and nothing is left behind.
+
+The host does not wait to look at an offset or a length, so a kernel cannot refuse them. A commit that would lie outside
+the slots from its prompt's offset to the arena's end, as with a negative length, is left out: no copy, no move.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from stars_kernels.ops.triton._launch import on_device_of
 
 BLOCK_BYTES = 8192  # a program's copy: four 16-byte loads a thread
 NUM_WARPS = 4
-TICKET = tl.constexpr(1 << 32)  # lengths are shorter
+TICKET = tl.constexpr(1 << 32)
+HALF = tl.constexpr(1 << 31)  # lengths lie in [-HALF, HALF)
 
 
 def kv_commit_triton(
@@ -45,7 +49,7 @@ def kv_commit_triton(
         _commit[(blocks, max(1, layers * 2), commits)](
             suffix, into, lengths, offsets, prompt, row, count, advance, *suffix.stride()[:3], *into.stride()[:2],
             lengths.stride(0), offsets.stride(0), prompt.stride(0), row.stride(0), count.stride(0), advance.stride(0),
-            TOKEN=token if layers else 0, BLOCK=block, num_warps=NUM_WARPS,
+            arena.shape[2], TOKEN=token if layers else 0, BLOCK=block, num_warps=NUM_WARPS,
         )  # fmt: skip
     return None
 
@@ -67,7 +71,7 @@ def _commit(
     suffix, arena, lengths, offsets, prompt, row, count, advance,
     suffix_layer, suffix_kv, suffix_row, arena_layer, arena_kv,
     lengths_stride, offsets_stride, prompt_stride, row_stride, count_stride, advance_stride,
-    TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    arena_slots, TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block, layer * 2 + kv, commit) copies BLOCK words of a segment's keys or values."""
     plane, commit = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -75,16 +79,19 @@ def _commit(
     tokens = tl.load(count + commit * count_stride)
     length = lengths + p * lengths_stride
     taken = tl.atomic_add(length, TICKET, sem="relaxed")
+    ticket = (taken + HALF) >> 32
+    filled = taken - ticket * TICKET
+    offset = tl.load(offsets + p * offsets_stride)
+    fits = (offset >= 0) & (filled >= 0) & (offset + filled + tokens <= arena_slots)
     tickets = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    if taken // TICKET == tickets - 1:
-        moved = tl.where(tl.load(advance + commit * advance_stride), tokens, 0)
+    if ticket == tickets - 1:
+        moved = tl.where(fits & tl.load(advance + commit * advance_stride), tokens, 0)
         tl.atomic_add(length, moved - tickets * TICKET, sem="relaxed")
 
     r = tl.load(row + commit * row_stride)
-    words = tl.where(r < 0, 0, tokens * TOKEN)
+    words = tl.where(fits & (r >= 0), tokens * TOKEN, 0)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = word < words
-    start = tl.load(offsets + p * offsets_stride) + taken % TICKET
     suffix += plane // 2 * suffix_layer + plane % 2 * suffix_kv + r * suffix_row
-    arena += plane // 2 * arena_layer + plane % 2 * arena_kv + start * TOKEN
+    arena += plane // 2 * arena_layer + plane % 2 * arena_kv + (offset + filled) * TOKEN
     tl.store(arena + word, tl.load(suffix + word, mask=mask), mask=mask)

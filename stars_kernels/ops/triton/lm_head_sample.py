@@ -1,7 +1,9 @@
-"""lm_head_sample on a GPU: each tile of logits races in registers and leaves five numbers a row.
+"""lm_head_sample on a GPU: each tile of logits races in registers and leaves four numbers a row.
 
-    race       [blocks of rows, blocks of the vocabulary]  the tile's best key, its id and score, maximum, softmax sum
-    finish     [R]                                         merges the blocks of a row, in order
+    race       [blocks of rows, blocks of the vocabulary]  the tile's winner, its score, the maximum, the softmax sum
+    finish     [R]                                         merges a row's sums in order; the tiles' winners race
+
+A tile's race is shifted by its own maximum, that of the winners by the row's, as in `segment_sample`.
 
 The weights are read once a block of rows: 64 rows wait for them together.
 """
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from stars_kernels.ops.lm_head_sample import lm_head_sample_ref
 from stars_kernels.ops.triton._launch import on_device_of
-from stars_kernels.ops.triton.philox import log, noise, token_words
-from stars_kernels.ops.triton.segment_sample import MAX_VOCABULARY, NO_ID, UNIT, _exp_from, _mass
+from stars_kernels.ops.triton.philox import log, noise, token_bits, token_words
+from stars_kernels.ops.triton.segment_sample import MAX_VOCABULARY, NO_ID, UNIT, _below, _exp_from, _mass
 
 BLOCK_V = 128
 NUM_STAGES = 3
@@ -45,18 +47,18 @@ def lm_head_sample_triton(
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     keys, attempt, position = keys.contiguous(), attempt.contiguous(), position.contiguous()
     blocks = triton.cdiv(vocabulary, BLOCK_V)
-    numbers = hidden.new_empty(3, rows, blocks, dtype=torch.float32)  # best key, its score, maximum
-    best_id = hidden.new_empty(rows, blocks, dtype=torch.int32)
+    numbers = hidden.new_empty(2, rows, blocks, dtype=torch.float32)  # the winner's score, the maximum
+    winners = hidden.new_empty(rows, blocks, dtype=torch.int32)
     mass = hidden.new_empty(rows, blocks, dtype=torch.int64)
     use = settings(hidden.dtype, rows)
     with on_device_of(hidden):
         _lm_head_race[(triton.cdiv(rows, use["BLOCK_R"]), blocks)](
-            hidden, weight, keys, attempt, position, numbers, best_id, mass, rows, rows * blocks, vocabulary,
+            hidden, weight, keys, attempt, position, numbers, winners, mass, rows, rows * blocks, vocabulary,
             hidden.stride(0), weight.stride(0), temperature, stream,
             SIZE=size, BLOCK_V=BLOCK_V, **use, num_stages=NUM_STAGES, enable_fp_fusion=False,
         )  # fmt: skip
         _lm_head_finish[(rows,)](
-            numbers, best_id, mass, token, logprob, rows * blocks, blocks,
+            keys, attempt, position, stream, numbers, winners, mass, token, logprob, rows * blocks, blocks,
             BLOCKS=triton.next_power_of_2(blocks), num_warps=FINISH_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return token, logprob
@@ -64,7 +66,7 @@ def lm_head_sample_triton(
 
 @triton.jit(do_not_specialize=["stream"])
 def _lm_head_race(
-    hidden, weight, keys, attempt, position, numbers, best_id, mass, rows, plane, vocabulary, hidden_row,
+    hidden, weight, keys, attempt, position, numbers, winners, mass, rows, plane, vocabulary, hidden_row,
     weight_row, temperature, stream,
     SIZE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -92,31 +94,30 @@ def _lm_head_race(
     p = tl.load(position + row, mask=there, other=0)[:, None]
     w0, w1, w2, w3 = token_words(words[None, :] + blank, k, p, n, stream)
     bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [BLOCK_R, BLOCK_V], by id
-    key = noise(bits) - x
-    best = tl.min(key, axis=1)
-    winner = tl.min(tl.where(key == best[:, None], ids[None, :], NO_ID), axis=1)
     largest = tl.max(x, axis=1)
+    key = noise(bits) - _below(x, largest[:, None])
+    winner = tl.min(tl.where(key == tl.min(key, axis=1)[:, None], ids[None, :], NO_ID), axis=1)
     out = row.to(tl.int64) * tl.num_programs(1) + block
-    tl.store(numbers + out, best, mask=there)
-    tl.store(
-        numbers + plane + out, tl.max(tl.where(ids[None, :] == winner[:, None], x, -float("inf")), axis=1), mask=there
-    )
-    tl.store(numbers + plane + plane + out, largest, mask=there)
-    tl.store(best_id + out, winner, mask=there)
+    tl.store(numbers + out, tl.max(tl.where(ids[None, :] == winner[:, None], x, -float("inf")), axis=1), mask=there)
+    tl.store(numbers + plane + out, largest, mask=there)
+    tl.store(winners + out, winner, mask=there)
     tl.store(mass + out, tl.sum(_mass(x, largest[:, None]), axis=1), mask=there)
 
 
-@triton.jit
-def _lm_head_finish(numbers, best_id, mass, token, logprob, plane, blocks, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=["stream"])
+def _lm_head_finish(
+    keys, attempt, position, stream, numbers, winners, mass, token, logprob, plane, blocks, BLOCKS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = row * blocks + tl.arange(0, BLOCKS)
     inside = tl.arange(0, BLOCKS) < blocks
-    key = tl.load(numbers + at, mask=inside, other=float("inf"))
-    score = tl.load(numbers + plane + at, mask=inside, other=-float("inf"))
-    largest = tl.load(numbers + plane + plane + at, mask=inside, other=-float("inf"))
-    ids = tl.load(best_id + at, mask=inside, other=NO_ID)
+    score = tl.load(numbers + at, mask=inside, other=-float("inf"))
+    largest = tl.load(numbers + plane + at, mask=inside, other=-float("inf"))
+    ids = tl.load(winners + at, mask=inside, other=NO_ID)
     best = tl.max(largest)
     part = tl.load(mass + at, mask=inside, other=0).to(tl.float32) * _exp_from(largest, best)
+    bits = token_bits(ids, tl.load(keys + row), tl.load(position + row), tl.load(attempt + row), stream)
+    key = noise(bits) - _below(score, best)
     winner = tl.min(tl.where(key == tl.min(key), ids, NO_ID))
     score = tl.max(tl.where(ids == winner, score, -float("inf")))
     total = tl.sum(part.to(tl.int64)).to(tl.float32) / UNIT

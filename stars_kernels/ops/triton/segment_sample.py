@@ -2,8 +2,11 @@
 
 Without filters, one read of each row of logits, two launches:
 
-    race       [R, chunks]  the best key of each chunk of the vocabulary, and its part of the softmax sum
-    finish     [R]          merges the chunks of a row, in order
+    race       [R, chunks]  the winner of each chunk of the vocabulary, and its part of the softmax sum
+    finish     [R]          merges the sums of a row in order, and lets the chunks' winners race
+
+A race shifts scores by the row's maximum, but a chunk knows its own alone. That picks the chunk's winner, as a common
+shift changes no order but for rounding in the last bit; the winners then race with keys of the row's maximum.
 
 With filters, one read of each row and a second one of the few places where survivors can be, four launches:
 
@@ -80,12 +83,11 @@ def segment_sample_triton(
 
     with on_device_of(logits):
         if not has_top_k and not has_top_p and min_p <= 0:
-            best_key, chunk_max = scratch(torch.float32, 2, rows, chunks)
-            best_id, chunk_mass = scratch(torch.int32, rows, chunks), scratch(torch.int64, rows, chunks)
-            parts = (best_key, best_id, chunk_max, chunk_mass)
+            chunk_max, chunk_mass = scratch(torch.float32, rows, chunks), scratch(torch.int64, rows, chunks)
+            parts = (scratch(torch.int32, rows, chunks), chunk_max, chunk_mass)
             _race[(rows, chunks)](*inputs, *draws, *parts, chunks, **streaming)
             _finish[(rows,)](
-                *inputs, source, *parts, token, logprob, chunks,
+                *inputs, *draws, *parts, token, logprob, chunks,
                 CHUNKS=triton.next_power_of_2(chunks), num_warps=FINISH_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             return token, logprob
@@ -115,7 +117,7 @@ def segment_sample_triton(
 @triton.jit(do_not_specialize=["stream"])
 def _race(
     logits, stride, vocabulary, temperature, source, keys, attempt, position, stream,
-    best_key, best_id, chunk_max, chunk_mass, chunks, CHUNK: tl.constexpr,
+    winners, chunk_max, chunk_mass, chunks, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Chunk c of draw r. A NaN counts as +inf, so that it shows in the maximum."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -126,31 +128,30 @@ def _race(
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = _scores(logits, ids, vocabulary, temperature)
     x = tl.where(x != x, float("inf"), x)
-    key = noise(bits) - x
-    best = tl.min(key)
     largest = tl.max(x)
+    key = noise(bits) - _below(x, largest)
     out = row * chunks + chunk
-    tl.store(best_key + out, best)
-    tl.store(best_id + out, tl.min(tl.where(key == best, ids, NO_ID)))
+    tl.store(winners + out, tl.min(tl.where(key == tl.min(key), ids, NO_ID)))
     tl.store(chunk_max + out, largest)
     tl.store(chunk_mass + out, tl.sum(_mass(x, largest)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _finish(
-    logits, stride, vocabulary, temperature, source, best_key, best_id, chunk_max, chunk_mass, token, logprob, chunks,
-    CHUNKS: tl.constexpr,
+    logits, stride, vocabulary, temperature, source, keys, attempt, position, stream,
+    winners, chunk_max, chunk_mass, token, logprob, chunks, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Draw r, from the best of its chunks; the smallest id among equal keys."""
+    """Draw r, from the winners of its chunks; the smallest id among equal keys."""
     row = tl.program_id(0).to(tl.int64)
     logits += (row if source is None else tl.load(source + row)) * stride
     at = row * chunks + tl.arange(0, CHUNKS)
     inside = tl.arange(0, CHUNKS) < chunks
-    key = tl.load(best_key + at, mask=inside, other=float("inf"))
-    ids = tl.load(best_id + at, mask=inside, other=NO_ID)
+    ids = tl.load(winners + at, mask=inside, other=NO_ID)
     largest = tl.load(chunk_max + at, mask=inside, other=-float("inf"))
     best = tl.max(largest)
     mass = tl.load(chunk_mass + at, mask=inside, other=0).to(tl.float32) * _exp_from(largest, best)
+    bits = token_bits(ids, tl.load(keys + row), tl.load(position + row), tl.load(attempt + row), stream)
+    key = noise(bits) - _below(_scores(logits, ids, vocabulary, temperature), best)
     winner = tl.min(tl.where(key == tl.min(key), ids, NO_ID))
     _store(logits, temperature, winner, best, tl.sum(mass.to(tl.int64)), token + row, logprob + row)
 
@@ -303,7 +304,7 @@ def _filtered_race(
         token = at if ids is None else tl.load(ids + at, mask=at < count, other=NO_ID)
         stays = ((x > low) | ((x == low) & (token <= last))) & (x - best >= log_min_p)
         mass += tl.where(stays, _mass(x, best), 0)
-        keys = tl.where(stays, noise(token_bits(token, key, position, attempt, stream)) - x, float("inf"))
+        keys = tl.where(stays, noise(token_bits(token, key, position, attempt, stream)) - (x - best), float("inf"))
         tile_key = tl.min(keys)
         tile_winner = tl.min(tl.where(keys == tile_key, token, NO_ID))
         better = (tile_key < best_key) | ((tile_key == best_key) & (tile_winner < winner))
@@ -381,9 +382,14 @@ def _scores(logits, at, count, temperature):
 
 
 @triton.jit
+def _below(x, best):
+    """x - best for x <= best, both of which may be infinite."""
+    return tl.where(x == best, 0.0, x - best)
+
+
+@triton.jit
 def _exp_from(x, best):
-    """exp(x - best) for x <= best, both of which may be infinite."""
-    return tl.where(x == best, 1.0, tl.exp(x - best))
+    return tl.exp(_below(x, best))
 
 
 @triton.jit
@@ -394,10 +400,10 @@ def _mass(x, best):
 
 @triton.jit
 def _share(total, top_p):
-    """The least integer that is not below top_p * total."""
+    """The least integer that is not below top_p * total; at least one: top_p may be 0 in fp32, and one token stays."""
     exact = total.to(tl.float64) * top_p
     share = exact.to(tl.int64)
-    return share + (share.to(tl.float64) < exact).to(tl.int64)
+    return tl.maximum(share + (share.to(tl.float64) < exact).to(tl.int64), 1)
 
 
 @triton.jit

@@ -5,7 +5,17 @@ from stars_kernels.ops.fork_attention import fork_attention_ref
 from stars_kernels.ops.triton import fork_attention as module
 from stars_kernels.ops.triton.fork_attention import fork_attention_triton
 from tests.ops.helpers import assert_no_worse, dtype_name, moved, strided
-from tests.ops.test_fork_attention import LAYOUTS, SHAPES, eager, in_order, make_case, shapes, steps_1_5, variants
+from tests.ops.test_fork_attention import (
+    LAYOUTS,
+    SCALES,
+    SHAPES,
+    eager,
+    in_order,
+    make_case,
+    shapes,
+    steps_1_5,
+    variants,
+)
 from tests.ops.triton.conftest import INTERPRETED
 
 DTYPES = [
@@ -49,6 +59,15 @@ def assert_right(case, device):
 def test_variants(device, splits, dtype, steps, variant, launches):
     assert_right(make_case(steps=steps, dtype=dtype, **variant), device)
     assert launches == (["_fork_attention"] if splits == 1 else ["_fork_attention", "_merge"])
+
+
+@variants
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_of_any_sign(device, scale, variant):
+    case = make_case(
+        steps=2, dtype=torch.float32, prompt=(2, 2, 0), suffix_len=[3, 6, 2], query_len=[2, 1, 2], **variant
+    )
+    assert_right(case | {"scale": scale}, device)
 
 
 @shapes

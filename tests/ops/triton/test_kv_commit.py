@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from stars_kernels.ops.triton.kv_commit import kv_commit_triton
-from tests.ops.helpers import DTYPES, bits_of, dtype_name, moved
-from tests.ops.test_kv_commit import CALLS, expected_after, make_case
+from tests.ops.helpers import DTYPES, bits_of, dtype_name, longs, moved
+from tests.ops.test_kv_commit import CALLS, COMMIT, MISPLACED, expected_after, make_case
 
 
 def assert_commits(case, device):
@@ -21,6 +21,19 @@ def assert_commits(case, device):
 def test_commit(device, dtype, call, launches):
     assert_commits(make_case(dtype, **call), device)
     assert launches == ["_commit"]  # all layers, and the lengths
+
+
+@pytest.mark.parametrize("change", [change for change, _ in MISPLACED], ids=str)
+def test_a_misplaced_commit_is_left_out(device, change):
+    """Several programs take its length; the commit beside it is done."""
+    case = COMMIT | {"suffix": torch.ones(3, 2, 2, 3, 8, 64), "arena": torch.zeros(3, 2, 6, 8, 64)} | change
+    beside = {"prompt": longs(0), "row": longs(0), "count": longs(1)}
+    arena, lengths = expected_after(case | beside)
+    both = {name: torch.cat((t, case[name])) for name, t in beside.items()}
+    given = moved(case | both | {"advance": torch.tensor([True, True])}, device)
+    given["lengths"] = given["lengths"].clone()
+    kv_commit_triton(**given)
+    assert torch.equal(given["arena"].cpu(), arena) and torch.equal(given["lengths"].cpu(), lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)

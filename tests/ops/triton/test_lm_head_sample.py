@@ -1,11 +1,12 @@
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from stars_kernels.ops.lm_head_sample import lm_head_sample_ref
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, token_bits
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from tests.ops.helpers import dtype_name, generator
-from tests.ops.test_segment_sample import race, rows_of
+from tests.ops.test_segment_sample import EQUALS, LARGE, large_logits, race, rows_of, tied_draws
 from tests.ops.triton.conftest import INTERPRETED
 
 DTYPES = [
@@ -78,6 +79,27 @@ def test_ties_go_to_the_smallest_id(device):
     token, logprob = draw(device, case)
     assert torch.equal(token, lm_head_sample_ref(*case, 1.0, STREAM_SAMPLE)[0])
     torch.testing.assert_close(logprob, torch.full((50,), 1 / 260).log())
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_equal_logits_are_drawn_equally_at_any_size(device, value):
+    """In tiles with none of them, or with nothing but -inf; the product with one hidden number is exact."""
+    count = 96
+    weight = large_logits(value)[:, None]
+    weight[384:512] = -torch.inf
+    case = (torch.ones(count, 1), weight, *rows_of(count, seed=6))
+    token, logprob = draw(device, case)
+    assert torch.equal(token, lm_head_sample_ref(*case, 1.0, STREAM_SAMPLE)[0])
+    counts = torch.bincount(token, minlength=800)[EQUALS]
+    assert counts.sum() == count and chisquare(counts).pvalue > 1e-3
+    torch.testing.assert_close(logprob.exp(), torch.full((count,), 0.2))
+
+
+def test_equal_keys_go_to_the_smallest_id(device):
+    """Of two tokens, in two tiles."""
+    logits, rows, smaller = tied_draws()
+    token, _ = draw(device, (torch.eye(len(logits)), logits.T.contiguous(), *rows))
+    assert torch.equal(token, smaller)
 
 
 def test_a_rows_bits_do_not_depend_on_its_batch(device):

@@ -12,17 +12,23 @@ from stars_kernels.ops.triton.segment_sample import segment_sample_triton
 from tests.ops.helpers import bits_of, dtype_name, generator, longs
 from tests.ops.test_philox import BIG_KEYS, KNOWN_ANSWERS, words
 from tests.ops.test_segment_sample import (
+    EQUALS,
     EVERY_FILTER,
+    LARGE,
     NO_FILTER,
+    PAIR_FILTERS,
     RARE,
     RARE_KEY,
     SOME_FILTERS,
     TIES,
+    TINY_TOP_P,
     TOP,
     borderline,
     hf_scores,
+    large_logits,
     race,
     rows_of,
+    tied_draws,
 )
 
 some_filters = pytest.mark.parametrize("filters", SOME_FILTERS)
@@ -232,16 +238,45 @@ def test_equal_logits(device, small, filters, value):
     assert_as_defined(device, logits, rows_of(2), **filters)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.99}, {"top_k": 2, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("filters", PAIR_FILTERS, ids=str)
 @pytest.mark.parametrize("capacity", [256, 1], ids=["candidates", "row"])
 def test_equal_keys_go_to_the_smallest_id(device, small, monkeypatch, capacity, filters):
-    """At 1e9 one ulp of fp32 is 64: the noise rounds away and three tokens, of three chunks, have equal keys."""
+    """Of two tokens, in two chunks."""
     monkeypatch.setattr(kernels, "CAPACITY", capacity)
-    logits = torch.zeros(1, 800)
-    logits[0, [641, 7, 430]] = 1e9
-    token, logprob = draw(device, logits, rows_of(3), torch.zeros(3, dtype=torch.int64), **filters)
-    assert (token == 7).all()
-    torch.testing.assert_close(logprob.exp(), torch.full((3,), 1 / 3))
+    logits, rows, smaller = tied_draws()
+    logits, rows, smaller = logits[:5], [t[:5] for t in rows], smaller[:5]
+    token, logprob = draw(device, logits, rows, **filters)
+    assert torch.equal(token, smaller)
+    torch.testing.assert_close(logprob.exp(), torch.full((5,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("value", "filters"),
+    [(value, {}) for value in LARGE] + [(1e6, {"top_k": 5}), (-1e30, {"min_p": 0.1})],
+    ids=str,
+)
+def test_equal_logits_are_drawn_equally_at_any_size(device, small, value, filters):
+    """In several chunks; one of them is all -inf, and one's largest logit is far below the row's."""
+    count = 24
+    logits = large_logits(value)[None]
+    logits[0, 304:512] = -torch.inf
+    logits[0, 512:700] = value - abs(value) / 2
+    source = torch.zeros(count, dtype=torch.int64)
+    token, logprob = assert_as_defined(device, logits, rows_of(count, seed=6), source, **filters)
+    counts = torch.bincount(token, minlength=800)[EQUALS]
+    assert counts.sum() == count and chisquare(counts).pvalue > 1e-3
+    torch.testing.assert_close(logprob.exp(), torch.full((count,), 0.2))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("top_p", TINY_TOP_P)
+@pytest.mark.parametrize("capacity", [256, 1], ids=["candidates", "row"])
+def test_the_smallest_top_p_keeps_the_first_token(device, small, monkeypatch, capacity, top_p, filters):
+    monkeypatch.setattr(kernels, "CAPACITY", capacity)
+    logits = torch.randn(2, 300, generator=generator(14))
+    logits[1, [17, 50, 299]] = 9.0
+    token, logprob = assert_as_defined(device, logits, rows_of(2), top_p=top_p, **filters)
+    assert token.tolist() == [logits[0].argmax().item(), 17] and (logprob == 0).all()
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
