@@ -67,9 +67,7 @@ def test_request_ids(lm, rm):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=["a"], **SET)
     with pytest.raises(TypeError, match=r"request id 1.5 is of type float, expected int or str"):
         stars_kernels.decode(lm, rm, [[1]], request_ids=[1.5], **SET)
-    with pytest.raises(
-        ValueError, match="request id <an integer of 33220 bits> is too large, expected at most"
-    ):
+    with pytest.raises(ValueError, match="request id <an integer of 33220 bits> is too large, expected at most"):
         stars_kernels.decode(lm, rm, [[1]], request_ids=[10**10_000], **SET)
     with pytest.raises(TypeError, match="request_ids is of type int, expected a list"):
         stars_kernels.decode(lm, rm, [[1], [2]], request_ids=1, **SET)
