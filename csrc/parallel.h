@@ -19,11 +19,11 @@ inline int64_t nanoseconds_now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-// Before a loop that begins, and after one in which the calling thread waited from `done` on.
+// Called before a loop that begins, and after a loop whose calling thread had done its own piece at `done`.
 void may_spin_again(int64_t began);
 void note_wait(int64_t began, int64_t done, int64_t ended);
 
-// work(from, to) for pieces of [begin, end), of at least `grain`.
+// Runs work(from, to) on pieces of [begin, end) of at least `grain`.
 template <typename Work>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
   if (end - begin <= grain || at::get_num_threads() == 1 || at::in_parallel_region()) {

@@ -169,7 +169,7 @@ def _is_int(value: object) -> bool:
 
 
 def finite(value: object) -> float | None:
-    """The float that a number of any kind and library is; None where it is none, or beyond all finite floats."""
+    """Return a number of any kind and library as a float; None where it is no number, or no finite float holds it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
         return None
     try:
@@ -187,4 +187,4 @@ class _Shown(reprlib.Repr):
 
 
 shown = _Shown().repr
-"""What an error message says of a value that was found."""
+"""Write a value that was found, for an error message."""

@@ -22,7 +22,7 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import traceback_of, without_our_frames
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Segment
-from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle
+from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle, together
 from stars_kernels.decoder.threshold import start_reward, threshold
 from stars_kernels.decoder.width import AcceptanceHistory
 from stars_kernels.ops import accept
@@ -113,15 +113,15 @@ class Loop:
             turn = active[: self.limits.prompts]
             widths = self._widths(turn, history)
             again = False
-            settles: list[Settle] | None = None
+            settle: Settle | None = None
             try:
                 trials = self._round(turn, widths)
-                settles = self._commit(turn, trials)
-                self._settle(turn, trials, settles, history)
-            except Warning:
+                settle = self._commit(turn, trials)
+                self._settle(turn, trials, settle, history)
+            except Warning:  # which the caller has made an error
                 raise
             except Exception as error:
-                again = settles is None and sum(widths) > 1 and is_out_of_memory(error)
+                again = settle is None and sum(widths) > 1 and is_out_of_memory(error)
                 if not again:
                     self.fail(turn, error)
             if again:  # out here nothing holds the round's tensors any more: the exception did
@@ -130,7 +130,7 @@ class Loop:
                 yield turn
 
     def fail(self, prompts: Sequence[int], error: Exception) -> None:
-        """End those of `prompts` that have not ended; of the traceback, its text is kept: its frames hold tensors."""
+        """End those of `prompts` that have not ended, and keep the traceback as text: its frames hold tensors."""
         told = traceback_of(error)
         error.__traceback__ = None
         for p in prompts:
@@ -189,11 +189,11 @@ class Loop:
             faults[row] = ("a logits processor failed", unsampled[row]) if row in unsampled else (BAD_LOGITS, None)
         return faults | {row: ("a stopping criterion failed", error) for row, error in unstopped.items()}
 
-    def _commit(self, active: list[int], trials: list[_Trial]) -> list[Settle]:
-        """Have both sides take what is kept of a judged round; what makes it true."""
+    def _commit(self, active: list[int], trials: list[_Trial]) -> Settle:
+        """Commit what is kept of a judged round on both sides; it shows once the result is called."""
         kept = [(self.answers[p], p, trial) for p, trial in zip(active, trials, strict=True) if trial.kept]
         if not kept:
-            return []
+            return together([])
 
         def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.proposer.device)
@@ -210,15 +210,12 @@ class Loop:
                 advance=column([trial.decided for _, _, trial in kept], torch.bool),
                 last_token=column([candidate[-1] for candidate in candidates]),
             )
-            return [self.proposer.commit(commit), self.scorer.commit(commit)]
+            return together([self.proposer.commit(commit), self.scorer.commit(commit)])
 
-    def _settle(
-        self, active: list[int], trials: list[_Trial], settles: list[Settle], history: AcceptanceHistory
-    ) -> None:
-        """Make a judged round true, and write it on the answers."""
+    def _settle(self, active: list[int], trials: list[_Trial], settle: Settle, history: AcceptanceHistory) -> None:
+        """Make what a judged round commits visible, and write the round on its answers."""
         with self._timed("commit"):
-            for settle in settles:
-                settle()
+            settle()
             for p, trial in zip(active, trials, strict=True):
                 self._book(self.answers[p], trial, history)
 

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 Settle = Callable[[], None]
-"""Makes a commit visible. It cannot fail: it assigns, and copies into memory that is there."""
+"""Makes a commit visible. It assigns, and copies into memory that is there, so it does not run out of memory.
+
+Where it fails all the same, the answers in the round end, as what it wrote cannot be taken back."""
+
+
+def together(settles: Sequence[Settle]) -> Settle:
+    """Return one function that makes several commits visible, in their order."""
+
+    def settle() -> None:
+        for part in settles:
+            part()
+
+    return settle
 
 
 @dataclass(frozen=True)

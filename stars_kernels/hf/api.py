@@ -97,7 +97,8 @@ def stream(
 
     Raises:
         FileNotFoundError, ValueError, TypeError: at the call: the settings, models or request ids are not usable.
-        KeyboardInterrupt: as from `decode`, where it struck while the next event was waited for.
+        KeyboardInterrupt, and whatever else ends the work early: as from `decode`; at the call, or where the
+            next event is waited for.
     """
     settings = resolve_config(config, overrides)
     prompts, many = split_prompts(prompt)

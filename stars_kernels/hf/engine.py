@@ -39,12 +39,11 @@ from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer, can_fuse
-from stars_kernels.hf.requests import Request, Results, Told, carrying, failure, number_requests
+from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
 
-Result = StarsOutput | Exception
 PROGRESS_DELAY = 3.0
 """Seconds before a progress bar appears."""
 CALIBRATION_WIDTH = 32
@@ -341,7 +340,7 @@ class Engine:
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
         if layout_of(self.lm).mode == "gathered":
             served["fork_attention"] = "gathered: the model has no attention hook"
-        packed, _ = served.pop("packed_linear"), served.pop("packed_swiglu")
+        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash"))
         modules = [module for body in self.bodies for module in body.modules()]
         if not any(isinstance(module, RMSNorm) for module in modules):
             served["rms_norm"] = "the model's own"

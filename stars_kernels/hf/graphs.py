@@ -59,7 +59,10 @@ class CudaCapture:
 
 
 def captured(run: Callable[[], Tensor], capture: AbstractContextManager[object]) -> Tensor:
-    """run() inside of `capture`, whose end fails too where run() does, with an error that does not say why."""
+    """Return run()'s result, called inside of `capture`.
+
+    Where run() fails, the end of the capture fails too, with an error that does not say why: it gets run()'s as cause.
+    """
     cause: Exception | None = None
     try:
         with capture:

@@ -112,9 +112,9 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many token ids it reads: as its config says, but no more than its embeddings have rows, which may be cut.
+    """Return how many token ids it reads: as its config says, but no more than its embeddings have rows (a cut weight).
 
-    (Some have rows behind the vocabulary, for images or for padding.)
+    Embeddings may have more rows than the vocabulary, for images or for padding.
     """
     return min(text_config(model).vocab_size, len(cast(Tensor, model.get_input_embeddings().weight)))
 

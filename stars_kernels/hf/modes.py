@@ -1,4 +1,4 @@
-"""How torch stands in a thread: the engine has settings of its own, the user's functions run in the caller's."""
+"""torch's modes (inference mode, gradients, autocast): the engine has its own, the user's functions the caller's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def without_autocast() -> Iterator[None]:
 
 
 def run_without_autocast(events: Generator[Result, None, None]) -> Generator[Result, None, None]:
-    """`events`, worked on without autocast; suspended at every yield, the consumer is in its own mode."""
+    """Run `events` without autocast; at every yield the consumer is in its own mode."""
     thrown: BaseException | None = None
     while True:
         try:
@@ -42,10 +42,7 @@ def run_without_autocast(events: Generator[Result, None, None]) -> Generator[Res
 
 
 class CallersMode:
-    """How torch stands where this is made: inference mode, gradients and autocast.
-
-    Inside `active`, it stands so again. What the engine's inference mode made before stays without gradients.
-    """
+    """The modes of the thread that makes this: inference mode, gradients and autocast."""
 
     def __init__(self) -> None:
         self._inference, self._gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -53,6 +50,7 @@ class CallersMode:
 
     @contextmanager
     def active(self) -> Iterator[None]:
+        """Be in these modes again inside this block. Tensors that inference mode made before never get gradients."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
@@ -62,7 +60,7 @@ class CallersMode:
 
 
 def in_callers_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function`, to be called as it would be here and now."""
+    """Wrap `function` so that every call of it runs in the modes of here and now."""
     mode = CallersMode()
 
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

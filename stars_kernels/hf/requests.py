@@ -16,6 +16,11 @@ from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.prompts import Codec, Prompt
 
+Result = StarsOutput | Exception
+"""What a prompt comes to: its output, or what ended it."""
+Results = list[Result | None]
+"""One entry a prompt; None until it has ended."""
+
 
 @dataclass
 class Request:
@@ -57,10 +62,6 @@ def failure(codec: Codec, index: int, request_id: int | str | None, error: Excep
     return StarsEvent(index, request_id, token_ids=[], text=text, segment=None, output=error)
 
 
-Results = list[StarsOutput | Exception | None]
-"""One entry a prompt: its output, or what ended it; None until then."""
-
-
 @contextmanager
 def carrying(results: Results) -> Iterator[None]:
     """Give whatever ends the block the results so far, as `.results`."""
@@ -72,7 +73,7 @@ def carrying(results: Results) -> Iterator[None]:
 
 
 def collect(results: Results, many: bool) -> list[StarsOutput]:
-    """One output a prompt; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
+    """Return one output a prompt; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
     ends = [result for result in results if result is not None]
     errors = [result for result in ends if isinstance(result, Exception)]
     if errors:
@@ -89,7 +90,7 @@ class Told:
     tokens: int = 0
     text: str = ""
 
-    def event(self, request: Request, answer: Answer, result: StarsOutput | Exception | None) -> StarsEvent:
+    def event(self, request: Request, answer: Answer, result: Result | None) -> StarsEvent:
         """What is new; result: what the prompt has come to, None while it is on its way."""
         new = answer.tokens[self.tokens :]
         piece = self._piece(answer.tokens, isinstance(result, StarsOutput))

@@ -234,7 +234,8 @@ def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTo
     return Part(lambda prompts, device, _: CallableScorer(called, prompts, device))
 
 
-def called_template(template: Template | None) -> Template | None:
+def _template(template: Template | None) -> Template | None:
+    """The template, called in the caller's mode where it is a function."""
     return in_callers_mode(template) if callable(template) else template
 
 
@@ -300,7 +301,7 @@ def _classifier(
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit = context_limit(loaded.model)
         return Part(lambda prompts, device, _: ClassifierScorer(view, label, chunks), view.base_model, limit)
-    own, template = loaded.own_tokenizer(lm, tokenizer), called_template(rm.template)
+    own, template = loaded.own_tokenizer(lm, tokenizer), _template(rm.template)
     return Part(
         lambda prompts, device, _: TextClassifierScorer(view, label, own, template, prompts, device, chunks),
         view.base_model,
@@ -330,5 +331,5 @@ def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase
         raise TokenizerMissing(f"rm {loaded.name} reads text, which needs the language model's tokenizer")
     loaded.checked(own)
     label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
-    template = called_template(rm.template)
+    template = _template(rm.template)
     return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, template, prompts, device, chunks), copy)

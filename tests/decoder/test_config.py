@@ -64,13 +64,15 @@ def test_large_counts_work_or_are_refused(lm, rm, name):
             assert str(error).startswith(f"{name} is ") and "expected less than " in str(error)
             assert name not in ("segment_size", "width", "batch_size")
             continue
-        expected = StarsConfig(**SET, eos_token_id=()) if name != "max_new_tokens" else config
+        expected = StarsConfig(**SET, eos_token_id=())
         given = stars_kernels.decode(lm, rm, [1, 2], config=config, eos_token_id=())
         if name in ("width", "batch_size"):
             assert given.token_ids == stars_kernels.decode(lm, rm, [1, 2], config=expected).token_ids
         elif name == "segment_size":
             whole = expected.replace(segment_size=8)
             assert given.token_ids == stars_kernels.decode(lm, rm, [1, 2], config=whole).token_ids
+        else:
+            assert (name, given.finish_reason) == ("max_new_tokens", "context")
     for value in (0, -1, -(2**63), -(10**400), True, 1.0):
         with pytest.raises(ValueError, match=f"^{name} is .*, expected "):
             StarsConfig(**{name: value})

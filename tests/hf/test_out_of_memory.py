@@ -366,13 +366,11 @@ def test_memory_that_runs_out_at_any_op_of_a_commit(kind, lm, rm, monkeypatch):
     config = CONFIG.replace(max_new_tokens=10, width=4, eos_token_id=(), top_k=20)
 
     def run(mode):
-        watched = SIDES["proposer"], SIDES.get(kind, SIDES["proposer"])
+        watched = {SIDES["proposer"], SIDES.get(kind, SIDES["proposer"])}
         with monkeypatch.context() as patch:
             for owner, names in watched:
                 for name in names:
                     real = getattr(owner, name)
-                    if getattr(real, "watched", False):
-                        continue
 
                     def watch(self, *args, real=real):
                         with mode:
@@ -384,7 +382,6 @@ def test_memory_that_runs_out_at_any_op_of_a_commit(kind, lm, rm, monkeypatch):
 
                         return settle_watched
 
-                    watch.watched = True
                     patch.setattr(owner, name, watch)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -399,6 +396,29 @@ def test_memory_that_runs_out_at_any_op_of_a_commit(kind, lm, rm, monkeypatch):
         found, said = run(ShortOfMemory(at))
         assert found == expected, at
         assert len(said) == 1 and said[0].startswith("out of memory in a round of "), (at, said)
+
+
+def test_a_round_whose_commits_are_partly_visible_is_not_tried_again(lm, rm, monkeypatch):
+    """What was written cannot be taken back: out of memory there, which should not be, ends the round's answers."""
+    real, calls = ModelProposer.commit, []
+
+    def commit(self, commit):
+        settle = real(self, commit)
+
+        def failing():
+            settle()
+            calls.append(1)
+            if len(calls) == 2:
+                raise exhausted()
+
+        return failing
+
+    monkeypatch.setattr(ModelProposer, "commit", commit)
+    with warnings.catch_warnings(), pytest.raises(StarsError) as failed:
+        warnings.simplefilter("error")
+        stars_kernels.decode(lm, rm, PROMPTS, config=CONFIG, request_ids=IDS)
+    assert len(calls) == 2 and sorted(failed.value.errors) == [0, 1, 2, 3]
+    assert "the batch failed: OutOfMemoryError" in str(failed.value)
 
 
 def test_memory_that_runs_out_in_a_capture():

@@ -68,6 +68,7 @@ def test_the_output_says_what_ran():
     assert packed.backends["linear"].startswith("cpp: packed, ")
     plain = stars_kernels.decode(model, rm, [1, 2], pack=False, **SET)
     assert plain.backends["linear"] == "torch"
+    assert not {"packed_linear", "packed_swiglu", "content_hash"} & {*packed.backends, *plain.backends}
     assert packed.reward == pytest.approx(plain.reward, abs=1e-3)
     for dtype in (torch.float64, torch.bfloat16):
         other = stars_kernels.decode(wide_model(dtype), tiny_reward_model(dtype, **WIDE), [1, 2], **SET)

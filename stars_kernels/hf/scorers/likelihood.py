@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.layout import vocabulary
 from stars_kernels.hf.proposer import logits_of, packed_chunks
@@ -43,13 +43,7 @@ class LikelihoodScorer:
         return Scores(first - second[0] if second else first, lengths * len(self.sides))
 
     def commit(self, commit: Commit) -> Settle:
-        settles = [side.commit(commit) for side in self.sides]
-
-        def settle() -> None:
-            for side in settles:
-                side()
-
-        return settle
+        return together([side.commit(commit) for side in self.sides])
 
     def release(self) -> None:
         for side in self.sides:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.errors import without_our_frames
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
+from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.hf.layout import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import reward_output
@@ -101,14 +101,7 @@ class ReaderScorer(TextScorer[Input]):
 
     def commit(self, commit: Commit) -> Settle:
         chosen = [row for row, go in zip(commit.row.tolist(), commit.advance.tolist(), strict=True) if go and row >= 0]
-        settle_texts = super().commit(commit)
-        settle_reader = self.reader.keep([self.ready.index(row) for row in chosen])
-
-        def settle() -> None:
-            settle_texts()
-            settle_reader()
-
-        return settle
+        return together([super().commit(commit), self.reader.keep([self.ready.index(row) for row in chosen])])
 
     def release(self) -> None:
         self.reader.release()

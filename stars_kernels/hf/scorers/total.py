@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
+from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle, together
 
 
 class SumScorer:
@@ -24,13 +24,7 @@ class SumScorer:
         return self._sum([part.score(rows, tokens, lengths) for part, _ in self.parts])
 
     def commit(self, commit: Commit) -> Settle:
-        settles = [part.commit(commit) for part, _ in self.parts]
-
-        def settle() -> None:
-            for part in settles:
-                part()
-
-        return settle
+        return together([part.commit(commit) for part, _ in self.parts])
 
     def release(self) -> None:
         for part, _ in self.parts:
