@@ -45,6 +45,9 @@ class _Judged:
     def release(self) -> None:
         self.scorer.release()
 
+    def close(self) -> None:
+        self.scorer.close()
+
 
 def segment_graphs(model: PreTrainedModel, config: StarsConfig) -> SegmentGraphs | None:
     """What `stars_kernels.decode` runs segments with; None = eagerly, as in float64, whose ops are the definitions."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stars_kernels.decoder.errors import message_of
+from stars_kernels.decoder.errors import message_of, with_cause
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
 
 FindStop = Callable[[list[int], int], int | None]
@@ -50,7 +50,9 @@ class Answer:
             self.segments.append(Segment())
         return self.segments[-1]
 
-    def fail(self, what: str, cause: Exception | None = None) -> None:
+    def fail(self, what: str, cause: Exception | None = None, trace: str | None = None) -> None:
+        """End the answer with an error; trace: as in `with_cause`."""
         why = "" if cause is None else f": {type(cause).__name__}: {message_of(cause)}"
         self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}{why}")
-        self.error.__cause__ = cause
+        if cause is not None:
+            with_cause(self.error, cause, trace)

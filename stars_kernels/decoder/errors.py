@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from stars_kernels.decoder.output import StarsOutput
+
+Kept = TypeVar("Kept", bound=Exception)
 
 
 class StarsError(RuntimeError):
@@ -46,17 +48,19 @@ def message_of(error: BaseException) -> str:
         return f"(its message cannot be read: {type(failure).__name__})"
 
 
-def without_our_frames(error: Exception) -> Exception:
-    """Cut this package's frames off the start of `error`'s traceback, for an error that is kept; returns it.
+def trace_taken_from(error: BaseException) -> str:
+    """Return the end of `error`'s traceback as text, and take the traceback off it, for an error that is kept.
 
-    They hold caches, for as long as the error lives. The frames of the function that raised it stay as they are.
+    Its frames, and those that called them, would keep logits and activations alive as long as the error.
     """
-    trace = error.__traceback__
-    while trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("stars_kernels."):
-        trace = trace.tb_next
-    return error.with_traceback(trace)
+    text = "".join(traceback.format_tb(error.__traceback__, limit=-8))
+    error.__traceback__ = None
+    return text
 
 
-def traceback_of(error: BaseException) -> str:
-    """Return the end of `error`'s traceback as text, which holds no tensors as its frames do."""
-    return "".join(traceback.format_tb(error.__traceback__, limit=-8))
+def with_cause(error: Kept, cause: BaseException, trace: str | None = None) -> Kept:
+    """Give `error` its cause, and where that was raised as a note; trace: as text, where it was taken before."""
+    error.__cause__ = cause
+    if note := trace_taken_from(cause) if trace is None else trace:
+        error.add_note(note)
+    return error

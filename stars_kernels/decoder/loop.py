@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.errors import traceback_of, without_our_frames
+from stars_kernels.decoder.errors import trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Segment
 from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle, together
@@ -83,6 +83,11 @@ class Loop:
         for _ in self.rounds():
             pass
 
+    def close(self) -> None:
+        """Free both sides' memory, whoever still refers to them: the frames of an error that is kept, for one."""
+        self.proposer.close()
+        self.scorer.close()
+
     def begin(self) -> None:
         """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
         prompts = [answer.prompt for answer in self.answers]
@@ -130,15 +135,11 @@ class Loop:
                 yield turn
 
     def fail(self, prompts: Sequence[int], error: Exception) -> None:
-        """End those of `prompts` that have not ended, and keep the traceback as text: its frames hold tensors."""
-        told = traceback_of(error)
-        error.__traceback__ = None
+        """End those of `prompts` that have not ended."""
+        trace = trace_taken_from(error)
         for p in prompts:
-            answer = self.answers[p]
-            if answer.active:
-                answer.fail("the batch failed", error)
-                assert answer.error is not None
-                answer.error.add_note(told)
+            if self.answers[p].active:
+                self.answers[p].fail("the batch failed", error, trace)
 
     def _shrink(self, prompts: int, width: int) -> None:
         self.limits.halve_round(prompts, width)
@@ -258,7 +259,7 @@ class Loop:
                     except Exception as error:  # of a candidate that may never be judged
                         if is_out_of_memory(error):
                             raise
-                        errors[r], stop = without_our_frames(error), None
+                        errors[r], stop = error, None
                     if stop is not None:
                         cut[r], stopped[r] = stop - len(accepted), True
             lengths = torch.tensor(cut, device=tokens.device)

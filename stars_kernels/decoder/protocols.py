@@ -95,6 +95,9 @@ class Proposer(Protocol):
     def release(self) -> None:
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
 
+    def close(self) -> None:
+        """Give back all memory, also where `begin` failed; no other call follows."""
+
 
 class Scorer(Protocol):
     """Scores candidates behind the accepted answer."""
@@ -110,3 +113,6 @@ class Scorer(Protocol):
 
     def release(self) -> None:
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
+
+    def close(self) -> None:
+        """Give back all memory, also where `begin` failed; no other call follows."""

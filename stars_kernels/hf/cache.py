@@ -114,6 +114,12 @@ class ForkCache(Cache):
             group.release()
         self.fork(self._forked[:0])
 
+    def close(self) -> None:
+        """Give back all memory; the cache is of no use any more."""
+        for group in self.groups:
+            group.close()
+        self._layers, self.states, self.layers = [], None, []
+
     def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:
         """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest.
 
@@ -327,6 +333,14 @@ class GatheredCache(ForkCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._past + query_length, 0
+
+
+def close_cache_of(owner: object) -> None:
+    """Free the `cache` of an object, where it has one, and whatever else it holds."""
+    cache = vars(owner).get("cache")
+    if cache is not None:
+        cache.close()
+    vars(owner).clear()
 
 
 def _moved(plan: list[Span] | Suffix, device: torch.device) -> list[Span] | Suffix:

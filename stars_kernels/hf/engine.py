@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig, shown
-from stars_kernels.decoder.errors import message_of, without_our_frames
+from stars_kernels.decoder.errors import message_of, with_cause
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
@@ -134,7 +134,7 @@ class Engine:
                 errors[index] = (TypeError if isinstance(error, TypeError) else ValueError)(
                     f"prompt {index}: {message_of(error)}"
                 )
-                errors[index].__cause__ = without_our_frames(error)
+                with_cause(errors[index], error)
         ids = number_requests(request_ids, len(prompts), encoded)
         requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
         return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
@@ -194,8 +194,11 @@ class Engine:
     def _sample(self, requests: list[Request], plain: StarsConfig) -> list[Answer]:
         """Plain continuations of the first of `requests`, as many as make a batch."""
         loop = self._begin(requests, plain, STREAM_CALIBRATE)
-        for _ in loop.rounds():
-            pass
+        try:
+            for _ in loop.rounds():
+                pass
+        finally:
+            loop.close()
         return loop.answers
 
     def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
@@ -212,7 +215,7 @@ class Engine:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     loop.fail(range(len(batch)), error)
                     return loop
-            del loop
+            loop.close()
             self.limits.halve_batch(len(batch))
             free_memory()
 
@@ -266,6 +269,8 @@ class Engine:
                     answer.finish_reason = "interrupted"
                 self._result(request, answer, loop.seconds)
             raise
+        finally:
+            loop.close()
         return len(batch)
 
     def _event(
@@ -274,10 +279,8 @@ class Engine:
         """What is new of a prompt; where its text cannot be told, the prompt ends with that."""
         try:
             return told.event(request, answer, result)
-        except Warning:  # which the caller has made an error
-            raise
-        except Exception as error:
-            answer.fail("its text could not be made", without_our_frames(error))
+        except Exception as error:  # a tokenizer's, of any kind
+            answer.fail("its text could not be made", error)
         result = self._result(request, answer, seconds)
         assert isinstance(result, Exception)
         return failure(self.codec, request.index, request.id, result)
@@ -289,7 +292,7 @@ class Engine:
             try:
                 result = self._output(request, answer, answer.finish_reason, seconds)
             except Exception as error:  # a tokenizer's, of any kind
-                answer.fail("its text could not be made", without_our_frames(error))
+                answer.fail("its text could not be made", error)
         if answer.error is not None:
             result = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
             result.__cause__ = answer.error.__cause__

@@ -73,6 +73,10 @@ class HiddenStates:
         self.rows = self.prompts.new_empty(0, self.segment_size, self.prompts.shape[1])
         self.logits = self.best_logits.new_empty(0, self.best_logits.shape[1])
 
+    def close(self) -> None:
+        """Give back all memory."""
+        vars(self).clear()
+
     @property
     def storage(self) -> tuple[int, int]:
         """Where the buffers lie that a segment writes."""

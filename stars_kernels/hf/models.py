@@ -30,6 +30,9 @@ from stars_kernels.ops._registry import call_op
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
+HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+"""Where torch keeps a module's hooks."""
+
 Model = TypeVar("Model", bound=nn.Module)
 ModelOrPath = PreTrainedModel | str | os.PathLike[str]
 
@@ -118,7 +121,7 @@ def eval_copy(model: Model) -> Model:
         memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
         state = {
-            name: copy.copy(value) if name.endswith("_hooks") else _copied(value, memo)
+            name: copy.copy(value) if name in HOOKS else _copied(value, memo)
             for name, value in module.__getstate__().items()
         }
         memo[id(module)].__setstate__(state)

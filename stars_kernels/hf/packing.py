@@ -178,7 +178,8 @@ def _code(kind: type[nn.Module]) -> tuple[Any, ...]:
     code = getattr(kind.forward, "__code__", None)
     if code is None or code.co_freevars:  # wrapped: what is inside does not show
         return (kind,)
-    return code.co_code, code.co_names, code.co_consts, code.co_varnames
+    known = [kind.forward.__globals__.get(name) for name in code.co_names]  # the same name may mean another function
+    return code.co_code, code.co_names, code.co_consts, code.co_varnames, known
 
 
 def has_hooks(module: nn.Module) -> bool:

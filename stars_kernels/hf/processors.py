@@ -36,7 +36,6 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Commit, Rows, Settle
 from stars_kernels.hf.modes import CallersMode
@@ -196,7 +195,7 @@ class BatchProcessors:
             if is_out_of_memory(error):
                 raise
             if len(index) == 1:
-                self.errors[index[0]] = without_our_frames(error)
+                self.errors[index[0]] = error
                 return torch.full_like(logits, math.nan, dtype=torch.float32)
         rows = zip(index, suffix.split(1), logits.split(1), strict=True)
         return torch.cat([self._process(prompt, [row], *one).to(logits.device) for row, *one in rows])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Settle
-from stars_kernels.hf.cache import ForkCache, open_cache
+from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.layout import layout_of
@@ -201,6 +201,13 @@ class ModelProposer:
             self.processors.forget()
         if self.hidden is not None:
             self.hidden.release()
+
+    def close(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.hidden is not None:
+            self.hidden.close()
+        close_cache_of(self)
 
     def _read_pending(self, prompts: Tensor) -> None:
         """Feed the last accepted token of each prompt that has one: one row a prompt."""

@@ -93,14 +93,15 @@ class Told:
     def event(self, request: Request, answer: Answer, result: Result | None) -> StarsEvent:
         """What is new; result: what the prompt has come to, None while it is on its way."""
         new = answer.tokens[self.tokens :]
-        piece = self._piece(answer.tokens, isinstance(result, StarsOutput))
+        piece = self._piece(answer.tokens, result)
         self.tokens = len(answer.tokens)
         return StarsEvent(request.index, request.id, new, piece, answer.segments[-1] if new else None, result)
 
-    def _piece(self, tokens: list[int], whole: bool) -> str | None:
+    def _piece(self, tokens: list[int], result: Result | None) -> str | None:
         if self.codec is None or self.codec.tokenizer is None:
             return None
-        text = self.codec.decode(tokens) if whole else self.codec.settled(tokens)
+        whole = result.text if isinstance(result, StarsOutput) else None
+        text = self.codec.settled(tokens) if whole is None else whole
         if not text.startswith(self.text):
             warnings.warn(
                 f"the tokenizer rewrote text that an event has told: {self.text!r} became {text!r}", stacklevel=2

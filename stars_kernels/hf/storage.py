@@ -73,6 +73,10 @@ class Group:
     def release(self) -> None:
         self.suffix = self.suffix[:, :, :0].clone()
 
+    def close(self) -> None:
+        self.arena = self.suffix = self.arena.new_empty(0)
+        self.arena_planes = ()
+
     def suffix_planes(self, rows: slice) -> tuple[Tensor, ...]:
         """[R, T, Hkv, D] of each plane."""
         return self.suffix.flatten(0, 1)[:, rows].unbind()

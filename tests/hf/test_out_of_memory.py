@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stars_kernels
 from stars_kernels import StarsConfig, StarsError
 from stars_kernels.decoder.memory import is_out_of_memory
+from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.graphs import captured
+from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.scorers import ClassifierScorer, LikelihoodScorer, SumScorer, TextClassifierScorer
+from stars_kernels.hf.storage import Group
 from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model
@@ -247,31 +250,74 @@ def test_the_failed_rounds_tensors_are_gone_before_the_next(lm, no_collection):
     assert alive and not any(alive)
 
 
-def test_a_failed_answer_holds_no_cache(lm, monkeypatch):
-    """Its exception may be kept for as long as the call lasts, with a traceback of frames that held everything."""
-    from stars_kernels.hf.cache import ForkCache
+def raising_reward(prompts, answers):
+    if any(answers):
+        raise ValueError("once")
+    return [0.0] * len(answers)
 
-    caches, calls, init = [], [], ForkCache.__init__
 
-    def watched(cache, *args):
-        caches.append(weakref.ref(cache))
-        init(cache, *args)
+def raising_from_reward(prompts, answers):
+    """Its cause has a traceback of its own, whose frames were called by the package's."""
+    try:
+        return raising_reward(prompts, answers)
+    except ValueError as error:
+        raise ValueError("once") from error
 
-    class Head(torch.nn.Linear):
-        def forward(self, hidden):
-            calls.append(hidden.shape)
-            if len(calls) == 3:
-                raise ValueError("once")
-            return super().forward(hidden)
 
-    monkeypatch.setattr(ForkCache, "__init__", watched)
-    head = Head(lm.config.hidden_size, 1).double()
-    with pytest.raises(StarsError) as failed:
-        stars_kernels.decode(lm, head, PROMPTS, request_ids=IDS, config=CONFIG, batch_size=1)
-    first = failed.value.results[0]
+def raising_template(prompt, answer):
+    if answer:
+        raise ValueError("once")
+    return prompt
+
+
+class RaisingHead(torch.nn.Linear):
+    def forward(self, hidden):
+        if hidden.shape[0] > 1:
+            try:
+                raise KeyError("before")
+            except KeyError:
+                raise ValueError("once")  # noqa: B904 - an implicit context is the point
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize("kind", ["reward", "raise from", "template", "head", "processor"])
+def test_a_failed_answer_holds_no_memory(kind, lm, rm, monkeypatch):
+    """Its exception may be kept, and a cause with a traceback of frames that held everything."""
+    storages, make = [], Group.make_room
+
+    def watched(group, rows):
+        make(group, rows)
+        storages.extend(weakref.ref(t.untyped_storage()) for t in (group.arena, group.suffix))
+
+    monkeypatch.setattr(Group, "make_room", watched)
+    rewards = {
+        "reward": raising_reward,
+        "raise from": raising_from_reward,
+        "template": stars_kernels.RewardModel(rm, byte_tokenizer(), raising_template),
+        "head": RaisingHead(lm.config.hidden_size, 1).double(),
+    }
+    texts, settings = ["ab", "cd", "ef", "gh"], dict(CONFIG.__dict__, batch_size=1, eos_token_id=())
+    if kind == "processor":
+
+        def process(input_ids, scores):
+            raise ValueError("once") from KeyError("before")
+
+        ids = torch.tensor([byte_tokenizer()(text)["input_ids"] for text in texts])
+        rules = TokenRules([process], (), ids)
+        engine = Engine(lm, rm, byte_tokenizer(), StarsConfig(**settings), False, rules)
+        results = [None] * len(texts)
+        list(engine.run(texts, IDS, results))
+    else:
+        with pytest.raises(StarsError) as failed:
+            stars_kernels.decode(lm, rewards[kind], texts, tokenizer=byte_tokenizer(), request_ids=IDS, **settings)
+        results = failed.value.results
+        failed.value.__traceback__ = None
+        del failed
     gc.collect()
-    assert "once" in str(first) and 'raise ValueError("once")' in first.__notes__[0]
-    assert len(caches) == len(PROMPTS) and not any(cache() for cache in caches)
+    for result in results:
+        assert "ValueError: once" in str(result)
+        assert 'raise ValueError("once")' in result.__notes__[0] and result.__cause__.__traceback__ is None
+    assert storages and not any(storage() for storage in storages)
 
 
 def test_suffixes_are_given_back(lm, rm):

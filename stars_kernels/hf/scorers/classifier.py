@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
-from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.models import score_head
 from stars_kernels.hf.proposer import packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
@@ -60,6 +60,9 @@ class ClassifierScorer:
 
     def release(self) -> None:
         self.cache.release()
+
+    def close(self) -> None:
+        close_cache_of(self)
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
 from stars_kernels.hf.scorers.text import TextScorer
@@ -40,7 +39,7 @@ class CallableScorer(TextScorer[tuple[str, str]]):
         try:
             return Scores(self._rewards(inputs).to(self.device))
         except WrongRewards as error:
-            errors: dict[int, Exception] = dict.fromkeys(range(len(inputs)), without_our_frames(error))
+            errors: dict[int, Exception] = dict.fromkeys(range(len(inputs)), error)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -50,7 +49,7 @@ class CallableScorer(TextScorer[tuple[str, str]]):
             try:
                 rewards[row] = self._rewards([one])[0]
             except Exception as error:
-                errors[row] = without_our_frames(error)
+                errors[row] = error
         return Scores(rewards.to(self.device), errors=errors)
 
     def _rewards(self, inputs: list[tuple[str, str]]) -> Tensor:
@@ -59,9 +58,7 @@ class CallableScorer(TextScorer[tuple[str, str]]):
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise WrongRewards(
-                f"the reward function returned {_shorten(returned)}, {expected}"
-            ) from without_our_frames(error)
+            raise WrongRewards(f"the reward function returned {_shorten(returned)}, {expected}") from error
         if values.shape != (len(inputs),):
             raise WrongRewards(f"the reward function returned shape {list(values.shape)}, {expected}")
         return values

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
-from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.layout import vocabulary
 from stars_kernels.hf.proposer import logits_of, packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
@@ -48,6 +48,10 @@ class LikelihoodScorer:
     def release(self) -> None:
         for side in self.sides:
             side.release()
+
+    def close(self) -> None:
+        for side in self.sides:
+            close_cache_of(side)
 
 
 def likelihood_chunks(model: PreTrainedModel) -> Chunks:

@@ -39,6 +39,9 @@ class OwnHeadScorer:
     def release(self) -> None:
         """It holds no rows of its own."""
 
+    def close(self) -> None:
+        """It holds no memory of its own: the hidden states are the proposer's."""
+
 
 def head_rewards(head: nn.Module, states: Tensor, last: Tensor) -> Tensor:
     """[R] float64: the head's output on states [R, T, D], read at `last` [R]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Settle
-from stars_kernels.hf.cache import ForkCache, open_cache
+from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
 from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.models import name_of
 from stars_kernels.hf.proposer import packed_chunks
@@ -83,6 +83,9 @@ class RowReader:
     def release(self) -> None:
         if self.cache is not None:
             self.cache.release()
+
+    def close(self) -> None:
+        close_cache_of(self)
 
     def _fitting(self, owners: list[int], rows: list[list[int]], steps: int) -> ForkCache:
         """The cache, or a new and empty one where its slots or its suffixes are too short for these rows."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_kernels.decoder.errors import without_our_frames
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.hf.layout import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
@@ -54,6 +53,9 @@ class TextScorer(ABC, Generic[Input]):
     def release(self) -> None:
         """It holds no rows on a device."""
 
+    def close(self) -> None:
+        """It holds nothing on a device."""
+
     @abstractmethod
     def prepare(self, prompt: TextPrompt, answer: str) -> Input:
         """What is to be read of one row; may raise, which fails this row alone."""
@@ -70,7 +72,7 @@ class TextScorer(ABC, Generic[Input]):
             try:
                 inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
             except Exception as error:  # a template's and a tokenizer's errors are of many kinds
-                errors[row] = without_our_frames(error)
+                errors[row] = error
         ready = self.ready = list(inputs)
         found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
         if ready:
@@ -105,6 +107,9 @@ class ReaderScorer(TextScorer[Input]):
 
     def release(self) -> None:
         self.reader.release()
+
+    def close(self) -> None:
+        self.reader.close()
 
 
 class TextClassifierScorer(ReaderScorer[list[int]]):

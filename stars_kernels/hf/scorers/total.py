@@ -30,6 +30,10 @@ class SumScorer:
         for part, _ in self.parts:
             part.release()
 
+    def close(self) -> None:
+        for part, _ in self.parts:
+            part.close()
+
     def _sum(self, scores: list[Scores]) -> Scores:
         weights = [weight for _, weight in self.parts]
         home = scores[0].rewards.device
