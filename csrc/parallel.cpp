@@ -19,42 +19,43 @@ constexpr int64_t kOften = 32 * kMillisecond;  // two late threads so close are 
 constexpr int64_t kShortestHold = 16 * kMillisecond, kLongestHold = 1024 * kMillisecond;
 constexpr int64_t kCalm = 256 * kMillisecond;  // so long without a hold, and the neighbour is gone
 
-// Idle OpenMP threads, as many as it takes that there are more than cores (GOMP_SPINCOUNT in libgomp's manual).
-class Crowd {
+// Idle OpenMP threads, as many as it takes that there are more threads than cores. libgomp then waits for a shorter time
+// before it sleeps (GOMP_SPINCOUNT in its manual); other OpenMP libraries have no such rule, and nothing changes there.
+class Oversubscription {
  public:
-  void gather() {
+  void begin() {
 #ifdef _OPENMP
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (there_) return;
-    there_ = true;
+    if (begun_) return;
+    begun_ = true;
     const int size = std::max(2, omp_get_num_procs() - at::get_num_threads() + 2);
-    std::thread([this, size, visit = visit_] {
+    std::thread([this, size, number = number_] {
 #pragma omp parallel num_threads(size)
       { asm volatile(""); }  // they stay until this thread ends
       std::unique_lock<std::mutex> lock(mutex_);
-      gone_.wait(lock, [&] { return visit_ != visit; });
+      ended_.wait(lock, [&] { return number_ != number; });
     }).detach();
 #endif
   }
 
-  void disperse() {
+  void end() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!there_) return;
-    there_ = false;
-    ++visit_;
-    gone_.notify_all();
+    if (!begun_) return;
+    begun_ = false;
+    ++number_;
+    ended_.notify_all();
   }
 
  private:
   std::mutex mutex_;
-  std::condition_variable gone_;
-  bool there_ = false;
-  int64_t visit_ = 0;
+  std::condition_variable ended_;
+  bool begun_ = false;
+  int64_t number_ = 0;
 };
 
-Crowd& crowd() {
-  static Crowd* const crowd = new Crowd;  // never destroyed: its thread may outlive main()
-  return *crowd;
+Oversubscription& oversubscription() {
+  static auto* const one = new Oversubscription;  // never destroyed: its thread may outlive main()
+  return *one;
 }
 
 std::atomic<int64_t> held_until{0};  // 0 = not held
@@ -64,7 +65,7 @@ std::atomic<int64_t> last_late{0}, last_hold{0}, hold{kShortestHold};
 
 void may_spin_again(int64_t began) {
   int64_t until = held_until.load(std::memory_order_relaxed);
-  if (until != 0 && began > until && held_until.compare_exchange_strong(until, 0)) crowd().disperse();
+  if (until != 0 && began > until && held_until.compare_exchange_strong(until, 0)) oversubscription().end();
 }
 
 void note_wait(int64_t began, int64_t done, int64_t ended) {
@@ -73,7 +74,7 @@ void note_wait(int64_t began, int64_t done, int64_t ended) {
   if (ended - last_late.exchange(ended) > kOften) return;
   hold = ended - last_hold < kCalm ? std::min(2 * hold, kLongestHold) : kShortestHold;
   held_until = last_hold = ended + hold;
-  crowd().gather();
+  oversubscription().begin();
 }
 
 }  // namespace stars
