@@ -6,12 +6,12 @@ import functools
 import math
 import secrets
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +37,7 @@ from stars_kernels.hf.models import (
 from stars_kernels.hf.modes import run_without_autocast
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
+from stars_kernels.hf.progress import Progress
 from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer, can_fuse
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
@@ -44,8 +45,6 @@ from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
 
-PROGRESS_DELAY = 3.0
-"""Seconds before a progress bar appears."""
 CALIBRATION_WIDTH = 32
 """Continuations of a prompt decoded side by side, at most; as everywhere, it changes memory and speed only."""
 
@@ -173,6 +172,15 @@ class Engine:
                 answers += done
                 bar.update(sum(answer.counts.sampled for answer in done))
         done = [answer for answer in answers if answer.error is None]
+        failed = [(request, answer) for request, answer in zip(chosen, answers, strict=True) if answer.error]
+        if failed and done:
+            request, answer = failed[0]
+            warnings.warn(
+                f"calibration goes on without {len(failed)} of {len(answers)} prompts, unknown to r* and beta; "
+                f"the first, prompt {request.index}: {answer.error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
             first = answers[0].error or answers[0].segments[0].rewards
@@ -252,7 +260,7 @@ class Engine:
 
         return find_stop if finders else None
 
-    def _run_batch(self, requests: list[Request], bar: tqdm[Any]) -> Generator[StarsEvent, None, int]:
+    def _run_batch(self, requests: list[Request], bar: Progress) -> Generator[StarsEvent, None, int]:
         """Decode the first of `requests`, as many as make a batch; returns their number."""
         loop = self._begin(requests, self.config, STREAM_SAMPLE)
         batch = list(zip(requests, loop.answers, [Told(self.told) for _ in loop.answers], strict=False))
@@ -359,5 +367,5 @@ class Engine:
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
         return {**served, "linear": linear}
 
-    def _progress(self, total: int | None, what: str) -> tqdm[Any]:
-        return tqdm(total=total, desc=what, unit="tok", delay=PROGRESS_DELAY, disable=not self.config.progress)
+    def _progress(self, total: int | None, what: str) -> Progress:
+        return Progress(total, what, self.config.progress)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +31,8 @@ from stars_kernels.ops._registry import call_op
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
+PLAIN = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
+"""What a class overrides whose modules are not copied by their __dict__."""
 HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 """Where torch keeps a module's hooks."""
 
@@ -130,10 +133,9 @@ def eval_copy(model: Model) -> Model:
 
 
 def _copies_itself(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are more than their state, as TorchScript's are."""
-    return hasattr(kind, "__deepcopy__") or (kind.__reduce_ex__, kind.__reduce__) != (
-        object.__reduce_ex__, object.__reduce__,
-    )  # fmt: skip
+    """Whether modules of a class are more than a dict of their state, as TorchScript's are."""
+    own = any(getattr(kind, name) is not getattr(nn.Module, name) for name in PLAIN)
+    return own or hasattr(kind, "__deepcopy__")
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -146,9 +148,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             raise ValueError(f"a module {type(value).__name__} cannot be copied for its view: {error}") from error
     while len(memo) > known:  # half-made copies
         memo.popitem()
-    if not isinstance(value, dict | list):
+    if not isinstance(value, dict | list | PreTrainedConfig):
         return value
     parts = memo[id(value)] = copy.copy(value)
+    if isinstance(value, PreTrainedConfig):  # never shared: the view's has our attention written on it
+        vars(parts).update({name: _copied(part, memo) for name, part in vars(value).items()})
+        return parts
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         parts[key] = _copied(part, memo)
     return parts

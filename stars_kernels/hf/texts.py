@@ -36,7 +36,7 @@ class TextPrompt:
             return ""
         assert self._prompt.text is not None and self._codec.tokenizer is not None
         header = turn_header(self._codec.tokenizer, self.messages)
-        return self._prompt.text[shared_length(header, self._prompt.text) :]
+        return self._prompt.text.removeprefix(header) if self._prompt.text.startswith(header) else ""
 
     @cached_property
     def text(self) -> str:

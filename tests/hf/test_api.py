@@ -296,9 +296,7 @@ def test_interrupt_carries_what_was_done(lm, tokenizer):
 
 
 def test_a_progress_bar_on_long_runs(lm, rm, monkeypatch, capsys):
-    from stars_kernels.hf import engine
-
-    monkeypatch.setattr(engine, "PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr("stars_kernels.hf.progress.DELAY", 0.0)
     stars_kernels.decode(lm, rm, [1, 2], **SET)
     assert "decode" in capsys.readouterr().err
     calibrated = stars_kernels.decode(lm, rm, [1, 2], seed=0, max_new_tokens=12)

@@ -213,3 +213,48 @@ def test_an_interrupt_while_models_are_prepared(call):
     with pytest.raises(KeyboardInterrupt) as interrupted:
         call(lm, head, [[1], [2]], **SET)
     assert interrupted.value.results == [None, None]
+
+
+class NoStream:
+    """A stderr that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError("nobody reads")
+
+    flush = write
+
+
+@pytest.mark.parametrize("stderr", [NoStream(), None])
+def test_a_display_that_breaks_ends_the_display_alone(stderr, monkeypatch):
+    lm, rm = tiny_language_model(), tiny_reward_model()
+    settings = dict(SET, progress=True, reward_threshold=None, beta=None)
+    monkeypatch.setattr("stars_kernels.hf.progress.DELAY", 0)
+    expected = [told(o) for o in stars_kernels.decode(lm, rm, [[1], [2, 3]], **settings)]
+    monkeypatch.setattr("sys.stderr", stderr)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [told(o) for o in stars_kernels.decode(lm, rm, [[1], [2, 3]], **settings)]
+    assert found == expected
+    assert caught and all("the progress bar ends, the work goes on" in str(w.message) for w in caught)
+
+
+def test_without_a_bar_nothing_of_tqdm_is_touched(monkeypatch):
+    """An interrupt in a bar may leave tqdm's lock taken, for which another thread's call would wait for ever."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("tqdm was touched")
+
+    monkeypatch.setattr("stars_kernels.hf.progress.tqdm", touched)
+    stars_kernels.decode(tiny_language_model(), tiny_reward_model(), [[1]], **dict(SET, reward_threshold=None))
+
+
+def test_calibration_tells_what_it_goes_on_without():
+    def rm(prompts, answers):
+        if any(seen(prompt) and answer for prompt, answer in zip(prompts, answers, strict=True)):
+            raise ValueError("no reward")
+        return [float(len(set(answer))) for answer in answers]
+
+    told_of = "calibration goes on without 1 of 4 prompts, .*; the first, prompt 2: .*no reward"
+    with pytest.warns(RuntimeWarning, match=told_of), pytest.raises(StarsError) as failed:
+        decode(rm, reward_threshold=None, beta=None)
+    assert list(failed.value.errors) == [FAULTY]

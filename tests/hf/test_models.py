@@ -1,5 +1,6 @@
 """The copy of a model that the engine works on: modules of its own; the user's tensors, hooks, and locks."""
 
+import copy
 import functools
 import threading
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import stars_kernels
-from stars_kernels.hf.models import eval_copy
+from stars_kernels.hf.models import eval_copy, view_of
 from tests.tiny import tiny_language_model
 
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_size=4)
@@ -102,3 +103,40 @@ class Stubborn(nn.Linear):
 def test_a_module_that_refuses_to_be_copied_is_named():
     with pytest.raises(ValueError, match="a module Stubborn cannot be copied for its view: not this one"):
         eval_copy(nn.Sequential(Stubborn(2, 2)))
+
+
+def test_a_config_is_the_views_own_also_where_a_part_of_it_cannot_be_copied(rm):
+    model, reward = tiny_language_model(), copy.deepcopy(rm)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = stars_kernels.decode(model, reward, [1, 2], **SET).token_ids
+    logits = model(ids).logits
+    for config in (model.config, reward.config):
+        config.lock, config.deep = threading.Lock(), {"lock": threading.Lock()}
+    assert stars_kernels.decode(model, reward, [1, 2], **SET).token_ids == expected
+    assert model.config._attn_implementation == "sdpa" and torch.equal(model(ids).logits, logits)
+    assert view_of(model).config.lock is model.config.lock
+
+
+class Stated(nn.Linear):
+    def __getstate__(self):
+        return (self.__dict__, None)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state[0])
+
+
+class Made(nn.Linear):
+    def __new__(cls, inputs, outputs):
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return self.in_features, self.out_features
+
+
+@pytest.mark.parametrize("kind", [Stated, Made])
+def test_a_module_that_is_more_than_its_dict(kind):
+    body = nn.Sequential(kind(4, 4), nn.Linear(4, 2))
+    twin = eval_copy(body)
+    assert type(twin[0]) is kind and twin[0] is not body[0] and twin[0].weight is body[0].weight
+    x = torch.randn(3, 4)
+    assert torch.equal(twin(x), body(x))

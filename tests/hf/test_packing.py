@@ -273,3 +273,19 @@ def test_weights_that_are_views_into_one_vector_at_any_offset(dtype):
         assert any(parameter.storage_offset() % 2 for parameter in model.parameters())
     output = stars_kernels.decode(*models, [1, 2], **SET)
     assert (output.token_ids, output.reward) == (expected.token_ids, expected.reward)
+
+
+def test_a_weight_that_is_written_while_it_is_packed_is_packed_anew(monkeypatch):
+    """Else the hash of what it was would stand beside the copy of what it became."""
+    linear, x = nn.Linear(96, 96), torch.randn(4, 96)
+    before, pack = linear.weight.detach().clone(), packing.ops.pack_linear
+
+    def written(weight, dtype):
+        weight.mul_(2)  # another thread
+        return pack(weight, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.ops, "pack_linear", written)
+        PackedLinear(linear, torch.float32)
+    linear.weight.data.copy_(before)
+    torch.testing.assert_close(PackedLinear(linear, torch.float32)(x), linear(x), rtol=1e-5, atol=1e-5)
