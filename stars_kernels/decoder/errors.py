@@ -51,9 +51,12 @@ def message_of(error: BaseException) -> str:
 def trace_taken_from(error: BaseException) -> str:
     """Return the end of `error`'s traceback as text, and take the traceback off it, for an error that is kept.
 
-    Its frames, and those that called them, would keep logits and activations alive as long as the error.
+    Its frames, and those that called them, would keep logits and activations alive as long as the error. Where this
+    package raised it, the message says all, and the text is empty.
     """
-    text = "".join(traceback.format_tb(error.__traceback__, limit=-8))
+    frames = list(traceback.walk_tb(error.__traceback__))
+    ours = not frames or str(frames[-1][0].f_globals.get("__name__")).startswith("stars_kernels.")
+    text = "" if ours else "".join(traceback.format_tb(error.__traceback__, limit=-8))
     error.__traceback__ = None
     return text
 
