@@ -65,5 +65,14 @@ def with_cause(error: Kept, cause: BaseException, trace: str | None = None) -> K
     """Give `error` its cause, and where that was raised as a note; trace: as text, where it was taken before."""
     error.__cause__ = cause
     if note := trace_taken_from(cause) if trace is None else trace:
-        error.add_note(note)
+        error.add_note(f"Where {type(cause).__name__} was raised:\n{note}")
     return error
+
+
+def like(error: BaseException, message: str) -> RuntimeError:
+    """Make an error of this message with the cause and the notes of another."""
+    new = RuntimeError(message)
+    new.__cause__ = error.__cause__
+    for note in getattr(error, "__notes__", ()):
+        new.add_note(note)
+    return new

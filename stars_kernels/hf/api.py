@@ -38,8 +38,9 @@ def decode(
             float each, called with texts: prompts as given (a chat as its template renders it, special tokens
             included), answers without special tokens, which begin with what the template writes into the assistant's
             turn ("<think>", say). It is called on the empty answer and on unfinished ones, several at a time; where it
-            raises, it is called again for each answer alone, and only those that fail again have no reward. It runs
-            with gradients, inference mode and autocast as they are at this call.
+            raises, it is called again for each answer alone. An answer for which it fails again has no reward, and if
+            that attempt comes to be judged, its prompt fails. It runs with gradients, inference mode and autocast as
+            they are at this call.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
             a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.

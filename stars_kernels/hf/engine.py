@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig, shown
-from stars_kernels.decoder.errors import message_of, with_cause
+from stars_kernels.decoder.errors import like, message_of, with_cause
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
@@ -106,10 +106,8 @@ class Engine:
             if requests and (self.config.reward_threshold is None or beta_needed):
                 why = self._calibrate(requests)
                 if why is not None:
-                    errors = [RuntimeError(f"prompt {request.index}: {why}") for request in requests]
                     yield from self._failed(
-                        failure(self.codec, request.index, request.id, error)
-                        for request, error in zip(requests, errors, strict=True)
+                        failure(self.codec, r.index, r.id, like(why, f"prompt {r.index}: {why}")) for r in requests
                     )
                     return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
@@ -152,8 +150,8 @@ class Engine:
         if wrong is not None:
             raise ValueError(f"{name} {shown(wrong)} is outside the vocabulary, expected 0 to {size - 1}")
 
-    def _calibrate(self, requests: list[Request]) -> str | None:
-        """Find what is not given of r* and beta; the reason why that is not possible, or None."""
+    def _calibrate(self, requests: list[Request]) -> Exception | None:
+        """Find what is not given of r* and beta; the error that says why that is not possible, or None."""
         began = time.perf_counter()
         config, chosen = self.config, requests[: self.config.calibration_samples]
         samples = -(-config.calibration_samples // len(chosen))
@@ -183,8 +181,10 @@ class Engine:
             )
         rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
         if not rewards:
-            first = answers[0].error or answers[0].segments[0].rewards
-            return f"calibration found no finite reward among its plain continuations; the first: {first}"
+            error = answers[0].error
+            found = answers[0].segments[0].rewards if error is None else error
+            why = f"calibration found no finite reward among its plain continuations; the first: {found}"
+            return RuntimeError(why) if error is None else like(error, why)
         target, beta = config.reward_threshold, config.beta
         if target is None:
             target = calibrate_target(rewards, config.calibration_quantile)
@@ -302,10 +302,7 @@ class Engine:
             except Exception as error:  # a tokenizer's, of any kind
                 answer.fail("its text could not be made", error)
         if answer.error is not None:
-            result = RuntimeError(f"prompt {request.index} (request {request.id}), {answer.error}")
-            result.__cause__ = answer.error.__cause__
-            for note in getattr(answer.error, "__notes__", ()):
-                result.add_note(note)
+            result = like(answer.error, f"prompt {request.index} (request {request.id}), {answer.error}")
         self.results[request.index] = result
         return result
 
