@@ -430,8 +430,10 @@ def test_calibration_that_finds_no_reward(lm):
     def rm(prompts, answers):
         raise OSError("the reward server is gone")
 
-    with pytest.raises(RuntimeError, match=r"calibration found no finite reward .*the reward server is gone"):
+    with pytest.raises(RuntimeError, match=r"calibration found no finite reward .*the reward server is gone") as failed:
         stars_kernels.decode(lm, rm, "a", tokenizer=byte_tokenizer(), seed=0)
+    assert isinstance(failed.value.__cause__, OSError)
+    assert 'raise OSError("the reward server is gone")' in failed.value.__notes__[0]
 
 
 def test_a_config_object_is_checked_when_it_is_made():
