@@ -15,14 +15,22 @@ DELAY = 3.0
 """Seconds before a bar appears."""
 
 
+class Bar(tqdm):
+    """tqdm, whose own `refresh` leaves the lock of all bars taken where drawing raises: other threads then wait on."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        with self.get_lock():
+            self.display()
+
+
 class Progress:
     """Show a bar of tokens on work longer than a few seconds; nothing of tqdm is touched where it is not shown."""
 
     def __init__(self, total: int | None, what: str, shown: bool) -> None:
         """total: tokens, None = not known. what: is done. shown: whether there is to be a bar."""
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         if shown:
-            self._display(lambda: setattr(self, "_bar", tqdm(total=total, desc=what, unit="tok", delay=DELAY)))
+            self._display(lambda: setattr(self, "_bar", Bar(total=total, desc=what, unit="tok", delay=DELAY)))
 
     def update(self, tokens: int) -> None:
         """Tell of as many more."""

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -236,6 +237,10 @@ def test_a_display_that_breaks_ends_the_display_alone(stderr, monkeypatch):
         found = [told(o) for o in stars_kernels.decode(lm, rm, [[1], [2, 3]], **settings)]
     assert found == expected
     assert caught and all("the progress bar ends, the work goes on" in str(w.message) for w in caught)
+    with ThreadPoolExecutor(1) as other:  # no lock of tqdm's is left taken
+        again = other.submit(stars_kernels.decode, lm, rm, [[1], [2, 3]], **dict(settings, progress=False)).result(60)
+        other.submit(stars_kernels.decode, lm, rm, [[1], [2, 3]], **settings).result(60)
+    assert [told(o) for o in again] == expected
 
 
 def test_without_a_bar_nothing_of_tqdm_is_touched(monkeypatch):
@@ -244,7 +249,7 @@ def test_without_a_bar_nothing_of_tqdm_is_touched(monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("tqdm was touched")
 
-    monkeypatch.setattr("stars_kernels.hf.progress.tqdm", touched)
+    monkeypatch.setattr("stars_kernels.hf.progress.Bar", touched)
     stars_kernels.decode(tiny_language_model(), tiny_reward_model(), [[1]], **dict(SET, reward_threshold=None))
 
 

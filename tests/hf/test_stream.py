@@ -183,7 +183,7 @@ def test_closing_early_is_clean(lm, rm, monkeypatch):
             super().__init__(*args, **options)
             bars.append(self)
 
-    monkeypatch.setattr("stars_kernels.hf.progress.tqdm", Bar)
+    monkeypatch.setattr("stars_kernels.hf.progress.Bar", Bar)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         events = stars_kernels.stream(lm, rm, [[1], [2]], **SET)
@@ -203,7 +203,7 @@ def test_closing_early_is_clean(lm, rm, monkeypatch):
 def test_a_full_bar(lm, rm, monkeypatch):
     """Failed and early answers count as done, so that a bar ends at its total."""
     bars = []
-    monkeypatch.setattr("stars_kernels.hf.progress.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr("stars_kernels.hf.progress.Bar", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     prompts = [[1], [2], [3]]
     outputs = stars_kernels.decode(lm, rm, prompts, **dict(SET, eos_token_id=list(range(0, 260, 5)), batch_size=2))
     assert any(len(output.token_ids) < SET["max_new_tokens"] for output in outputs)
