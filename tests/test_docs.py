@@ -53,6 +53,7 @@ SMALL = {  # command: a smaller run of the same entry point
 SAME_ENTRY = {
     "python -m bench decode --rewards real --quick",
     "python -m bench decode --quick --prompts 1",
+    "python -m bench.neighbour --runs 3",
     "python -m demo.gain --reward own-head",
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
