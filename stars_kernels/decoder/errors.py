@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stars_kernels.decoder.output import StarsOutput
-
-Kept = TypeVar("Kept", bound=Exception)
 
 
 class StarsError(RuntimeError):
@@ -61,12 +59,11 @@ def trace_taken_from(error: BaseException) -> str:
     return text
 
 
-def with_cause(error: Kept, cause: BaseException, trace: str | None = None) -> Kept:
+def with_cause(error: Exception, cause: BaseException, trace: str | None = None) -> None:
     """Give `error` its cause, and where that was raised as a note; trace: as text, where it was taken before."""
     error.__cause__ = cause
     if note := trace_taken_from(cause) if trace is None else trace:
         error.add_note(f"Where {type(cause).__name__} was raised:\n{note}")
-    return error
 
 
 def like(error: BaseException, message: str) -> RuntimeError:

@@ -58,6 +58,11 @@ class _Trial:
         return self.outcome in (ACCEPTED, FALLBACK)
 
     @property
+    def candidate(self) -> list[int]:
+        """The tokens of the chosen column."""
+        return self.tokens[self.chosen][: self.lengths[self.chosen]]
+
+    @property
     def kept(self) -> bool:
         """Whether there is something to commit."""
         return self.outcome != NAN and (self.chosen >= 0 or self.decided)
@@ -199,10 +204,7 @@ class Loop:
         def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.proposer.device)
 
-        candidates = [
-            answer.kept if trial.chosen < 0 else trial.tokens[trial.chosen][: trial.lengths[trial.chosen]]
-            for answer, _, trial in kept
-        ]
+        candidates = [answer.kept if trial.chosen < 0 else trial.candidate for answer, _, trial in kept]
         with self._timed("commit"):
             commit = Commit(
                 prompt=column([p for _, p, _ in kept]),
@@ -329,7 +331,7 @@ class Loop:
         history.judged += judged
         if column >= 0:
             segment.chosen = before + column
-            answer.kept = trial.tokens[column][: trial.lengths[column]]
+            answer.kept = trial.candidate
             answer.kept_stops = trial.stopped[column]
         if trial.decided:
             self._take(answer, segment, trial.outcome == ACCEPTED, history)

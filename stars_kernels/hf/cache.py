@@ -128,8 +128,9 @@ class ForkCache(Cache):
         prompt, row, count, advance = (t.to(self.device) for t in (prompt, row, count, advance))
         settle_states = None if self.states is None else self.states.commit(prompt, row, count, advance, self.held)
         where = [self.lengths, self.offsets, prompt, row, count]
-        staying = [*where, torch.zeros_like(advance)]
-        calls = [(group, [t.to(group.device) for t in staying]) for group in self.groups[1:]]
+        calls = [
+            (group, [t.to(group.device) for t in (*where, torch.zeros_like(advance))]) for group in self.groups[1:]
+        ]
         calls += [(group, [*where, advance]) for group in self.groups[:1]]  # the last: it moves the lengths
         lengths = None if self.groups else self.lengths.index_add(0, prompt, count * advance)
 

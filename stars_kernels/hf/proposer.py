@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Settle
+from stars_kernels.decoder.protocols import Commit, Rows, Settle, together
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.hidden import HiddenStates
@@ -186,9 +186,10 @@ class ModelProposer:
         if self.processors is not None:
             settles.append(self.processors.commit(commit, self.candidates))
 
+        settle_parts = together(settles)
+
         def settle() -> None:
-            for part in settles:
-                part()
+            settle_parts()
             self.pending = pending
 
         return settle
