@@ -24,6 +24,7 @@ from bench.common import check_triton
 from bench.machine import Rates, wait
 from bench.report import CheckError, Row
 from stars_kernels import ops
+from stars_kernels.ops.content_hash import content_hash_ref
 
 ROWS = 16
 DATA_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
@@ -339,6 +340,32 @@ def linear_case(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Case
     )  # fmt: skip
 
 
+# content_hash
+
+
+def hash_case(rows: int = 49_152, size: int = 576) -> Case:
+    """The check whether a weight has changed, against the plain sum of its words, which moves do not change."""
+    g = torch.Generator().manual_seed(SEED)
+    layers = layers_for(rows * size * 4, "cpu")
+    weights = torch.randn(layers, rows, size, generator=g)
+
+    def ours(layer: int) -> int:
+        return ops.content_hash(weights[layer])
+
+    def theirs(layer: int) -> int:
+        return int(weights[layer].view(torch.int64).sum())
+
+    def check(layer: int) -> None:
+        found, expected = ours(layer), int(content_hash_ref(weights[layer]))
+        if found != expected:
+            raise CheckError(f"content_hash is {found}, its definition {expected}")
+
+    return Case(
+        f"content_hash {rows} x {size} fp32", "sum of words", layers, ours, theirs, check,
+        bytes_moved=rows * size * 4,
+    )  # fmt: skip
+
+
 def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
     """One at a time: a case's data is gone before the next is made."""
     dtypes = (torch.float32, torch.bfloat16)
@@ -357,6 +384,7 @@ def cases(prefixes: tuple[int, ...] = (128, 1024, 4096)) -> Iterator[Case]:
     for rows, (columns, depth) in itertools.product((8, 24), ((576, 576), (1536, 576), (49_152, 576))):
         yield linear_case(rows, columns, depth, torch.float32)
     yield linear_case(8, 1536, 576, torch.bfloat16)
+    yield hash_case()
 
 
 def gpu_cases(prefixes: tuple[int, ...] = (128, 1024, 4096), device: str = "cuda") -> Iterator[Case]:

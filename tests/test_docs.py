@@ -58,6 +58,7 @@ SAME_ENTRY = {
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
     "python -m bench ops --only fork_attention",
+    "python -m bench ops --only content_hash",
     "make bench",
 }
 """Other arguments of one of these."""
