@@ -36,11 +36,11 @@ asan: build  ## the op tests on an extension built with AddressSanitizer and UBS
 	@echo "== once more without vector instructions"
 	ATEN_CPU_CAPABILITY=default $(SANITIZED) $(BIN)/python -m pytest tests/ops $(ASAN_PYTEST)
 
-# .ci/gpu-env runs a command in the environment of constraints-gpu.txt, outside the clone. No .venv is needed.
+# .ci/env runs a command in the environment of .ci/pins/SET.txt, outside the clone. No .venv is needed.
 sanitize: export HF_HUB_OFFLINE := 1
 sanitize: export TRITON_CACHE_DIR := $(CURDIR)/build/sanitize
 sanitize:  ## the Triton kernels on the CPU: out-of-bounds accesses, races (Python >= 3.12)
-	.ci/gpu-env python -m pytest -p tests.ops.triton.sanitize --quiet -n auto --maxprocesses 4 tests/ops/triton
+	.ci/env torch-2.14 python -m pytest -p tests.ops.triton.sanitize --quiet -n auto --maxprocesses 4 tests/ops/triton
 
 gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with docs/gpu_build.md
 	$(BIN)/python -m bench.gpu_build --check docs/gpu_build.md
@@ -49,11 +49,11 @@ gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with d
 CUDA := build/cuda
 cuda-ext: export HF_HUB_OFFLINE := 1
 cuda-ext:  ## the extension built with CUDA (nvcc, Python >= 3.12), imported, installed and tested on the CPU
-	STARS_BUILD_EXT=1 .ci/gpu-env python setup.py --quiet build --build-base $(CUDA) --build-lib $(CUDA)/lib
-	STARS_EXPECT_CUDA=1 .ci/gpu-env python -m pytest --quiet -s -p no:cacheprovider -o pythonpath="$(CUDA)/lib ." \
+	STARS_BUILD_EXT=1 .ci/env torch-2.14 python setup.py --quiet build --build-base $(CUDA) --build-lib $(CUDA)/lib
+	STARS_EXPECT_CUDA=1 .ci/env torch-2.14 python -m pytest --quiet -s -p no:cacheprovider -o pythonpath="$(CUDA)/lib ." \
 		tests/ops/test_accept_cuda.py tests/ops/test_accept.py tests/ops/test_backends.py
 	@echo "== installs with CUDA, and where its compiler fails"
-	STARS_EXPECT_CUDA=1 .ci/gpu-env python -m pytest --quiet -p no:cacheprovider tests/test_build.py \
+	STARS_EXPECT_CUDA=1 .ci/env torch-2.14 python -m pytest --quiet -p no:cacheprovider tests/test_build.py \
 		-k "cuda or nvcc or test_1_installs"
 
 gpu: build  ## on a machine with a GPU: build with CUDA, test, time, one report in build/gpu
