@@ -4,8 +4,10 @@ STARS_BUILD_EXT=auto  (default) build it, without CUDA where that fails, and ins
 STARS_BUILD_EXT=1     a failed build fails the install
 STARS_BUILD_EXT=0     leave it out
 
-It is built with CUDA where torch has CUDA and nvcc is found: $CUDA_HOME/bin/nvcc, or nvcc on PATH.
-TORCH_CUDA_ARCH_LIST chooses the architectures: by default A100, H100 and B100, as far as nvcc knows them.
+It runs with the torch that it was compiled against and with no other, so it is compiled against the one that lies where
+it is installed to; without one, the install fails. It is built with CUDA where that torch has CUDA and nvcc is found:
+$CUDA_HOME/bin/nvcc, or nvcc on PATH. TORCH_CUDA_ARCH_LIST chooses the architectures: by default A100, H100 and B100, as
+far as nvcc knows them.
 """
 
 import json
@@ -14,21 +16,30 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+MODE = os.environ.get("STARS_BUILD_EXT", "auto")
+if MODE not in ("auto", "0", "1"):
+    sys.exit(f"STARS_BUILD_EXT: expected auto, 0 or 1, found {MODE!r}")
+
+# pip hides the packages of the environment that it installs to from a build, unless asked for --no-build-isolation.
+sys.path += [path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path not in sys.path]
 try:
     import torch
     from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 except ImportError as error:
-    sys.exit(f"setup.py cannot import torch ({error}): install torch first and use --no-build-isolation")
-
-MODE = os.environ.get("STARS_BUILD_EXT", "auto")
-if MODE not in ("auto", "0", "1"):
-    sys.exit(f"STARS_BUILD_EXT: expected auto, 0 or 1, found {MODE!r}")
+    torch, BuildExtension = None, build_ext
+    NO_TORCH = (
+        f"stars-kernels compiles against the torch of the environment that it is installed to, and found none "
+        f"({error}). Run: pip install torch, and then: pip install --no-build-isolation stars-kernels, or . in its "
+        "folder. Without the compiled kernels: STARS_BUILD_EXT=0 pip install ..."
+    )
 
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # A100, H100, B100 and their kin
 # Without it at::parallel_for is a plain loop. For the compiler alone: the linker would bring a second OpenMP runtime,
@@ -38,6 +49,8 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 def why_no_cuda():
     """The reason to build for the CPU alone, or None."""
+    if torch is None:
+        return "no torch"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     nvcc = shutil.which(os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc"))
@@ -62,6 +75,8 @@ def architectures(nvcc):
 
 
 def extension(cuda):
+    if torch is None:
+        return Extension("stars_kernels._C", sources=[])  # a name to have no build of
     sources = [*sorted(glob("csrc/*.cpp")), "python/bindings.cpp"]
     macros = [("STARS_TORCH_VERSION", f'"{torch.__version__}"')]
     if cuda:
@@ -87,6 +102,8 @@ class BuildExt(BuildExtension):
         target = Path(self.get_ext_fullpath("stars_kernels._C"))  # beside the package if editable
         target.unlink(missing_ok=True)  # what is there after a failed build must not be an older one
         reason = "STARS_BUILD_EXT=0 at install time" if MODE == "0" else None
+        if MODE != "0" and torch is None:
+            sys.exit(NO_TORCH)
         no_cuda = NO_CUDA or reason
         try:
             if MODE != "0":
@@ -100,7 +117,8 @@ class BuildExt(BuildExtension):
         # pip hides what is printed above, so the reasons travel with the package.
         info = {"extension": reason is None, "reason": reason, "cuda": no_cuda is None, "cuda_reason": no_cuda}
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_name("_build_info.json").write_text(json.dumps(info | {"torch": str(torch.__version__)}) + "\n")
+        info["torch"] = None if torch is None else str(torch.__version__)
+        target.with_name("_build_info.json").write_text(json.dumps(info) + "\n")
 
     def build(self, no_cuda):
         """Build; where that fails with CUDA, once more without. Returns why it has no CUDA, or None."""

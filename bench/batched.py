@@ -21,6 +21,7 @@ from bench.common import (
     tail,
 )
 from stars_kernels import StarsConfig
+from stars_kernels.hf.layout import cache_argument
 
 
 @torch.inference_mode()
@@ -47,7 +48,7 @@ def batched_decode(
     for position in range(0, config.max_new_tokens, config.segment_size):
         if position:  # the last accepted tokens are not read yet
             last = torch.tensor([result.token_ids[-1:] for result in results], device=model.device)
-            prefix_logits = model(input_ids=last, past_key_values=cache).logits[:, -1]
+            prefix_logits = model(input_ids=last, **{cache_argument(model): cache}).logits[:, -1]
         start, rm_start = cache.get_seq_length(), rm_cache.get_seq_length()
         size = min(config.segment_size, config.max_new_tokens - position)
         decisions = [
@@ -77,7 +78,7 @@ def batched_decode(
             for step in range(size):
                 steps.append(draw(logits, row_prompts, row_attempts, position + step))
                 if step < size - 1:  # nothing follows the last tokens in this round
-                    logits = model(input_ids=steps[-1][:, None], past_key_values=forked).logits[:, -1]
+                    logits = model(input_ids=steps[-1][:, None], **{cache_argument(model): forked}).logits[:, -1]
             tokens = torch.stack(steps, dim=1)  # [R, size]
             rewards = cached_rewards(rm, rm_forked, tokens).tolist()
             for row, p in enumerate(row_prompts):

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bench.common import Decision, Judge, Result, append, cached_rewards, check_plain, prefill, sampler, tail
 from stars_kernels import StarsConfig
+from stars_kernels.hf.layout import cache_argument
 
 
 @torch.inference_mode()
@@ -33,7 +34,7 @@ def cached_decode(
     while (position := len(result.token_ids)) < config.max_new_tokens:
         if position:  # the last accepted token is not read yet
             ids = torch.tensor([result.token_ids[-1:]], device=model.device)
-            prefix_logits = model(input_ids=ids, past_key_values=cache).logits[:, -1]
+            prefix_logits = model(input_ids=ids, **{cache_argument(model): cache}).logits[:, -1]
         start, rm_start = cache.get_seq_length(), rm_cache.get_seq_length()
         size = min(config.segment_size, config.max_new_tokens - position)
         decision = Decision(config, prompt_reward, position, key, judge)
@@ -43,7 +44,7 @@ def cached_decode(
                 token = draw(logits, [0], [decision.attempts], position + step)
                 steps.append(token)
                 if step < size - 1:  # nothing follows the last token in this attempt
-                    logits = model(input_ids=token[:, None], past_key_values=cache).logits[:, -1]
+                    logits = model(input_ids=token[:, None], **{cache_argument(model): cache}).logits[:, -1]
             tokens = torch.stack(steps, dim=1)  # [1, size]
             reward = float(cached_rewards(rm, rm_cache, tokens))
             if decision.take(reward, size):

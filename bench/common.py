@@ -22,6 +22,7 @@ from transformers import (
 
 from bench.report import CheckError
 from stars_kernels import StarsConfig, backends
+from stars_kernels.hf.layout import cache_argument
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import accept_uniform
 
@@ -138,13 +139,13 @@ def prefill(
 ) -> tuple[DynamicCache, Tensor, DynamicCache, Tensor]:
     """Read the prompts [P, N]: LM cache, the next token's logits [P, V], RM cache, rewards [P]."""
     cache, rm_cache = DynamicCache(), DynamicCache()
-    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    logits = model(input_ids=ids, **{cache_argument(model): cache}, logits_to_keep=1).logits[:, -1]
     return cache, logits, rm_cache, cached_rewards(rm, rm_cache, ids)
 
 
 def cached_rewards(rm: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> Tensor:
     """The rewards [R] at the last of the new tokens `ids` [R, S]; `cache` grows by them."""
-    hidden = rm.model(input_ids=ids, past_key_values=cache).last_hidden_state
+    hidden = rm.model(input_ids=ids, **{cache_argument(rm.model): cache}).last_hidden_state
     return rm.score(hidden[:, -1])[:, 0]
 
 

@@ -4,6 +4,11 @@ output = stars_kernels.decode(model, reward_model, "Write a review of a hotel.",
 print(output.text, output.reward)
 """
 
+from stars_kernels import versions
+
+versions.check()  # before anything of theirs is used
+
+# isort: split
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput

@@ -113,6 +113,63 @@ def test_1_fails_without_a_working_compiler(install):
     assert not package.exists()
 
 
+@pytest.fixture
+def no_torch(tmp_path):
+    """A PYTHONPATH on which torch cannot be imported."""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "torch.py").write_text("raise ImportError('no torch here')\n")
+    return str(tmp_path / "none")
+
+
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_without_torch_it_says_what_to_run(install, no_torch, mode):
+    done, package = install(STARS_BUILD_EXT=mode, PYTHONPATH=no_torch)
+    assert done.returncode != 0
+    assert not package.exists()
+    said = done.stdout + done.stderr
+    assert "found none (no torch here). Run: pip install torch, and then: pip install --no-build-isolation" in said
+
+
+def test_0_needs_no_torch(install, no_torch):
+    done, package = install(STARS_BUILD_EXT="0", PYTHONPATH=no_torch)
+    assert done.returncode == 0, done.stderr
+    info = json.loads((package / "_build_info.json").read_text())
+    assert info["extension"] is False and info["torch"] is None
+
+
+HIDE = """
+import sys
+sys.path = [path for path in sys.path if not path.endswith("site-packages")] + [{overlay!r}]
+"""
+
+
+def test_an_isolated_build_takes_the_installed_torch(install, tmp_path):
+    """Where pip hides all packages from a build but those that the build asks for."""
+    overlay, hide = tmp_path / "overlay", tmp_path / "hide"
+    overlay.mkdir()
+    hide.mkdir()
+    (hide / "sitecustomize.py").write_text(HIDE.format(overlay=str(overlay)))
+    packages = Path(torch.__file__).parents[1]
+    for name in ("setuptools", "_distutils_hack", "ninja"):
+        (overlay / name).symlink_to(packages / name)
+    for info in packages.glob("setuptools-*.dist-info"):
+        (overlay / info.name).symlink_to(info)
+    hidden = {"PYTHONPATH": str(hide)}
+    nothing = subprocess.run(
+        [sys.executable, "-c", "import torch"], env=os.environ | hidden, capture_output=True, text=True
+    )
+    assert "No module named 'torch'" in nothing.stderr
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-lib", "lib"], cwd=tmp_path / "source",
+        env=os.environ | hidden | {"CC": "/bin/false", "CXX": "/bin/false", "STARS_BUILD_EXT": "auto"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    info = json.loads((tmp_path / "source/lib/stars_kernels/_build_info.json").read_text())
+    assert info["torch"] == torch.__version__
+    assert "compiler /bin/false" in info["reason"]
+
+
 def test_bad_value_is_named(install):
     done, _ = install(STARS_BUILD_EXT="yes")
     assert done.returncode != 0

@@ -81,7 +81,7 @@ def _stars_attention(
     """query [B, Hq, S, Dk], key [B, Hkv, S, Dk], value [B, Hkv, S, Dv], all of the new tokens -> [B, S, Hq, Dv]."""
     cache = getattr(_current, "cache", None)
     if cache is None:
-        raise RuntimeError('attn_implementation "stars" needs a ForkCache as past_key_values')
+        raise RuntimeError('attn_implementation "stars" needs a ForkCache as its cache')
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return cache.attend(query, key, value, attention_mask, scale, options), None
 

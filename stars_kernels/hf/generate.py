@@ -29,12 +29,13 @@ from stars_kernels.hf.prompts import Prompt
 from stars_kernels.hf.requests import Results, carrying, collect, number_requests
 from stars_kernels.hf.reward_models import TokenizerMissing
 from stars_kernels.hf.rewards import Reward
+from stars_kernels.versions import CACHE_ARGUMENTS
 
 OF_TRANSFORMERS = frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample", "eos_token_id"})
 """Settings that `model.generate` reads itself: they come as generation_config, processors and criteria."""
 OPTIONS = tuple(field.name for field in fields(StarsConfig) if field.name not in OF_TRANSFORMERS)
 """Settings that are keywords of `generate`."""
-PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"})
+PREPARED = frozenset({"attention_mask", "position_ids", *CACHE_ARGUMENTS, "logits_to_keep", "use_cache"})
 """What `model.generate` prepares for the model's forward, and this function reads, checks or has no use for."""
 
 
@@ -43,7 +44,7 @@ class StarsGenerateOutput(GenerateDecoderOnlyOutput):
     """With return_dict_in_generate=True.
 
     sequences: [B, T + longest answer] int64, as without. rewards: [B] float64, of the answers. outputs: a `StarsOutput`
-    each. (scores, logits, attentions, hidden_states and past_key_values, which transformers' own has, are None.)
+    each. (scores, logits, attentions, hidden_states and a cache, which transformers' own has, are None.)
     """
 
     rewards: Tensor | None = None
@@ -174,9 +175,10 @@ def unpadded(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[list[in
             raise ValueError(f"{name} is bound to the callable, expected as an argument of generate()")
         if name not in PREPARED and value is not None:
             raise ValueError(f"{name} is an input that STARS decoding does not take, expected token ids alone")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (held := cache.get_seq_length()) > 0:
-        raise ValueError(f"past_key_values holds {held} tokens, expected none: STARS decoding has its own cache")
+    for name in CACHE_ARGUMENTS:
+        cache = model_kwargs.get(name)
+        if cache is not None and (held := cache.get_seq_length()) > 0:
+            raise ValueError(f"{name} holds {held} tokens, expected none: STARS decoding has its own cache")
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask.long()
     if mask.shape != input_ids.shape:

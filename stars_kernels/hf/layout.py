@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
 from stars_kernels.hf.families import STEPS, WORKS
 from stars_kernels.hf.modes import without_autocast
+from stars_kernels.versions import CACHE_ARGUMENTS
 
 Plane = tuple[int, int, torch.dtype, torch.device]
 """Heads, head size, dtype and device of one layer's keys, or of its values."""
@@ -84,7 +85,7 @@ def layout_of(view: PreTrainedModel) -> Layout:
 @torch.no_grad()
 @without_autocast()
 def _probe(view: PreTrainedModel) -> Layout:
-    probe, argument = _Probe(view), _cache_argument(view)
+    probe, argument = _Probe(view), cache_argument(view)
     one = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
     positions = {"position_ids": one} if takes(view, "position_ids") else {}
     try:
@@ -125,10 +126,10 @@ def context_limit(model: PreTrainedModel) -> int:
     return next((int(limit) for name in names if (limit := getattr(text_config(model), name, None))), sys.maxsize)
 
 
-def _cache_argument(view: PreTrainedModel) -> str:
-    """What the forward calls its cache: state space models have another word for it."""
-    parameters = inspect.signature(view.forward).parameters
-    return "cache_params" if "cache_params" in parameters else "past_key_values"
+def cache_argument(model: nn.Module) -> str:
+    """What the forward calls its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), "past_key_values")
 
 
 def has_hook(view: PreTrainedModel) -> bool:

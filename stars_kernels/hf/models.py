@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -162,8 +163,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """`eval_copy` with our attention; a class without the attention hook keeps its own."""
     view = eval_copy(model)
-    if has_hook(view):
-        view.set_attn_implementation(ATTENTION)
+    for part in view.modules():  # one by one: of those with equal classes, transformers may set the outermost alone
+        if isinstance(part, PreTrainedModel) and has_hook(part):
+            part.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
             if works_as(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
@@ -198,6 +200,8 @@ def _source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """from_pretrained's arguments for a folder, a hub name or a .gguf file."""
     path = os.path.expanduser(path)
     if path.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            raise ImportError(f"{path!r} needs the package gguf, which is missing: pip install 'stars-kernels[gguf]'")
         return str(Path(path).parent), {"gguf_file": Path(path).name}
     return path, {}
 

@@ -20,10 +20,15 @@ from typing import Any
 
 import torch
 
+from stars_kernels.versions import why_no_triton
+
 LIBRARY = torch.library.Library("stars", "DEF")
 DEVICES = ("cpu", "cuda")
 CUDA_OPS = ("accept",)
 """What the extension, not Triton, has for a GPU."""
+
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation stars-kernels, or . in its folder"
+"""What compiles the extension for the torch that is installed."""
 
 _definitions: dict[str, Callable[..., Any]] = {}
 _force_definitions = contextvars.ContextVar("stars_force_definitions", default=False)
@@ -70,10 +75,10 @@ def load_extension() -> str | None:
     """Load the compiled extension once. Returns None when it is loaded, else the reason why it is not."""
     info = build_info()
     if info.get("extension") is False:
-        return f"it was not built: {info['reason']}"
+        return f"it was not built: {info['reason']}; to see the build's output: STARS_BUILD_EXT=1 {REBUILD}"
     built_for = info.get("torch", torch.__version__)
     if built_for != torch.__version__:
-        return f"it was built for torch {built_for} but torch {torch.__version__} is installed; reinstall stars-kernels"
+        return f"it was built for torch {built_for} but torch {torch.__version__} is installed: {REBUILD}"
     try:
         importlib.import_module("stars_kernels._C")
     except ImportError as error:
@@ -84,6 +89,8 @@ def load_extension() -> str | None:
 @lru_cache(maxsize=1)
 def load_triton() -> str | None:
     """Give the CUDA key to the Triton launchers once. Returns None when they have it, else the reason why not."""
+    if reason := why_no_triton():
+        return reason
     try:
         launchers = importlib.import_module("stars_kernels.ops.triton").LAUNCHERS
     except ImportError as error:
@@ -102,8 +109,7 @@ def _load() -> None:
     for what, reason in missing.items():
         if reason is not None:
             warnings.warn(
-                f"stars_kernels runs without {what} ({reason}). Results are the same, speed is not. "
-                "Reinstall with STARS_BUILD_EXT=1 to see the build's output.",
+                f"stars_kernels runs without {what} ({reason}). Results are the same, speed is not.",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.generate import OF_TRANSFORMERS, OPTIONS
+from stars_kernels.hf.layout import cache_argument
 from tests.hf.test_api import text_model
 from tests.hf.test_encoder_rewards import encoder
 from tests.tiny import EOS, byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
@@ -326,9 +327,9 @@ def test_more_that_is_refused_by_name(lm, rm):
     with pytest.raises(ValueError, match=r"temperature is bound to the callable, expected as an argument of generate"):
         generate(lm, [[1]], rm, partial(stars_kernels.generate, temperature=0.5))
     cache = DynamicCache(config=lm.config)
-    lm(torch.tensor([[1, 2]]), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values holds 2 tokens"):
-        generate(lm, [[1, 2, 3]], rm, past_key_values=cache)
+    lm(torch.tensor([[1, 2]]), **{cache_argument(lm): cache})
+    with pytest.raises(ValueError, match=f"^{cache_argument(lm)} holds 2 tokens"):
+        generate(lm, [[1, 2, 3]], rm, **{cache_argument(lm): cache})
     with pytest.raises(ValueError, match="inputs_embeds is an input"):
         lm.generate(
             inputs_embeds=lm.get_input_embeddings()(torch.tensor([[1, 2]])),

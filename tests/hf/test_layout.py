@@ -22,6 +22,7 @@ from transformers import (
     MistralForSequenceClassification,
     Qwen3NextConfig,
     Qwen3NextForSequenceClassification,
+    masking_utils,
 )
 from transformers.masking_utils import (
     and_masks,
@@ -29,7 +30,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
-    packed_sequence_compatibility_function,
     padding_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
@@ -214,7 +214,7 @@ OTHERS = {
     "sliding_window_bidirectional_overlay": (sliding_window_bidirectional_mask_function(5), 5),
     "padding_mask_function": (and_masks(causal_mask_function, padding_mask_function(PADDED)), None),
     "packed_sequence_mask_function": (
-        packed_sequence_compatibility_function(causal_mask_function, torch.arange(40)[None], PADDED.long()), None,
+        and_masks(causal_mask_function, masking_utils.packed_sequence_mask_function(PADDED.long())), None,
     ),
     "or_masks": (or_masks(sliding_window_causal_mask_function(5), causal_mask_function), 5),
     "sliding_window_overlay": (sliding_window_overlay(5), 5),

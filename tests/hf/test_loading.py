@@ -138,6 +138,15 @@ def write_gguf(file):
     writer.close()
 
 
+def test_a_gguf_file_without_its_package(tmp_path, rm, monkeypatch):
+    (tmp_path / "tiny.gguf").touch()
+    monkeypatch.setattr(stars_kernels.hf.models, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"tiny.gguf' needs the package gguf, .*: pip install 'stars-kernels\[gguf\]'"
+    ):
+        stars_kernels.decode(tmp_path / "tiny.gguf", rm, "a")
+
+
 def test_a_gguf_file(tmp_path):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
