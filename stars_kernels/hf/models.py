@@ -163,9 +163,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """`eval_copy` with our attention; a class without the attention hook keeps its own."""
     view = eval_copy(model)
-    for part in view.modules():  # one by one: of those with equal classes, transformers may set the outermost alone
-        if isinstance(part, PreTrainedModel) and has_hook(part):
-            part.set_attn_implementation(ATTENTION)
+    if has_hook(view):
+        view.set_attn_implementation(ATTENTION)
+        for part in view.modules():  # transformers 5.17 leaves out those with a config of their own of the same class
+            if isinstance(part, PreTrainedModel) and type(part.config) is type(view.config):
+                part.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):
         for name, child in list(parent.named_children()):
             if works_as(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
