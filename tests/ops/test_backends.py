@@ -127,11 +127,12 @@ print(json.dumps([quiet, found, rewards, backends()["accept"]["cpu"], unwanted])
 
 
 def run_without_extension(folder, build_info, extension=None):
-    """Run PROGRAM with a copy of the ops whose extension is absent, or the Python source `extension`."""
+    """Run PROGRAM with a copy of the ops, and of what they import, whose extension is absent, or the Python source `extension`."""
     package = folder / "stars_kernels"
     shutil.copytree(
         Path(stars_kernels.ops.__file__).parent, package / "ops", ignore=shutil.ignore_patterns("__pycache__")
     )
+    shutil.copy(Path(stars_kernels.__file__).with_name("versions.py"), package)
     (package / "__init__.py").touch()
     if build_info is not None:
         (package / "_build_info.json").write_text(json.dumps(build_info))
