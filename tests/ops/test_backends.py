@@ -127,7 +127,7 @@ print(json.dumps([quiet, found, rewards, backends()["accept"]["cpu"], unwanted])
 
 
 def run_without_extension(folder, build_info, extension=None):
-    """Run PROGRAM with a copy of the ops and of what they import; its extension is absent, or the source `extension`."""
+    """Run PROGRAM with a copy of the ops and what they import; the extension is absent, or the source `extension`."""
     package = folder / "stars_kernels"
     shutil.copytree(
         Path(stars_kernels.ops.__file__).parent, package / "ops", ignore=shutil.ignore_patterns("__pycache__")
