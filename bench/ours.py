@@ -21,6 +21,7 @@ from stars_kernels.hf.models import view_of
 from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.proposer import ModelProposer
 from stars_kernels.hf.scorers import ClassifierScorer
+from stars_kernels.hf.sizing import round_cost
 
 
 class _Judged:
@@ -83,7 +84,8 @@ def ours_decode(
         scorer = _Judged(scorer, judges, config.segment_size)
     answers = [Answer(key, ids, config.max_new_tokens) for key, ids in zip(keys, prompts, strict=True)]
     proposer = ModelProposer(lm_view, graphs, fuse=model.device.type == "cuda")
-    Loop(proposer, scorer, config, answers).run()
+    cost = round_cost(lm_view, [rm_view.base_model], config.segment_size, graphs is not None)
+    Loop(proposer, scorer, config, answers, cost=cost).run()
     for answer in answers:
         if answer.error is not None:
             raise answer.error

@@ -155,7 +155,7 @@ def assumptions(args: argparse.Namespace) -> list[str]:
         "group), so more than once where a segment is scored; what L2 saves of that is not counted",
         "element-wise kernels are transformers' own, one at a time; in `graph, fused` four a layer",
         "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left; "
-        "`width.py` takes that of stars_kernels/decoder/width.py, a fixed table made for a CPU",
+        "`width.py` takes that of stars_kernels/decoder/width.py, whose model of a GPU is a simpler one",
         "vLLM: prefix caching, a request of `width` samples per prompt and segment, attention reads a prefix once a "
         "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards, "
         "with prefix caching or without",

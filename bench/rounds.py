@@ -8,18 +8,20 @@ second one alone.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bench.kernels import BF16, Gpu, Kernel, Model, forward, fuse, prefix_reads, segment_sample
 
 NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
 MAX_ATTEMPTS = 20
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32)  # as stars_kernels/decoder/width.py, which would import torch
-ROWS_PER_STEP_COST = 24
 ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths, thresholds, grids
 ISSUE_SECONDS = 10e-6  # the host needs for a launch; it runs ahead of the GPU inside a phase
 GAP_SECONDS = 1e-6  # between two kernels on the GPU, in a CUDA graph too
@@ -28,6 +30,19 @@ PREFILL_TOKENS = 1024  # of one forward
 MEMORY_SHARE = 0.9  # of a GPU's that a program gets
 BLOCK = 16  # tokens of KV that vLLM caches together
 VLLM_CPU_SECONDS = 1e-3  # a step, hidden behind the GPU's work where that takes longer
+
+
+def _decoder_width() -> ModuleType:
+    """stars_kernels/decoder/width.py by itself: its package would import torch."""
+    path = Path(__file__).parents[1] / "stars_kernels/decoder/width.py"
+    spec = importlib.util.spec_from_file_location("bench.decoder_width", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there for their names
+    spec.loader.exec_module(module)
+    return module
+
+
+decoder_width = _decoder_width()
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Job:
     def widths(self) -> list[int]:
         """Those that fit the GPU."""
         limit = MEMORY_SHARE * self.gpu.memory
-        return [w for w in WIDTHS if w <= MAX_ATTEMPTS and self.memory(w) <= limit]
+        return [w for w in decoder_width.CHOICES if w <= MAX_ATTEMPTS and self.memory(w) <= limit]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -158,9 +173,15 @@ def best_width(job: Job, cost: Cost, prompts: float, prefix: float) -> int:
 
 
 def table_width(job: Job, prompts: float) -> int:
-    """What width="auto" takes, by the fixed cost table of stars_kernels/decoder/width.py (made for a CPU)."""
-    miss = 1 - job.acceptance
-    return min(job.widths, key=lambda w: (1 + prompts * w / ROWS_PER_STEP_COST) / (1 - miss**w + 1e-9))
+    """What width="auto" takes, at the acceptance that it has seen by then."""
+    m, body, state, logits = job.model, job.model.layers * job.model.linears, job.model.hidden, job.model.vocabulary
+    own = m.layers, m.kv_bytes, BF16 * state
+    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
+    reward = decoder_width.ModelSize(BF16 * body, body, *own)
+    cost = decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
+    history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
+    width: int = history.best_width(prompts, MAX_ATTEMPTS, cost)
+    return min(width, max(job.widths))
 
 
 def rounds_seconds(job: Job, cost: Cost, choose: Choose) -> float:

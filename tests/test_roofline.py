@@ -20,6 +20,7 @@ from bench.rounds import Job
 from stars_kernels.decoder import width as decoder_width
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import view_of
+from stars_kernels.hf.sizing import Gpu, round_cost
 from stars_kernels.ops.triton import fork_attention
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
@@ -39,18 +40,22 @@ def faster(gpu, **factors):
     return replace(gpu, **{name: getattr(gpu, name) * factor for name, factor in factors.items()})
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_and_kv_are_those_of_the_model_in_transformers(name):
+def on_meta(name):
     m = MODELS[name]
     kind, config = (Qwen2ForCausalLM, Qwen2Config) if m.qkv_bias else (LlamaForCausalLM, LlamaConfig)
     with torch.device("meta"):
-        model = kind(
+        return kind(
             config(
                 num_hidden_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads,
                 num_key_value_heads=m.kv_heads, intermediate_size=m.intermediate, vocab_size=m.vocabulary,
                 tie_word_embeddings=m.tied,
             )
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_kv_are_those_of_the_model_in_transformers(name):
+    m, model = MODELS[name], on_meta(name)
     layer = model.model.layers[0]
     linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
     assert model.num_parameters() == m.parameters == PARAMETERS[name]
@@ -92,12 +97,17 @@ def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
     assert outside <= kernels.STEP_LAUNCHES + 1  # the LM head counts apart
 
 
-def test_the_width_table_is_the_decoders():
-    assert (rounds.WIDTHS, rounds.ROWS_PER_STEP_COST) == (decoder_width.CHOICES, decoder_width.ROWS_PER_STEP_COST)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_width_of_auto_is_the_decoders(name):
+    """By the sizes that the engine finds in the model itself."""
+    model, job = on_meta(name), replace(JOB, model=MODELS[name])
+    view = view_of(model.bfloat16())
+    gpu = Gpu(job.gpu.bandwidth, job.gpu.tensor_flops)
+    cost = round_cost(view, [view.base_model], job.segment, graphs=True, gpu=gpu)
     history = decoder_width.AcceptanceHistory()  # starts at 1 in 4
-    small = replace(JOB, model=MODELS["qwen2.5-0.5b"])
-    for prompts in (1, 2, 8, 64, 500):
-        assert rounds.table_width(small, prompts) == history.best_width(prompts, rounds.MAX_ATTEMPTS)
+    found = [rounds.table_width(job, prompts) for prompts in (1, 2, 8, 64)]
+    assert found == [history.best_width(prompts, rounds.MAX_ATTEMPTS, cost) for prompts in (1, 2, 8, 64)]
+    assert found[0] >= found[2] > found[3]
 
 
 def test_known_kernels():

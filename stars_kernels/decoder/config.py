@@ -35,7 +35,7 @@ class StarsConfig:
     do_sample: transformers' switch; STARS needs different attempts, so only True is accepted.
     seed: of every random number; None draws one and records it in the output's config.
     width: attempts of a prompt decoded side by side in a round, or "auto".
-    batch_size: prompts decoded in lock-step.
+    batch_size: prompts decoded in lock-step, or "auto": 8 on a CPU, on a GPU what free memory holds, at most 256.
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.
@@ -62,7 +62,7 @@ class StarsConfig:
     do_sample: bool = True
     seed: int | None = None
     width: int | Literal["auto"] = "auto"
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = "auto"
     pack: bool | Literal["bfloat16"] = True
     graphs: bool = True
     eos_token_id: tuple[int, ...] | None = None
@@ -78,7 +78,7 @@ class StarsConfig:
             if field.name in ("eos_token_id", "stop_strings") and value is not None:  # one or a list are admitted
                 value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
             object.__setattr__(self, field.name, _plain(value))
-        for name in ("segment_size", "max_attempts", "max_new_tokens", "batch_size", "calibration_samples"):
+        for name in ("segment_size", "max_attempts", "max_new_tokens", "calibration_samples"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
         self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
         self._check("calibration_samples", self.calibration_samples < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
@@ -110,6 +110,8 @@ class StarsConfig:
         valid = self.seed is None or (_is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
         self._check("seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
         self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
+        valid = self.batch_size == "auto" or (_is_int(self.batch_size) and self.batch_size >= 1)
+        self._check("batch_size", valid, 'an integer >= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
         valid = eos is None or (isinstance(eos, tuple) and all(_is_int(i) for i in eos))
         self._check("eos_token_id", valid, "an id, a list of ids, or None")

@@ -24,7 +24,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Segment
 from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle, together
 from stars_kernels.decoder.threshold import start_reward, threshold
-from stars_kernels.decoder.width import AcceptanceHistory
+from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
 from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
 from stars_kernels.ops.philox import STREAM_SAMPLE
@@ -80,6 +80,8 @@ class Loop:
     stream: int = STREAM_SAMPLE
     limits: MemoryLimits = field(default_factory=MemoryLimits)
     """Shrinks where memory runs out."""
+    cost: Cost = cpu_cost
+    """Of a round, on the device that it runs on: what width="auto" goes by."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -156,7 +158,7 @@ class Loop:
         """How many attempts of each prompt to decode side by side."""
         width, left = self.config.width, [self.config.max_attempts - self.answers[p].segment.attempts for p in active]
         if width == "auto":
-            width = history.best_width(len(active), self.config.max_attempts)
+            width = history.best_width(len(active), self.config.max_attempts, self.cost)
         return [min(width, self.limits.width or width, attempts) for attempts in left]
 
     def _round(self, active: list[int], widths: list[int]) -> list[_Trial]:

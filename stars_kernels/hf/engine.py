@@ -42,6 +42,7 @@ from stars_kernels.hf.prompts import Codec, Prompt
 from stars_kernels.hf.proposer import ModelProposer, can_fuse
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
+from stars_kernels.hf.sizing import auto_batch_size, models_in, round_cost
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
 
@@ -73,6 +74,7 @@ class Engine:
         self.rewarder = Rewarder(rm, language_model, tokenizer, trust_remote_code)
         self.limit = min(context_limit(self.lm), self.rewarder.limit)
         self.bodies = [self.lm, *self.rewarder.bodies]
+        self.reward_models = models_in(self.rewarder.bodies)
         self.packed_bytes = 0
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
@@ -211,8 +213,9 @@ class Engine:
 
     def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
         """A loop that has read the first of `requests`: batch_size of them, or as many as memory allows."""
+        size = self._batch_size(requests, config)
         while True:
-            batch = requests[: self.limits.batch_size or config.batch_size]
+            batch = requests[: self.limits.batch_size or size]
             loop = self._loop(batch, config, stream)
             try:
                 loop.begin()
@@ -226,6 +229,14 @@ class Engine:
             loop.close()
             self.limits.halve_batch(len(batch))
             free_memory()
+
+    def _batch_size(self, requests: list[Request], config: StarsConfig) -> int:
+        if config.batch_size != "auto":
+            return config.batch_size
+        tokens = max(min(len(r.prompt.ids) + config.max_new_tokens, self.limit) for r in requests)
+        width = config.max_attempts if config.width == "auto" else min(config.width, config.max_attempts)
+        segment_size = min(config.segment_size, config.max_new_tokens)
+        return auto_batch_size(self.lm, self.reward_models, tokens, width, segment_size)
 
     def _loop(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
         assert config.seed is not None
@@ -243,7 +254,8 @@ class Engine:
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
         processors = self.rules.batch([r.index for r in requests])
         proposer = ModelProposer(self.lm, graphs, fuse=self.fuse, hidden=hidden, processors=processors)
-        return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits)
+        cost = round_cost(self.lm, self.reward_models, config.segment_size, graphs is not None)
+        return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits, cost)
 
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""

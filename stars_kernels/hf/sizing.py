@@ -1,0 +1,159 @@
+"""What a device can carry: the cost of a round, which width="auto" follows, and how many prompts batch_size="auto" is.
+
+Both change speed and memory only. Figures of devices and models are small dataclasses, so that a machine without a GPU
+can ask about one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stars_kernels.decoder.width import Cost, GpuCost, ModelSize, cpu_cost
+from stars_kernels.hf.layout import Layout, Plane, layout_of, text_config, vocabulary
+from stars_kernels.hf.reward_models import ENCODERS
+
+CPU_BATCH = 8
+"""Prompts of a batch on a CPU, and where not all that a row keeps is known."""
+MAX_BATCH = 256
+"""On a GPU: about where the steps of one attempt a prompt are bound by arithmetic, and more rows gain nothing."""
+MEMORY_SHARE = 0.8
+"""Of the free memory, for what prompts and rows keep; the rest is for a forward's activations."""
+HALF_FLOPS = {(8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (9, 4): 2048, (10, 0): 8192, (12, 0): 1024}
+"""Operations a clock of a multiprocessor in half precision, dense, from this compute capability on; gfx942 is 9.4."""
+FLOAT_FLOPS = 256
+"""In fp32."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """bandwidth: bytes a second. flops: operations a second, dense. Both the datasheet's."""
+
+    bandwidth: float
+    flops: float
+
+
+def gpu_of(device: torch.device, dtype: torch.dtype) -> Gpu:
+    """Return the figures of a GPU for products in `dtype`, from its clocks; no clock is read."""
+    found = torch.cuda.get_device_properties(device)
+    capability = (found.major, found.minor)
+    known = max((c for c in HALF_FLOPS if c <= capability), default=min(HALF_FLOPS))
+    per_clock = HALF_FLOPS[known] if dtype.itemsize == 2 else FLOAT_FLOPS
+    return Gpu(
+        bandwidth=2 * 1e3 * found.memory_clock_rate * found.memory_bus_width / 8,  # two transfers a clock, in kHz
+        flops=1e3 * found.clock_rate * found.multi_processor_count * per_clock,
+    )
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Return the bytes that may still be taken on a GPU: free ones, and those that torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def models_in(bodies: Iterable[nn.Module]) -> list[PreTrainedModel]:
+    """The models among the reward models' bodies: a head on hidden states is none, and a likelihood may have two."""
+    parts = [part for body in bodies for part in (body if isinstance(body, nn.ModuleList) else [body])]
+    return [part for part in parts if isinstance(part, PreTrainedModel)]
+
+
+def round_cost(
+    model: PreTrainedModel, rewards: Sequence[PreTrainedModel], segment_size: int, graphs: bool, gpu: Gpu | None = None
+) -> Cost:
+    """Return the cost of a round of so many rows on the device of `model`.
+
+    Args:
+        model: the language model's view.
+        rewards: the views of `models_in`; counted as if they were on the same device and read a segment for each row.
+        graphs: whether segments run as CUDA graphs.
+        gpu: the figures of the GPU; None = those of the model's device, where that is one.
+    """
+    if gpu is None:
+        if model.device.type != "cuda":
+            return cpu_cost
+        gpu = gpu_of(model.device, model.dtype)
+    sizes = tuple(map(size_of, rewards))
+    return GpuCost(size_of(model), sizes, segment_size, gpu.bandwidth, gpu.flops, graphs)
+
+
+def size_of(model: PreTrainedModel) -> ModelSize:
+    """Return what a forward of a view reads and computes; experts count as if all were asked."""
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output is not None and output.weight is embeddings.weight
+    read = [p for p in model.parameters() if tied or p is not embeddings.weight]  # few rows of the table are
+    config, item = text_config(model), model.dtype.itemsize
+    return ModelSize(
+        weights=sum(p.nbytes for p in read),
+        parameters=sum(p.numel() for p in read),
+        layers=config.num_hidden_layers,
+        kv_bytes=sum(map(_token_bytes, _planes(model))),
+        state_bytes=config.hidden_size * item,
+        logits_bytes=0 if output is None else vocabulary(model) * item,
+    )
+
+
+def auto_batch_size(
+    model: PreTrainedModel,
+    rewards: Sequence[PreTrainedModel],
+    tokens: int,
+    width: int,
+    segment_size: int,
+    free: Callable[[torch.device], int] | None = None,
+) -> int:
+    """Return how many prompts to decode in lock-step: what free memory holds on a GPU, CPU_BATCH on a CPU.
+
+    A power of two, so that a little more or less memory in use seldom changes it.
+
+    Args:
+        model, rewards: as of `round_cost`.
+        tokens: of the longest prompt and answer.
+        width, segment_size: attempts of a prompt side by side, at most, and tokens of each.
+        free: bytes that may be taken on a device; None = on the GPUs of the models.
+    """
+    if free is None:
+        if model.device.type != "cuda":
+            return CPU_BATCH
+        free = free_memory_of
+    if not all(_is_known(layout_of(view)) for view in (model, *filter(_has_cache, rewards))):
+        return CPU_BATCH
+    needs = prompt_bytes(model, rewards, tokens, width, segment_size)
+    fitting = min(int(MEMORY_SHARE * free(device)) // need for device, need in needs.items() if need)
+    bounded = max(1, min(fitting, MAX_BATCH))
+    return 1 << (bounded.bit_length() - 1)
+
+
+def prompt_bytes(
+    model: PreTrainedModel, rewards: Sequence[PreTrainedModel], tokens: int, width: int, segment_size: int
+) -> Mapping[torch.device, int]:
+    """Return the bytes that one prompt and its rows keep on each device; see `auto_batch_size`."""
+    needs: Counter[torch.device] = Counter()
+    for view in (model, *rewards):
+        for plane in _planes(view):
+            needs[plane[3]] += (tokens + width * segment_size) * _token_bytes(plane)
+    needs[model.device] += (1 + width) * vocabulary(model) * model.dtype.itemsize  # logits
+    return needs
+
+
+def _is_known(layout: Layout) -> bool:
+    """Whether the layout tells all that a row keeps."""
+    return layout.mode == "hook" and not layout.states
+
+
+def _has_cache(model: PreTrainedModel) -> bool:
+    return type(model).__name__ not in ENCODERS
+
+
+def _planes(model: PreTrainedModel) -> list[Plane]:
+    """The keys and values that a view keeps, layer by layer."""
+    layers = layout_of(model).layers if _has_cache(model) else []
+    return [plane for layer in layers if layer.source is None for plane in (layer.key, layer.value)]
+
+
+def _token_bytes(plane: Plane) -> int:
+    heads, size, dtype, _ = plane
+    return heads * size * dtype.itemsize
