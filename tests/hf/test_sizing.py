@@ -191,6 +191,20 @@ def test_what_the_engine_tells_of_its_prompts(monkeypatch, lm, rm):
     assert asked == [(11, 2, 8)]
 
 
+def test_the_width_follows_the_cost_and_the_answers_do_not(monkeypatch, lm, rm):
+    def decoded(cost):
+        """The widths of first rounds, and the answers."""
+        asked = []
+        monkeypatch.setattr("stars_kernels.hf.engine.round_cost", lambda *of: asked.append(of[2:]) or cost)
+        outputs = stars_kernels.decode(lm, rm, PROMPTS[:3], request_ids=range(3), **SET)
+        assert asked == [(4, False)]  # tokens of a segment, no graphs on a CPU
+        widths = {segment.widths[0] for output in outputs for segment in output.segments}
+        return widths, [output.token_ids for output in outputs]
+
+    dear, free = decoded(lambda rows: rows**2), decoded(lambda rows: 1.0)
+    assert (dear[0], free[0]) == ({1}, {3}) and dear[1] == free[1]
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "all", "8"])
 def test_other_batch_sizes_are_refused(value):
     with pytest.raises(ValueError, match=rf'^batch_size is {value!r}, expected an integer >= 1 or "auto"$'):
