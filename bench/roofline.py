@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.arguments import output_file, share, whole
 from bench import costs, kernels, rivals, schedule
+from bench.arguments import output_file, share, whole
 from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
 from bench.costs import launches, ours, round_seconds
 from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
@@ -197,8 +197,8 @@ def losses(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], prom
         return []
     slower = sum(row["tuned"].middle < row["eager"].middle for row in found)
     lines = [
-        f"{prompts} at a time, as built: capturing graphs that are dropped with their batch is slower than `graphs=False` "
-        f"in {slower} of {len(found)} cells."
+        f"{prompts} at a time, as built: graphs that are captured for each batch anew make `tuned` slower than "
+        f"`graphs=False` in {slower} of {len(found)} cells."
     ]
     for mine, rival in RATIOS:
         column = f"{mine} / {rival}"

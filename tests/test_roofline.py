@@ -311,6 +311,20 @@ def test_the_document_is_what_the_command_prints(report):
     )
 
 
+def test_the_figures_of_the_readme_are_modelled(report):
+    rows = {(r["gpu"], r["model"], r["segment"]): r for r in report[1]["ratios"]["64"]}
+    large, small = (rows["H100 SXM", name, 15] for name in ("Llama-3-8B", "Qwen2.5-0.5B"))
+
+    def figures(column):
+        return [f"{row[column][1]:.2f}x" for row in (large, small)]  # the middle of each band
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    shipped, tuned, fused = map(figures, ("shipped / vLLM", "tuned / vLLM", "fused / vLLM, L2"))
+    assert "reach {} of it for Llama-3-8B and {} for Qwen2.5-0.5B".format(*shipped) in readme
+    assert "at the best width reach {} and {}".format(*tuned) in readme
+    assert "would make that {} and {} of one".format(*fused) in readme
+
+
 def test_it_imports_no_torch():
     check = (
         "import sys; sys.argv = ['bench', 'roofline', '--gpu', 'l4']\n"
