@@ -1,4 +1,7 @@
-"""Sizes of GPUs, models and kernels, for the model of `roofline`: bytes and operations by formula."""
+"""Sizes of GPUs, models and kernels, for the model of `roofline`: bytes and operations by formula.
+
+What these cost is a floor: `Kernel.seconds` takes the machine's shortcomings from bench/assumptions.py.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bench.assumptions import Values
+
 BF16 = 2  # bytes of a weight, a key, a value, a logit
-BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 L2_BYTES = 40e6  # of the smallest of these GPUs: activations that fit cost no bandwidth
 RACE_FLOPS = 150  # vector operations for a token's key in the race: 1/4 of Philox4x32-10, two logarithms
 FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
-LINEARS, ELEMENTWISE, ATTENTION = 7, 32, 2  # launches of a layer, transformers' Llama in bf16; attention in two parts
+LINEARS, ELEMENTWISE = 7, 32  # launches of a layer beside attention, transformers' Llama in bf16
 FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
+PREFILL_ELEMENTWISE, PREFILL_PROMPT = 30, 4  # a layer for all prompts; for each: attention, three copies
 QUERY_BLOCK = 128  # queries for which fork_attention reads a prefix once: rows x tokens x heads of a group
 STEP_LAUNCHES = 35  # of a forward outside its layers: embedding, rotary table, final norm, positions
+CHUNK, GROUP = 2048, 64  # segment_sample: tokens of a program, tokens behind one maximum
+HEAD_BLOCK = 128  # lm_head_sample: tokens of a program
+MAX_SPLITS, TARGET_PROGRAMS, SPLIT_KEYS = 16, 264, 256  # fork_attention: into how many parts a prefix is split
 
 
 @dataclass(frozen=True)
@@ -87,25 +95,45 @@ MODELS = {
 
 class Kernel(NamedTuple):
     name: str
-    bytes: float  # of a call, as the two below
+    bytes: float  # of a call, as the three below
     flops: float = 0.0  # on tensor cores
     vector_flops: float = 0.0
+    l2_bytes: float = 0.0  # read from L2 and not from memory
     calls: float = 1  # a round
-    launches: int = 1  # a call
+    launches: int = 1  # a call, alike
+    searches: int = 0  # serial bisections of a call
+    attention: bool = False  # runs at `attention_share`
     phase: str = ""  # the host waits at its end
     graphed: bool = False  # part of a CUDA graph, where there are any
 
-    def limits(self, gpu: Gpu) -> dict[str, float]:
-        """Seconds of a call by what may bound it."""
+    def limits(self, gpu: Gpu, given: Values) -> dict[str, float]:
+        """Seconds of a call by what may bound it: its floors."""
+        bandwidth = given.bandwidth_share * gpu.bandwidth
         return {
-            "memory": self.bytes / (BANDWIDTH_SHARE * gpu.bandwidth),
-            "tensor": self.flops / (FLOPS_SHARE * gpu.tensor_flops),
-            "vector": self.vector_flops / (FLOPS_SHARE * gpu.vector_flops),
+            "memory": self.bytes / bandwidth,
+            "L2": self.l2_bytes / (given.l2_speed * bandwidth),
+            "tensor": self.flops / (given.flops_share * gpu.tensor_flops),
+            "vector": self.vector_flops / (given.flops_share * gpu.vector_flops),
         }
 
-    def seconds(self, gpu: Gpu) -> float:
-        """Of all its calls."""
-        return self.calls * max(self.limits(gpu).values())
+    def seconds(self, gpu: Gpu, given: Values) -> float:
+        """Of all its calls, without the gaps between launches."""
+        work = smooth_max(tuple(self.limits(gpu, given).values()), given.ridge)
+        if self.attention:
+            work /= given.attention_share
+        return self.calls * max(work, self.searches * given.search_seconds, self.launches * given.small_kernel_seconds)
+
+
+def smooth_max(limits: tuple[float, ...], ridge: float) -> float:
+    """The p-norm of `limits` where two equal ones give `ridge` times either; the larger alone where they are far apart.
+
+    ridge: 1 (the maximum) to 2 (the sum).
+    """
+    largest = max(limits)
+    if ridge == 1 or largest == sum(limits):  # of one limit alone
+        return largest
+    p = math.log(2) / math.log(ridge)
+    return largest * sum((limit / largest) ** p for limit in limits if limit) ** (1 / p)
 
 
 def prefix_reads(m: Model, rows: float, tokens: float = 1) -> int:
@@ -113,9 +141,43 @@ def prefix_reads(m: Model, rows: float, tokens: float = 1) -> int:
     return math.ceil(rows * tokens * m.heads / m.kv_heads / QUERY_BLOCK)
 
 
+def attention_splits(m: Model, prompts: float, rows: float, tokens: int, slots: float) -> int:
+    """Parts in which fork_attention reads a prefix; from two on a second kernel merges them.
+
+    slots: of the arena for a prompt, its answer included.
+    """
+    per_prompt = math.ceil(rows / max(1, math.ceil(prompts))) * tokens * m.heads // m.kv_heads
+    block = min(QUERY_BLOCK, max(16, 1 << (per_prompt - 1).bit_length()))
+    busy = math.ceil(min(prompts, rows)) * -(-per_prompt // block) * m.kv_heads
+    return max(1, min(MAX_SPLITS, TARGET_PROGRAMS // busy, int(slots) // SPLIT_KEYS))
+
+
+def fork_attention(
+    m: Model, name: str, rows: float, tokens: float, *, prefixes: float, prefix: float, own: float, calls: float,
+    splits: int = 1, reread: float = 0.0,
+) -> list[Kernel]:  # fmt: skip
+    """Read `prefix` tokens `prefixes` times from memory and `reread` times from L2, and each row's own tokens once.
+
+    Keys and values of one layer; with several splits, their results in fp32 and a merge.
+    """
+    queries = rows * tokens * m.query_size
+    keys = prefix + own - (tokens - 1) / 2  # that a query sees, on average
+    token = 2 * m.kv_size * BF16
+    partial = splits * rows * tokens * m.heads * (m.head_dim + 2) * 4  # accumulator, maximum, sum
+    out = BF16 * queries
+    kernels = [
+        Kernel(f"{name}: fork_attention", token * (prefixes * prefix + rows * own) + BF16 * queries
+               + (out if splits == 1 else partial), 4 * queries * keys, l2_bytes=token * reread * prefix, calls=calls,
+               attention=True)
+    ]  # fmt: skip
+    if splits > 1:
+        kernels.append(Kernel(f"{name}: fork_attention merge", partial + out, calls=calls))
+    return kernels
+
+
 def forward(
     m: Model, name: str, rows: float, tokens: float = 1, *, prefixes: float, prefix: float, own: float,
-    calls: int = 1, head: bool = True, fused: bool = False,
+    calls: int = 1, head: bool = True, fused: bool = False, splits: int = 1, reread: float = 0.0,
 ) -> list[Kernel]:  # fmt: skip
     """`tokens` new tokens of each row, of `own` in its suffix; a prefix is read `prefixes` times, not for each row.
 
@@ -130,16 +192,14 @@ def forward(
     else:  # 36 in the 8 kernels of a norm, 6 in a residual, 20 in RoPE, 4 in a copy, 10 in SiLU and product
         elementwise = 84 * m.hidden + 20 * rotated + 8 * m.kv_size + 10 * m.intermediate
     around = 8 * m.hidden + 2 * m.query_size + 2 * m.kv_size + 3 * m.intermediate  # inputs and outputs of the linears
-    keys = prefix + own - (tokens - 1) / 2  # that a query sees, on average
-    kv = 2 * m.kv_size * BF16 * (prefixes * prefix + rows * own)
     layers, moved = m.layers, 0 if cached else new
     kernels = [
         Kernel(f"{name}: linears", BF16 * layers * (m.linears + moved * around), 2 * layers * m.linears * new,
                calls=calls, launches=LINEARS * layers),
         Kernel(f"{name}: element-wise", layers * moved * elementwise, calls=calls,
                launches=(FUSED_ELEMENTWISE if fused else ELEMENTWISE) * layers + STEP_LAUNCHES),
-        Kernel(f"{name}: fork_attention", kv + 2 * BF16 * new * m.query_size, 4 * new * m.query_size * keys,
-               calls=calls * layers, launches=ATTENTION),
+        *fork_attention(m, name, rows, tokens, prefixes=prefixes, prefix=prefix, own=own, calls=calls * layers,
+                        splits=splits, reread=reread),
     ]  # fmt: skip
     if head:
         kernels.append(lm_head(m, name, rows, calls))
@@ -151,18 +211,51 @@ def lm_head(m: Model, name: str, rows: float, calls: int, logits: bool = True) -
     return Kernel(f"{name}: LM head", BF16 * (m.head + rows * m.hidden + written), 2 * m.head * rows, calls=calls)
 
 
-def segment_sample(m: Model, name: str, rows: float, read: float, calls: int, filtered: bool) -> Kernel:
-    """`rows` tokens from `read` different rows of logits; filters read twice, and use a scratch."""
-    one = BF16 * read * m.vocabulary
+def segment_sample(m: Model, name: str, rows: float, read: float, calls: int, filtered: bool) -> list[Kernel]:
+    """`rows` tokens from `read` different rows of logits; filters read twice, and use a scratch.
+
+    As launched: race and finish, or groups, bound, gather and draw (which is read from one candidate list a row).
+    """
+    logits, chunks, groups = (
+        BF16 * read * m.vocabulary,
+        math.ceil(m.vocabulary / CHUNK),
+        math.ceil(m.vocabulary / GROUP),
+    )
+
+    def kernel(part: str, size: float, vector_flops: float, searches: int = 0) -> Kernel:
+        title = f"{name}: segment_sample {part}"
+        return Kernel(title, size, vector_flops=vector_flops, calls=calls, searches=searches)
+
     if not filtered:
-        work = RACE_FLOPS * rows * m.vocabulary
-        return Kernel(f"{name}: segment_sample", one, vector_flops=work, calls=calls, launches=2)
-    scratch = 2 * rows * (m.vocabulary / 64 * 8 + SURVIVORS * 8)  # written and read: group statistics, candidates
-    work = rows * (FILTER_FLOPS * m.vocabulary + RACE_FLOPS * SURVIVORS)
-    return Kernel(f"{name}: segment_sample", 2 * one + scratch, vector_flops=work, calls=calls, launches=4)
+        parts = 16 * rows * chunks  # winner 4, maximum 4, mass 8
+        return [
+            kernel("race", logits + parts, RACE_FLOPS * rows * m.vocabulary),
+            kernel("finish", parts + 12 * rows, RACE_FLOPS * rows * chunks),
+        ]
+    maxima, candidates = 4 * read * groups, 8 * SURVIVORS
+    return [
+        kernel("groups", logits + maxima, FILTER_FLOPS / 2 * read * m.vocabulary),
+        kernel("bound", maxima + 20 * read, FILTER_FLOPS * read * groups, searches=1),
+        kernel("gather", logits + maxima + candidates * read, FILTER_FLOPS / 2 * read * m.vocabulary),
+        kernel("draw", candidates * rows + 12 * rows, RACE_FLOPS * rows * SURVIVORS, searches=1),
+    ]
 
 
-def fuse(m: Model, name: str, rows: float, calls: int) -> Kernel:
+def lm_head_sample(m: Model, name: str, rows: float, calls: int) -> list[Kernel]:
     """LM head and draw at temperature alone in one op, at best: no logits in memory, all arithmetic overlapped."""
+    blocks = math.ceil(m.vocabulary / HEAD_BLOCK)
+    parts = 20 * rows * blocks  # winner's score 4, maximum 4, winner 4, mass 8
     head = lm_head(m, name, rows, calls, logits=False)
-    return head._replace(name=f"{name}: LM head + draw", vector_flops=RACE_FLOPS * rows * m.vocabulary, launches=2)
+    race = head._replace(
+        name=f"{name}: lm_head_sample race", bytes=head.bytes + parts, vector_flops=RACE_FLOPS * rows * m.vocabulary
+    )
+    return [race, Kernel(f"{name}: lm_head_sample finish", parts + 12 * rows, calls=calls)]
+
+
+def kv_commit(m: Model, name: str, tokens: float, calls: int = 1) -> Kernel:
+    """Read and write keys and values of `tokens` tokens of all layers; lengths and offsets beside them are nothing."""
+    return Kernel(f"{name}: kv_commit", 2 * m.kv_bytes * tokens, calls=calls)
+
+
+def reward_head(m: Model, name: str, rows: float) -> Kernel:
+    return Kernel(f"{name}: reward_head", BF16 * m.hidden * (rows + 1) + 4 * rows, vector_flops=2 * rows * m.hidden)

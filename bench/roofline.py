@@ -1,7 +1,7 @@
 """roofline: STARS decoding on GPUs by formula, a MODEL and not a measurement.
 
-A kernel takes the larger of (bytes / bandwidth) and (operations / rate): bench/kernels.py. What a round consists of,
-for this package and for vLLM: bench/rounds.py. Their constants are the assumptions, and are printed.
+A kernel takes the larger of (bytes / bandwidth) and (operations / rate): bench/kernels.py. What a round consists of:
+bench/costs.py for this package, bench/rivals.py for vLLM. Every constant of the machine is in bench/assumptions.py.
 """
 
 from __future__ import annotations
@@ -9,35 +9,52 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from bench.arguments import share, whole
-from bench.kernels import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
-from bench.rounds import (
-    GAP_SECONDS,
-    HOST_SECONDS,
-    ISSUE_SECONDS,
-    MAX_ATTEMPTS,
-    NEW_TOKENS,
-    VLLM_CPU_SECONDS,
-    Choose,
-    Cost,
-    Job,
-    best_width,
-    launches,
-    ours,
-    perfect_seconds,
-    prefill,
-    round_seconds,
-    rounds_seconds,
-    table_width,
-    vllm_seconds,
-)
+from bench import costs, kernels, rivals, schedule
+from bench.arguments import output_file, share, whole
+from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
+from bench.costs import launches, ours, round_seconds
+from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
+from bench.rivals import RIVALS
+from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job, best_width
+from bench.tables import bullets, table
+from bench.variants import BUILT, NOT_BUILT, Batch, Contestant, batches, contestants, one_batch
 
 HEADING = "MODEL, not a measurement"
 SEGMENTS = (15, 30)
 KERNEL_WIDTH = 4  # of the table of kernels
 WORTH = 1.05  # a fused LM head is kept from here on: `lm_head_sample`
+RATIOS = (  # (ours, rival)
+    ("shipped", "vLLM"),
+    ("tuned", "vLLM"),
+    ("tuned", "vLLM, L2"),
+    ("tuned", "vLLM, requests"),
+    ("graphs kept", "vLLM, L2"),
+    ("fused", "vLLM, L2"),
+    ("waves", "vLLM, L2"),
+)
+CONSTANTS = (  # (module, names, source)
+    (
+        kernels,
+        ("LINEARS", "ELEMENTWISE", "PREFILL_ELEMENTWISE", "PREFILL_PROMPT"),
+        f"{CODE}: launches a layer, counted",
+    ),
+    (kernels, ("STEP_LAUNCHES",), f"{CODE}: of a forward outside its layers, at most"),
+    (kernels, ("FUSED_ELEMENTWISE",), f"{ESTIMATE}: of a layer whose element-wise kernels were fused; not built"),
+    (kernels, ("QUERY_BLOCK", "MAX_SPLITS", "TARGET_PROGRAMS", "SPLIT_KEYS"), f"{CODE}: triton/fork_attention.py"),
+    (kernels, ("CHUNK", "GROUP", "HEAD_BLOCK"), f"{CODE}: triton/segment_sample.py, triton/lm_head_sample.py"),
+    (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
+    (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),
+    (costs, ("ROUND_LAUNCHES",), f"{ESTIMATE}: of a round outside forwards and ops"),
+    (costs, ("SPAN_LAUNCHES", "PREFILL_TOKENS"), f"{CODE}: hf/cache.py, hf/proposer.py"),
+    (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
+    (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
+    (schedule, ("MAX_BATCH", "BATCH_SHARE"), f"{CODE}: hf/sizing.py"),
+    (schedule, ("NEW_TOKENS", "MEMORY_SHARE"), f"{ESTIMATE}: of the job"),
+    (rivals, ("BLOCK",), f"{ELSEWHERE}: vLLM's default"),
+)
 PUBLISHED = (("STARS, segment 15", 185.0), ("STARS, segment 30", 195.0), ("CARDS", 120.5))
 PUBLISHED_NOTE = (
     "Published by others, read second-hand (notes on arXiv 2511.03827): batch 64, Llama-7B or Mistral-7B with a "
@@ -45,52 +62,48 @@ PUBLISHED_NOTE = (
 )
 
 
-def decoding(job: Job) -> dict[str, Any]:
-    """Aligned tokens a second of each contestant, each at the width that is best for it but where said otherwise."""
-    tokens = job.prompts * NEW_TOKENS
+def speeds(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
+    """Aligned tokens a second of each contestant, as a band."""
+    return job.row | {name: contestant.band for name, contestant in found.items()}
 
-    def stars(graph: bool, fused: bool = False) -> Cost:
-        return lambda *at: round_seconds(job.gpu, ours(job, *at, fused_elementwise=fused), graph)
 
-    def vllm(rm_cached: bool) -> Cost:
-        return lambda *at: vllm_seconds(job, *at, rm_cached)
+def ratios(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
+    """Of speeds, as bands."""
+    return job.row | {f"{mine} / {rival}": found[mine].against(found[rival]) for mine, rival in RATIOS}
 
-    def speed(cost: Cost, begin: float, choose: Choose | None = None) -> float:
-        best = choose or (lambda prompts, prefix: best_width(job, cost, prompts, prefix))
-        return tokens / (begin + rounds_seconds(job, cost, best))
 
-    begin, fused_begin = (round_seconds(job.gpu, prefill(job, fused), graph=False) for fused in (False, True))
-    perfect = perfect_seconds(job.gpu, prefill(job))
-    width = best_width(job, stars(True), job.prompts, job.middle)
-    full = ours(job, job.prompts, width, job.middle)
-    per_round = job.prompts * job.decided(width) * job.segment
-    graph, fused = speed(stars(True), begin), speed(stars(True, True), fused_begin)
-    rival = speed(vllm(True), perfect)
-    return job.row | {
-        "width": width,
-        "rounds": job.rounds(width),
-        "width 1": speed(stars(True), begin, lambda prompts, prefix: 1),
-        "width.py": speed(stars(True), begin, lambda prompts, prefix: table_width(job, prompts)),
-        "eager": speed(stars(False), begin),
-        "graph": graph,
-        "graph, fused": fused,
-        "vLLM": rival,
-        "RM uncached": speed(vllm(False), perfect),
-        "graph/vLLM": graph / rival,
-        "fused/vLLM": fused / rival,
-        "launches": launches(full) / per_round,
-        "with graphs": launches(full, True) / per_round,
-    }
+def graphs(job: Job) -> list[dict[str, Any]]:
+    """Where the seconds of a batch go, as built; the first batch stands for all."""
+    parts: dict[str, Batch] = {"shipped": batches(job)[0], "tuned": one_batch(job)}
+    rows = []
+    for name, batch in parts.items():
+        spent = batch.seconds(values())
+        kernels = batch.steps[0].kernels
+        rows.append(
+            job.row
+            | {"variant": name, "prompts": batch.job.prompts}
+            | batch.counts
+            | {
+                "prefill s": spent.prefill,
+                "rounds s": spent.rounds,
+                "captures s": spent.captures,
+                "captures": f"{spent.captures / spent.total:.0%}",
+                "launches a round, eager": launches(kernels),
+                "with a graph": launches(kernels, True),
+            }
+        )
+    return rows
 
 
 def fusion(job: Job) -> dict[str, Any]:
     """How much faster a full round at temperature alone gets where only a segment's first draw has logits stored."""
 
     def cost(*at: Any, fused: bool = False, draw: bool = True) -> float:
-        kernels = ours(job, *at, filtered=False, fused_head=fused)
-        return round_seconds(job.gpu, kernels if draw else [k._replace(vector_flops=0) for k in kernels], graph=True)
+        kernels = ours(job, *at, filtered=False, fused_head=fused, padded=True)
+        kernels = kernels if draw else [k._replace(vector_flops=0) for k in kernels]
+        return round_seconds(job.gpu, kernels, True, values())
 
-    at = (job.prompts, best_width(job, cost, job.prompts, job.middle), job.middle)
+    at = (job.prompts, best_width(job, cost)(job.prompts, job.middle), job.middle)
     return job.row | {
         "width": at[1],
         "stored ms": cost(*at) * 1e3,
@@ -101,22 +114,24 @@ def fusion(job: Job) -> dict[str, Any]:
 
 
 def kernel_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Each kernel of a full round of one model, with its time on each GPU and what bounds it."""
-    rows = []
+    """Each kernel of a full round of one model, with its floor on each GPU, what bounds it, and its modelled time."""
+    rows, given = [], values()
     for k in ours(jobs[0], jobs[0].prompts, KERNEL_WIDTH, jobs[0].middle):
         row = {
             "kernel": k.name,
             "calls": k.calls,
             "launches/call": k.launches,
-            "MB/call": k.bytes / 1e6,
-            "Gflop/call": (k.flops + k.vector_flops) / 1e9,
             "MB/round": k.calls * k.bytes / 1e6,
             "Gflop/round": k.calls * (k.flops + k.vector_flops) / 1e9,
         }
         for gpu in (job.gpu for job in jobs):
-            limits = k.limits(gpu)
+            limits = k.limits(gpu, given)
             bound = max(limits, key=lambda what: limits[what]) if any(limits.values()) else "launch"
-            row |= {f"{gpu.name} ms": k.seconds(gpu) * 1e3, f"{gpu.name} bound": bound}
+            row |= {
+                f"{gpu.name} floor us/call": max(limits.values()) * 1e6,
+                f"{gpu.name} bound": bound,
+                f"{gpu.name} ms": k.seconds(gpu, given) * 1e3,
+            }
         rows.append(row)
     return [*rows, total(rows)]
 
@@ -137,47 +152,68 @@ def total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # Report
 
 
-def assumptions(args: argparse.Namespace) -> list[str]:
+def conditions(args: argparse.Namespace) -> list[str]:
+    """What is assumed beside the numbers of bench/assumptions.py."""
     return [
         f"{args.prompts} prompts of {args.prompt_tokens} tokens in lock-step, answers of {NEW_TOKENS} that do not end "
         "early; from the first prompt token read to the last answer done, with no new prompts in between",
         f"an attempt is accepted with probability {args.acceptance:g} (a mean of {1 / args.acceptance:.3g} attempts), "
         f"whatever the segment; after {MAX_ATTEMPTS} the best is taken",
-        "the reward model is as large as the language model, both in bf16 on one GPU; draws with top-k and top-p",
-        f"{BANDWIDTH_SHARE:.0%} of the datasheet's bandwidth, {FLOPS_SHARE:.0%} of its dense rates; activations that "
-        f"fit {L2_BYTES / 1e6:.0f} MB of L2 cost no bandwidth; a draw costs {RACE_FLOPS} fp32 operations a candidate",
-        f"a launch takes the host {ISSUE_SECONDS * 1e6:.0f} us, while the GPU works on, and the GPU "
-        f"{GAP_SECONDS * 1e6:.0f} us, in a CUDA graph too; {HOST_SECONDS * 1e3:.0f} ms a round for bookkeeping",
+        "the reward model is as large as the language model, both in bf16 on one GPU; draws with top-k and top-p; "
+        "`accept` is the compiled kernel; everything that Triton compiles has been compiled before",
+        f"activations that fit {L2_BYTES / 1e6:.0f} MB of L2 cost no bandwidth; a draw costs {RACE_FLOPS} fp32 "
+        "operations a candidate",
+        "a kernel takes the p-norm of its limits: the larger one where they are far apart, `ridge` times it where two "
+        "are equal; no launch is shorter than `small_kernel_seconds`",
         "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
         "decisions and commits. The host waits at the end of each, so it issues ahead inside a phase alone; a CUDA "
-        "graph holds the segment, the other two are issued launch by launch",
+        "graph holds the segment, padded to its bucket, the other two are issued launch by launch",
+        "graphs are lost with each batch: of a bucket's segments the first is eager, the second is captured (the host "
+        "issues every launch of it) and replayed, the others are replayed",
+        "a prompt's prefill is packed with others, but for attention and three copies a layer, which are its own",
         f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
         "group), so more than once where a segment is scored; what L2 saves of that is not counted",
-        "element-wise kernels are transformers' own, one at a time; in `graph, fused` four a layer",
-        "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left; "
-        "`width.py` takes that of stars_kernels/decoder/width.py, whose model of a GPU is a simpler one",
+        "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left, by "
+        "the middle values; `shipped` takes that of stars_kernels/decoder/width.py, a simpler model of a GPU",
         "vLLM: prefix caching, a request of `width` samples per prompt and segment, attention reads a prefix once a "
-        "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards, "
-        "with prefix caching or without",
-        "in vLLM's favour: perfect CUDA graphs, element-wise kernels for nothing, our sampler, our bookkeeping, and "
-        f"{VLLM_CPU_SECONDS * 1e3:.0f} ms of CPU a step (2 to 5 are reported), hidden behind the GPU where it can be",
-        "this package takes Llama only: Qwen2.5 stands for a small model with a large vocabulary",
+        "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards",
+        "in vLLM's favour: graphs captured before, no launch costs anything, element-wise kernels for nothing, our "
+        "draws without their searches, our bookkeeping",
+        "this package takes Llama and Qwen2 in bf16 on a GPU by the same path: Qwen2.5-0.5B stands for a small model "
+        "with a large vocabulary",
     ]
 
 
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "0" if value == 0 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+def constants() -> list[dict[str, Any]]:
+    """The table of what has no band."""
+    return [
+        {"name": name, "value": f"{getattr(module, name)}".strip("()"), "source": source}
+        for module, names, source in CONSTANTS for name in names
+    ]  # fmt: skip
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def losses(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], prompts: int) -> list[str]:
+    """In words: where graphs lose to none, and for each ratio where the middle is below 1."""
     if not rows:
-        return "(nothing fits)"
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ("  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in text)
+        return []
+    slower = sum(row["tuned"].middle < row["eager"].middle for row in found)
+    lines = [
+        f"{prompts} at a time, as built: graphs that are captured for each batch anew make `tuned` slower than "
+        f"`graphs=False` in {slower} of {len(found)} cells."
+    ]
+    for mine, rival in RATIOS:
+        column = f"{mine} / {rival}"
+        lost = [row for row in rows if row[column].middle < 1]
+        if not lost:
+            lines.append(f"{prompts} at a time, {column}: loses nowhere.")
+            continue
+        worst = min(lost, key=lambda row: row[column].middle)
+        sure = sum(row[column].high < 1 for row in rows)
+        lines.append(
+            f"{prompts} at a time, {column}: loses in {len(lost)} of {len(rows)} cells, in {sure} at any end of the "
+            f"band; worst {worst[column].middle:.2f} ({worst['model']} on {worst['gpu']}, segment {worst['segment']})."
+        )
+    return lines
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -217,6 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--acceptance", type=share, default=0.25, metavar="SHARE",
         help="probability that an attempt is accepted (default 0.25, a mean of 4 attempts)",
     )  # fmt: skip
+    parser.add_argument("--write", type=output_file, metavar="FILE", help="write what is printed here, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -224,37 +261,67 @@ def run(args: argparse.Namespace) -> int:
         Job(GPUS[gpu], MODELS[model], args.prompts, args.prompt_tokens, segment, args.acceptance)
         for gpu in args.gpu for model in args.model for segment in SEGMENTS
     ]  # fmt: skip
-    fitting = [job for job in jobs if job.widths]
-    too_large = [
-        f"{job.model.name} on {job.gpu.name}, segment {job.segment}: {job.memory(1) / 1e9:.0f} GB"
-        for job in jobs if not job.widths
-    ]  # fmt: skip
-    report: dict[str, Any] = {"heading": HEADING, "assumptions": assumptions(args), "kernels": {}}
-    print(f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU.\n\nAssumed:")
-    print("\n".join(f"- {line}" for line in report["assumptions"]))
-
-    for name, segment in dict.fromkeys((job.model.name, job.segment) for job in jobs):
-        one = [job for job in jobs if (job.model.name, job.segment) == (name, segment)]
-        report["kernels"][f"{name}, segment {segment}"] = rows = kernel_rows(one)
-        shape = f"{args.prompts} prompts, width {KERNEL_WIDTH}, segment {segment}, prefix {one[0].middle:.0f}"
-        print(f"\n{HEADING}: kernels of a round, {name}, {shape}\n{table(rows)}")
-
-    report["decoding"] = rows = [decoding(job) for job in fitting]
-    print(
-        f"\n{HEADING}: aligned tokens a second, {args.prompts} prompts; launches a token in a full round\n{table(rows)}"
-    )
-    report["too large"] = too_large
-    print("\n".join(f"Does not fit: {line}" for line in too_large), end="\n" if too_large else "")
-    report["published"] = {"note": PUBLISHED_NOTE, "tokens a second": dict(PUBLISHED)}
-    print(f"\n{PUBLISHED_NOTE}")
-    print("\n".join(f"- {name}: {speed} tokens/s (published)" for name, speed in PUBLISHED))
-
-    report["fusion"] = rows = [fusion(job) for job in fitting]
-    report["verdict"] = verdict(rows)
-    print(
-        f"\n{HEADING}: LM head and draw in one op, none but a first token's logits stored (temperature alone, graphs)"
-    )
-    print(f"{table(rows)}\n{report['verdict']}")
+    report, text = made(args, jobs)
+    print(text, end="")
+    if args.write:
+        args.write.write_text(text)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def made(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[dict[str, Any], str]:
+    """All numbers, and the document."""
+    fitting = [job for job in jobs if job.widths]
+    too_large = [f"{job.name}: {job.memory(1) / 1e9:.0f} GB" for job in jobs if not job.widths]
+    report: dict[str, Any] = {"heading": HEADING, "assumptions": listed(), "conditions": conditions(args)}
+    text = [
+        "# Roofline",
+        f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU. "
+        "`python -m bench roofline` prints this page.",
+        "A cell with brackets is a band: the middle of all assumptions, and in brackets their slow and their fast end. "
+        "In a ratio the GPU is the same for both, and what touches one of the two alone lies at opposite ends.",
+    ]
+    one = args.prompts > 1
+    groups = [(args.prompts, fitting), *([(1, [replace(job, prompts=1) for job in fitting])] if one else [])]
+    found = {prompts: [(job, contestants(job)) for job in group] for prompts, group in groups}
+    report["decoding"] = {n: [speeds(*pair) for pair in pairs] for n, pairs in found.items()}
+    report["ratios"] = {n: [ratios(*pair) for pair in pairs] for n, pairs in found.items()}
+    report["losses"] = [line for n, rows in report["ratios"].items() for line in losses(report["decoding"][n], rows, n)]
+    text += ["## Where we lose", bullets(report["losses"])]
+
+    text += ["## Contestants"]
+    text += [bullets(f"`{name}`: as built, {what}" for name, what in BUILT.items())]
+    text += [bullets(f"`{name}`: NOT BUILT, {what}" for name, what in NOT_BUILT.items())]
+    text += [bullets(f"`{rival.name}`: {rival.what}" for rival in RIVALS)]
+    for n, rows in report["ratios"].items():
+        text += [f"## {HEADING}: speed over the rival's, prompts: {n}", table(rows)]
+    for n, rows in report["decoding"].items():
+        text += [f"## {HEADING}: aligned tokens a second, prompts: {n}", table(rows)]
+    report["too large"] = too_large
+    text += [bullets(f"Does not fit: {line}" for line in too_large)]
+
+    report["graphs"] = rows = [row for job in fitting for row in graphs(job)]
+    text += [f"## {HEADING}: a batch as built, its rounds and where its seconds go", table(rows)]
+
+    report["constants"] = constants()
+    text += ["## Assumptions", table(report["assumptions"]), table(report["constants"]), bullets(report["conditions"])]
+    report["kernels"] = {}
+    for name, segment in dict.fromkeys((job.model.name, job.segment) for job in jobs):
+        same = [job for job in jobs if (job.model.name, job.segment) == (name, segment)]
+        report["kernels"][f"{name}, segment {segment}"] = rows = kernel_rows(same)
+        shape = f"{args.prompts} prompts, width {KERNEL_WIDTH}, segment {segment}, prefix {same[0].middle:.0f}"
+        text += [f"## {HEADING}: kernels of a round, {name}, {shape}", table(rows)]
+
+    report["fusion"] = rows = [fusion(job) for job in fitting]
+    report["verdict"] = verdict(rows)
+    text += [
+        f"## {HEADING}: LM head and draw in one op, none but a first token's logits stored",
+        "At temperature alone, with graphs.",
+        table(rows),
+        report["verdict"],
+    ]
+    report["published"] = {"note": PUBLISHED_NOTE, "tokens a second": dict(PUBLISHED)}
+    text += ["## Published by others", PUBLISHED_NOTE]
+    text += [bullets(f"{name}: {speed} tokens/s (published)" for name, speed in PUBLISHED)]
+    return report, "\n\n".join(filter(None, text)) + "\n"

@@ -48,6 +48,11 @@ SMALL = {  # command: a smaller run of the same entry point
         *"bench roofline --gpu h100 --json".split(),
         os.devnull,
     ],
+    "python -m bench roofline --write docs/roofline.md": [
+        *PYTHON,
+        *"bench roofline --gpu l4 --write".split(),
+        os.devnull,
+    ],
     "pytest bench --benchmark-only": [*PYTHON, *"pytest bench --benchmark-only --model tiny".split()],
 }
 SAME_ENTRY = {

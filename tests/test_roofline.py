@@ -1,10 +1,12 @@
 """The model of `python -m bench roofline`: sizes against transformers and the engine, times against arithmetic."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +16,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from bench import kernels, roofline, rounds
+from bench import costs, kernels, rivals, roofline, schedule, variants
+from bench.assumptions import perfect, values
 from bench.kernels import GPUS, MODELS
-from bench.rounds import Job
+from bench.schedule import Job
+from stars_kernels import StarsConfig
 from stars_kernels.decoder import width as decoder_width
+from stars_kernels.hf import graphs, proposer, sizing
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import view_of
 from stars_kernels.hf.sizing import Gpu, round_cost
 from stars_kernels.ops.triton import fork_attention
+from stars_kernels.ops.triton import lm_head_sample as lm_head
+from stars_kernels.ops.triton import segment_sample as sampling
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
 from tests.ops.test_fork_attention import make_case
@@ -30,10 +37,15 @@ ROOT = Path(__file__).parents[1]
 PARAMETERS = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768}  # as published
 KV_BYTES = {"llama-7b": 512 * 2**10, "llama-3-8b": 128 * 2**10, "qwen2.5-0.5b": 12 * 2**10}  # a token, bf16
 JOB = Job(GPUS["h100"], MODELS["llama-7b"], prompts=64, prompt_tokens=128, segment=15, acceptance=0.25)
+GIVEN = values()
 
 
 def seconds(job, width=4, prompts=64, prefix=200.0, graph=True):
-    return rounds.round_seconds(job.gpu, rounds.ours(job, prompts, width, prefix), graph)
+    return costs.round_seconds(job.gpu, costs.ours(job, prompts, width, prefix), graph, GIVEN)
+
+
+def rounds_seconds(job, cost, choose):
+    return sum(r.happens * cost(r) for r in schedule.schedule(job, choose))
 
 
 def faster(gpu, **factors):
@@ -105,9 +117,34 @@ def test_the_width_of_auto_is_the_decoders(name):
     gpu = Gpu(job.gpu.bandwidth, job.gpu.tensor_flops)
     cost = round_cost(view, [view.base_model], job.segment, graphs=True, gpu=gpu)
     history = decoder_width.AcceptanceHistory()  # starts at 1 in 4
-    found = [rounds.table_width(job, prompts) for prompts in (1, 2, 8, 64)]
-    assert found == [history.best_width(prompts, rounds.MAX_ATTEMPTS, cost) for prompts in (1, 2, 8, 64)]
+    found = [schedule.auto_width(job)(prompts, 0.0) for prompts in (1, 2, 8, 64)]
+    assert found == [history.best_width(prompts, schedule.MAX_ATTEMPTS, cost) for prompts in (1, 2, 8, 64)]
     assert found[0] >= found[2] > found[3]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("memory", [40e9, 80e9, 141e9])
+def test_the_batch_of_auto_is_the_engines(name, memory):
+    model, job = on_meta(name).bfloat16(), replace(JOB, model=MODELS[name], gpu=replace(JOB.gpu, memory=memory))
+    view, tokens = view_of(model), job.prompt_tokens + schedule.NEW_TOKENS
+    free = int(schedule.MEMORY_SHARE * memory - job.weights)
+    found = sizing.auto_batch_size(
+        view, [view.base_model], tokens, schedule.MAX_ATTEMPTS, job.segment, free=lambda device: free
+    )
+    assert schedule.auto_batch(job) == found > 1
+
+
+def test_numbers_that_are_the_packages():
+    assert StarsConfig().batch_size == StarsConfig().width == "auto"
+    assert StarsConfig().max_attempts == schedule.MAX_ATTEMPTS
+    assert (sizing.MAX_BATCH, sizing.MEMORY_SHARE) == (schedule.MAX_BATCH, schedule.BATCH_SHARE)
+    assert proposer.PREFILL_TOKENS == costs.PREFILL_TOKENS
+    assert all(schedule.bucket_of(n) == graphs.bucket_of(n) for n in range(1, 2000))
+    at = fork_attention
+    assert (at.MAX_SPLITS, at.TARGET_PROGRAMS, at.SPLIT_KEYS) == (
+        kernels.MAX_SPLITS, kernels.TARGET_PROGRAMS, kernels.SPLIT_KEYS,
+    )  # fmt: skip
+    assert (sampling.CHUNK, sampling.GROUP, lm_head.BLOCK_V) == (kernels.CHUNK, kernels.GROUP, kernels.HEAD_BLOCK)
 
 
 def test_known_kernels():
@@ -116,8 +153,9 @@ def test_known_kernels():
     assert head.bytes == 2 * (128256 * 4096 + 256 * 4096 + 256 * 128256) and head.flops == 2 * 128256 * 4096 * 256
     plain, filtered = (kernels.segment_sample(m, "", 256, 256, 1, f) for f in (False, True))
     row = 256 * 128256 * 2
-    assert plain.bytes == row and 2 * row < filtered.bytes < 2.2 * row
-    by_name = {k.name: k for k in rounds.ours(replace(JOB, model=m), 64, 4, 200.0)}
+    assert plain[0].bytes == row + 256 * 63 * 16  # the winner, maximum and mass of each chunk of 2,048
+    assert 2 * row < sum(k.bytes for k in filtered) < 2.2 * row
+    by_name = {k.name: k for k in costs.ours(replace(JOB, model=m), 64, 4, 200.0)}
     kv = 2 * 8 * 128 * 2  # bytes of a token of a layer
     moved = 2 * 2 * 256 * 32 * 128  # queries and outputs
     assert by_name["step: fork_attention"].bytes == kv * (64 * 200 + 256 * 7.5) + moved  # prefixes once a prompt
@@ -126,52 +164,54 @@ def test_known_kernels():
     moved = 2 * 2 * 256 * 15 * 32 * 128
     assert by_name["RM: fork_attention"].bytes == kv * (2 * 64 * 200 + 256 * 15) + moved  # 240 queries: two blocks
     assert by_name["step: linears"].bytes == 2 * 32 * m.linears
-    assert by_name["reward_head"].bytes == 2 * 4096 * 257
+    assert by_name["RM: reward_head"].bytes == 2 * 4096 * 257 + 4 * 256
     assert by_name["step: linears"].calls == 14
 
 
 def test_twice_the_bandwidth_halves_what_memory_bounds_and_nothing_else():
     quick = faster(JOB.gpu, bandwidth=2)
-    for k in rounds.ours(JOB, 64, 4, 200.0):
-        limits = k.limits(JOB.gpu)
+    given = replace(perfect(GIVEN), ridge=1.0)
+    for k in costs.ours(JOB, 64, 4, 200.0):
+        limits = k.limits(JOB.gpu, given)
         if not any(limits.values()):
             continue
         others = max(limits["tensor"], limits["vector"])
-        assert k.seconds(quick) == pytest.approx(k.calls * max(limits["memory"] / 2, others))
+        assert k.seconds(quick, given) == pytest.approx(k.calls * max(limits["memory"] / 2, others))
     weights = kernels.Kernel("", bytes=3.35e12 * 0.8)
-    assert (weights.seconds(JOB.gpu), weights.seconds(quick)) == pytest.approx((1.0, 0.5))
+    assert (weights.seconds(JOB.gpu, GIVEN), weights.seconds(quick, GIVEN)) == pytest.approx((1.0, 0.5))
 
 
 def test_a_round_is_the_sum_of_its_kernels():
-    found = rounds.ours(JOB, 64, 4, 200.0)
-    expected = rounds.HOST_SECONDS
+    found = costs.ours(JOB, 64, 4, 200.0)
+    expected = GIVEN.host_seconds
     for phase in ("last token", "segment", "RM"):  # the host waits at the end of each
         part = [k for k in found if k.phase == phase]
         issued = sum(k.calls * k.launches for k in part)
-        work = sum(k.seconds(JOB.gpu) for k in part) + rounds.GAP_SECONDS * issued
-        expected += max(work, rounds.ISSUE_SECONDS * (1 if phase == "segment" else issued))
+        work = sum(k.seconds(JOB.gpu, GIVEN) for k in part) + GIVEN.gap_seconds * issued
+        expected += max(work, GIVEN.issue_seconds * (1 if phase == "segment" else issued))
     assert seconds(JOB) == pytest.approx(expected)
     assert {k.phase for k in found if k.graphed} == {"segment"}
     *rows, total = roofline.kernel_rows([JOB])
     assert total["kernel"] == "total" and total["calls"] == ""
     for column in ("MB/round", "Gflop/round", "H100 SXM ms"):
         assert total[column] == pytest.approx(sum(row[column] for row in rows))
-    again = rounds.ours(JOB, JOB.prompts, roofline.KERNEL_WIDTH, JOB.middle)
+    again = costs.ours(JOB, JOB.prompts, roofline.KERNEL_WIDTH, JOB.middle)
     assert sum(row["MB/round"] for row in rows) == pytest.approx(sum(k.calls * k.bytes for k in again) / 1e6)
-    assert all(row["MB/round"] == pytest.approx(row["calls"] * row["MB/call"]) for row in rows)
+    for row, k in zip(rows, again, strict=True):
+        assert row["H100 SXM floor us/call"] == pytest.approx(1e6 * max(k.limits(JOB.gpu, GIVEN).values()))
 
 
 def test_width_1_is_the_sequential_algorithm():
     attempts = sum(n * 0.25 * 0.75 ** (n - 1) for n in range(1, 20)) + 20 * 0.75**19  # geometric, cut at 20
     assert JOB.rounds(1) == pytest.approx(attempts)
-    steps = next(k for k in rounds.ours(JOB, 64, 1, 200.0) if k.name == "step: fork_attention")
+    steps = next(k for k in costs.ours(JOB, 64, 1, 200.0) if k.name == "step: fork_attention")
     one_row_a_prompt = next(
         k for k in kernels.forward(JOB.model, "", 64, prefixes=64, prefix=200.0, own=7.5) if "attention" in k.name
     )
     assert steps.bytes == one_row_a_prompt.bytes
     # One prompt, a constant cost: the time is the expected number of attempts of all segments.
     alone = replace(JOB, prompts=1)
-    assert rounds.rounds_seconds(alone, lambda *at: 1.0, lambda *at: 1) == pytest.approx(8 * attempts, rel=1e-4)
+    assert rounds_seconds(alone, lambda r: 1.0, lambda *at: 1) == pytest.approx(8 * attempts, rel=1e-4)
 
 
 def test_the_last_of_many_prompts_takes_longer_as_simulated():
@@ -181,7 +221,7 @@ def test_the_last_of_many_prompts_takes_longer_as_simulated():
         tries = torch.rand(64, 8, 5, generator=generator) < 1 - 0.75**4  # five rounds of 4 attempts at most
         used = torch.where(tries.any(-1), tries.int().argmax(-1) + 1, 5)
         simulated.append(used.sum(-1).max().item())
-    expected = rounds.rounds_seconds(JOB, lambda *at: 1.0, lambda *at: 4)
+    expected = rounds_seconds(JOB, lambda r: 1.0, lambda *at: 4)
     assert expected == pytest.approx(sum(simulated) / len(simulated), rel=0.01)
 
 
@@ -194,18 +234,21 @@ def test_monotone(graph):
     assert seconds(replace(JOB, gpu=GPUS["a100"]), graph=graph) >= base
     assert seconds(JOB, graph=False) >= seconds(JOB, graph=True)
     assert all(a > b for a, b in zip(map(JOB.rounds, range(1, 20)), map(JOB.rounds, range(2, 21)), strict=True))
-    speeds = [roofline.decoding(replace(JOB, acceptance=a))["graph"] for a in (0.1, 0.25, 0.5, 1.0)]
+    speeds = [variants.kept(replace(JOB, acceptance=a)).speed(GIVEN) for a in (0.1, 0.25, 0.5, 1.0)]
     assert speeds == sorted(speeds)
 
 
 def test_vllm_is_charged_prefixes_by_row_and_favoured_elsewhere():
-    no_prefix = dict(prompts=64, width=4, prefix=0.0, rm_cached=True)
-    cached = rounds.vllm_seconds(JOB, 64, 4, 200.0, rm_cached=True)
-    assert rounds.vllm_seconds(JOB, **no_prefix) < cached < rounds.vllm_seconds(JOB, 64, 4, 200.0, rm_cached=False)
-    bare = sum(k.seconds(JOB.gpu) for k in rounds.ours(JOB, 64, 4, 0.0) if "element-wise" not in k.name)
-    assert (
-        rounds.vllm_seconds(JOB, **no_prefix) <= bare + rounds.HOST_SECONDS + 1e-3
-    )  # nothing to lose where no prefix is
+    by_name = {rival.name: rival for rival in rivals.RIVALS}
+
+    def vllm(prefix, name):
+        return rivals.vllm_seconds(JOB.gpu, rivals.vllm(JOB, 64, 4, prefix, by_name[name]), 256, GIVEN, by_name[name])
+
+    no_prefix = vllm(0.0, "vLLM")
+    assert no_prefix < vllm(200.0, "vLLM") < vllm(200.0, "vLLM, RM uncached")
+    assert vllm(200.0, "vLLM, requests") == pytest.approx(vllm(200.0, "vLLM") + 256 * GIVEN.request_seconds)
+    bare = rivals.perfect_seconds(JOB.gpu, costs.ours(JOB, 64, 4, 0.0), GIVEN)
+    assert no_prefix <= bare + GIVEN.host_seconds + 1e-3  # nothing to lose where no prefix is
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
@@ -247,9 +290,9 @@ def test_launches_of_the_ops(monkeypatch, filtered):
 
     m, zeros = JOB.model, torch.zeros(2, dtype=torch.int64)
     draw = launched(segment_sample_triton, torch.zeros(2, 9), zeros, zeros, zeros, None, 1.0, 3 * filtered, 1.0, 0.0, 0)
-    assert draw == kernels.segment_sample(m, "", 2, 2, 1, filtered).launches
+    assert draw == sum(k.launches for k in kernels.segment_sample(m, "", 2, 2, 1, filtered))
     head = launched(lm_head_sample_triton, torch.zeros(2, 8), torch.zeros(9, 8), zeros, zeros, zeros, 1.0, 0)
-    assert head == kernels.fuse(m, "", 2, 1).launches
+    assert head == sum(k.launches for k in kernels.lm_head_sample(m, "", 2, 1))
 
 
 def test_what_does_not_fit_is_left_out():
@@ -257,31 +300,52 @@ def test_what_does_not_fit_is_left_out():
     assert JOB.memory(1) > 4 * JOB.model.parameters - 2 * JOB.model.head
 
 
-def run(capsys, path=None, **changes):
+def run(path=None, write=None, **changes):
     arguments = {"gpu": list(GPUS), "model": list(MODELS), "prompts": 64, "prompt_tokens": 128, "acceptance": 0.25}
-    assert roofline.run(SimpleNamespace(**arguments | changes, json=path)) == 0
-    return capsys.readouterr().out
+    with redirect_stdout(io.StringIO()) as printed:
+        assert roofline.run(SimpleNamespace(**arguments | changes, json=path, write=write)) == 0
+    return printed.getvalue()
 
 
-def test_the_report_says_that_it_is_a_model_and_what_others_published(capsys, tmp_path):
-    path = tmp_path / "out.json"
-    text = run(capsys, path)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What the command prints, and its JSON."""
+    folder = tmp_path_factory.mktemp("roofline")
+    text = run(folder / "out.json", folder / "out.md")
+    assert (folder / "out.md").read_text() == text
+    return text, json.loads((folder / "out.json").read_text())
+
+
+def test_the_report_says_that_it_is_a_model_and_what_others_published(report):
+    text, found = report
     titles = [line for line in text.splitlines() if re.search("kernels of a round|tokens a second,|in one op,", line)]
-    assert len(titles) == 8 and all(title.startswith("MODEL, not a measurement") for title in titles)
+    assert len(titles) == 9 and all(title.startswith("## MODEL, not a measurement") for title in titles)
     for speed in ("185.0", "195.0", "120.5"):
         assert re.search(rf"{speed} tokens/s \(published\)", text)
     assert "Published by others, read second-hand" in text and "vLLM's favour" in text and "Verdict" in text
-    found = json.loads(path.read_text())
-    assert found["heading"] == "MODEL, not a measurement" and len(found["decoding"]) == 14 == len(found["fusion"])
-    assert "(nothing fits)" in run(capsys, gpu=["l4"], model=["llama-7b"])
+    assert found["heading"] == "MODEL, not a measurement" and len(found["fusion"]) == 14
+    assert {n: len(rows) for n, rows in found["decoding"].items()} == {"64": 14, "1": 14}
+    assert "(nothing fits)" in run(gpu=["l4"], model=["llama-7b"])
 
 
-def test_the_tables_of_the_readme_are_what_the_command_prints(capsys):
-    printed = [line.strip() for line in run(capsys).splitlines()]
-    readme = [line.strip() for line in (ROOT / "bench/README.md").read_text().splitlines()]
-    start = next(i for i, line in enumerate(printed) if "aligned tokens a second" in line)
-    missing = [line for line in printed[start:] if line and line not in readme]
-    assert not missing, "copy the output of `python -m bench roofline` to bench/README.md"
+def test_the_document_is_what_the_command_prints(report):
+    assert (ROOT / "docs/roofline.md").read_text() == report[0], (
+        "run `python -m bench roofline --write docs/roofline.md`"
+    )
+
+
+def test_the_figures_of_the_readme_are_modelled(report):
+    rows = {(r["gpu"], r["model"], r["segment"]): r for r in report[1]["ratios"]["64"]}
+    large, small = (rows["H100 SXM", name, 15] for name in ("Llama-3-8B", "Qwen2.5-0.5B"))
+
+    def figures(column):
+        return [f"{row[column][1]:.2f}x" for row in (large, small)]  # the middle of each band
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    shipped, tuned, fused = map(figures, ("shipped / vLLM", "tuned / vLLM", "fused / vLLM, L2"))
+    assert "reach {} of it for Llama-3-8B and {} for Qwen2.5-0.5B".format(*shipped) in readme
+    assert "at the best width reach {} and {}".format(*tuned) in readme
+    assert "would make that {} and {} of one".format(*fused) in readme
 
 
 def test_it_imports_no_torch():

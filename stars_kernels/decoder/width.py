@@ -11,7 +11,8 @@ CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 HOST_SECONDS = 2e-3  # a round's bookkeeping
-ISSUE_SECONDS, GAP_SECONDS = 10e-6, 1e-6  # of a launch: on the host, unless in a CUDA graph; between two on the GPU
+ISSUE_SECONDS, LAUNCH_SECONDS = 18e-6, 2.8e-6  # of a launch: on the host, unless in a CUDA graph; at least, on the GPU
+RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
 LAYER_LAUNCHES, STEP_LAUNCHES = 41, 35  # of a forward, in each layer and outside: transformers' Llama
 L2_BYTES = 40e6  # activations that fit cost no bandwidth
 TOKEN_STATES = 60  # hidden states' worth that a layer's element-wise kernels move for a token: transformers' Llama
@@ -46,7 +47,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class GpuCost:
-    """Seconds of a round on a GPU, modelled: of each forward the longest of its bytes, operations and launches.
+    """Seconds of a round on a GPU, modelled from each forward's bytes, operations and launches; as `bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
     operations a second. graphs: whether segments run as CUDA graphs.
@@ -73,8 +74,9 @@ class GpuCost:
         if new * 4 * size.state_bytes <= L2_BYTES:  # the widest activations, an MLP's, are about four states
             states = 0.0
         launches = LAYER_LAUNCHES * size.layers + STEP_LAUNCHES
-        products = max(moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops))
-        seconds = products + states / bandwidth + GAP_SECONDS * launches
+        limits = moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops)
+        products = sum(limit**RIDGE for limit in limits) ** (1 / RIDGE)
+        seconds = products + states / bandwidth + LAUNCH_SECONDS * launches
         return seconds if graphed else max(seconds, ISSUE_SECONDS * launches)
 
 

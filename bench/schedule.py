@@ -1,0 +1,157 @@
+"""Which rounds a batch takes until all prompts have their answers, in expectation: prompts, width, prefix of each."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from bench.kernels import BF16, Gpu, Model
+
+NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
+MAX_ATTEMPTS = 20
+MAX_BATCH, BATCH_SHARE = 256, 0.8  # of batch_size="auto": stars_kernels/hf/sizing.py, which would import torch
+MEMORY_SHARE = 0.9  # of a GPU's that a program gets
+
+
+def _decoder_width() -> ModuleType:
+    """stars_kernels/decoder/width.py by itself: its package would import torch."""
+    path = Path(__file__).parents[1] / "stars_kernels/decoder/width.py"
+    spec = importlib.util.spec_from_file_location("bench.decoder_width", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there for their names
+    spec.loader.exec_module(module)
+    return module
+
+
+decoder_width = _decoder_width()
+WIDTHS = tuple(w for w in decoder_width.CHOICES if w <= MAX_ATTEMPTS)
+
+
+@dataclass(frozen=True)
+class Job:
+    gpu: Gpu
+    model: Model
+    prompts: int
+    prompt_tokens: int
+    segment: int
+    acceptance: float  # of one attempt
+
+    def rounds(self, width: int) -> float:
+        """Expected rounds a segment: round n happens if all n * width attempts before were rejected."""
+        return sum((1 - self.acceptance) ** attempts for attempts in range(0, MAX_ATTEMPTS, width))
+
+    def decided(self, width: int) -> float:
+        """Share of the prompts that a round gives a segment, on average."""
+        return 1 / self.rounds(width)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of both models, the reward model without an LM head."""
+        return BF16 * (2 * self.model.parameters - (0 if self.model.tied else self.model.head))
+
+    def prompt_bytes(self, width: int) -> float:
+        """Of one prompt and its rows: both models' keys and values, and logits."""
+        m = self.model
+        kv = 2 * m.kv_bytes * (self.prompt_tokens + NEW_TOKENS + width * self.segment)
+        return kv + (width + 1) * m.vocabulary * BF16
+
+    def memory(self, width: int) -> float:
+        """Bytes of both models, of all prompts and their rows."""
+        return self.weights + self.prompts * self.prompt_bytes(width)
+
+    @property
+    def widths(self) -> list[int]:
+        """Those that fit the GPU."""
+        return [w for w in WIDTHS if self.memory(w) <= MEMORY_SHARE * self.gpu.memory]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The first columns of a table."""
+        return {"gpu": self.gpu.name, "model": self.model.name, "segment": self.segment}
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} on {self.gpu.name}, segment {self.segment}"
+
+    @property
+    def middle(self) -> float:
+        """The prefix half way through the answer."""
+        return self.prompt_tokens + NEW_TOKENS / 2
+
+    @property
+    def slots(self) -> int:
+        """Of the key and value arena, for a prompt."""
+        return self.prompt_tokens + NEW_TOKENS
+
+
+class Round(NamedTuple):
+    happens: float  # with this probability
+    prompts: float  # at work, if it happens
+    width: int
+    prefix: float  # tokens
+
+
+Choose = Callable[[float, float], int]
+"""(prompts, tokens of a prefix) -> width."""
+Cost = Callable[[float, int, float], float]
+"""(prompts, width, tokens of a prefix) -> seconds of a round."""
+
+
+def best_width(job: Job, cost: Cost) -> Choose:
+    """The lowest modelled time for a decided segment."""
+    return lambda prompts, prefix: min(job.widths, key=lambda w: cost(prompts, w, prefix) / job.decided(w))
+
+
+def auto_width(job: Job) -> Choose:
+    """What width="auto" takes: stars_kernels/decoder/width.py's cost of a round, which knows no prefix."""
+    m = job.model
+    body, state, logits = m.layers * m.linears, m.hidden, m.vocabulary
+    own = m.layers, m.kv_bytes, BF16 * state
+    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
+    reward = decoder_width.ModelSize(BF16 * body, body, *own)
+    cost = decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
+    history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
+
+    def choose(prompts: float, prefix: float) -> int:
+        return min(history.best_width(math.ceil(prompts), MAX_ATTEMPTS, cost), max(job.widths))
+
+    return choose
+
+
+def auto_batch(job: Job) -> int:
+    """What batch_size="auto" takes: a power of two, from the memory that the models leave."""
+    fitting = int(BATCH_SHARE * (MEMORY_SHARE * job.gpu.memory - job.weights) / job.prompt_bytes(max(WIDTHS)))
+    return 1 << (max(1, min(fitting, MAX_BATCH)).bit_length() - 1)
+
+
+def schedule(job: Job, choose: Choose) -> list[Round]:
+    """Rounds until all prompts have their answers, prompts leaving the batch as they finish."""
+    states = {(0, 0): 1.0}  # (segments done, attempts at the next one): share of the prompts
+    rounds = []
+    while (active := min(1.0, sum(states.values()))) > 1e-6:
+        happens = 1 - (1 - active) ** job.prompts
+        prompts = job.prompts * active / happens
+        prefix = job.prompt_tokens + job.segment * sum(done * p for (done, _), p in states.items()) / active
+        width = choose(prompts, prefix)
+        rounds.append(Round(happens, prompts, width, prefix))
+        after: dict[tuple[int, int], float] = {}
+        for (done, attempts), p in states.items():
+            tried = min(width, MAX_ATTEMPTS - attempts)
+            miss = 0.0 if attempts + tried == MAX_ATTEMPTS else (1 - job.acceptance) ** tried  # 0: the fallback
+            after[done, attempts + tried] = after.get((done, attempts + tried), 0.0) + p * miss
+            after[done + 1, 0] = after.get((done + 1, 0), 0.0) + p * (1 - miss)
+        states = {s: p for s, p in after.items() if p > 0 and s[0] < NEW_TOKENS // job.segment}
+    return rounds
+
+
+def bucket_of(rows: float) -> int:
+    """Rows of a graph, padding included: stars_kernels/hf/graphs.py, which would import torch."""
+    whole = math.ceil(rows)
+    step = max(1, 1 << max(whole.bit_length() - 3, 0))
+    return -(-whole // step) * step
