@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,7 @@ class OuterProducts(TorchFunctionMode):
     """Within it, matrix products with one term a sum, [..., M, 1] @ [..., 1, N], are computed element by element."""
 
     def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function in MATMULS and len(args) == 2 and all(a.dim() > 1 for a in args) and args[0].shape[-1] == 1:
             return args[0] * args[1]
