@@ -14,7 +14,8 @@ from tests.hf import families
 from tests.hf.test_encoder_rewards import encoder
 from tests.tiny import tiny_language_model
 
-PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+PRODUCTS = (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+"""In inference mode a dispatch mode is asked for the first, else for what it is made of."""
 POSITIONS = torch.tensor([[0, 1, 2, 77, 2049, 4001, 100_003]])
 
 
