@@ -36,7 +36,7 @@ class _Elementwise(nn.Module):
 
 
 @functools.cache
-def _elementwise(kind: type[nn.Module]) -> type[nn.Module]:
+def _elementwise(kind: type) -> type[nn.Module]:
     return type(kind.__name__, (_Elementwise, kind), {})
 
 
