@@ -36,7 +36,7 @@ class _Elementwise(nn.Module):
 
 
 @functools.cache
-def _elementwise(kind: type) -> type[nn.Module]:
+def _elementwise(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Elementwise, kind), {})
 
 
@@ -48,4 +48,4 @@ def keep_phases_exact(view: nn.Module) -> None:
     """
     for module in view.modules():
         if "position_ids" in inspect.signature(type(module).forward).parameters and not list(module.parameters()):
-            module.__class__ = _elementwise(type(module))
+            module.__class__ = _elementwise(type(module))  # type: ignore[arg-type]  # a class is hashable
