@@ -16,6 +16,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 """What a transformers model may call its cache: since 5.24 `cache`, before `past_key_values`, or for state space models
 `cache_params`. Of those that a forward takes the first counts."""
 
+ROPE_BY_MATMUL = "5.18"
+"""The last release of transformers whose rotary phases are a matrix product, which TF32 would round (`hf.rope`)."""
+
 
 def check() -> None:
     """Refuse packages older than the range, and warn of newer ones.
@@ -46,6 +49,12 @@ def why_no_triton() -> str | None:
     if release(found) < Version(TRITON[0]):
         return f"triton {found} is installed, expected {TRITON[0]} to {TRITON[1]}"
     return None
+
+
+def rope_by_matmul() -> bool:
+    """Whether the installed transformers computes rotary phases as a matrix product."""
+    found = installed("transformers")
+    return found is not None and release(found) <= Version(ROPE_BY_MATMUL)
 
 
 def installed(name: str) -> str | None:

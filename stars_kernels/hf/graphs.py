@@ -7,7 +7,7 @@ rounds. Capturing needs every kernel compiled, so a bucket's first segment runs 
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -15,15 +15,13 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from stars_kernels.decoder.memory import ALLOCATOR
 from stars_kernels.decoder.protocols import Rows
 
 Segment = Callable[[Rows], Tensor]
 """Rows -> tokens [R, size]; reads nothing else that changes, but for what lies in buffers that stay where they are."""
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """A function without arguments -> one that does the same on the same memory, and returns the same tensor."""
-
-
-_capturing = threading.Lock()  # torch allows one capture a process at a time
 
 
 def bucket_of(rows: int) -> int:
@@ -38,21 +36,41 @@ def padded(rows: Rows, count: int) -> Rows:
     return Rows(*(getattr(rows, field.name)[index] for field in fields(Rows)))
 
 
+@functools.cache
+def streams_of(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Make the streams that a device's graphs are captured on and replayed on, once for the process.
+
+    torch keeps a workspace (32 MiB on Hopper) for each cuBLAS handle and stream that ever met, so streams must be few.
+    Graphs captured on one stream share its workspace, so no two of them may run at once, whatever streams their callers
+    are on: all replays go through one stream. It is not the captures', as nothing may be launched on a stream while
+    another thread captures on it.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
 class CudaCapture:
-    """All graphs share one pool of memory, as only one runs at a time, and the stream that they are captured on."""
+    """Captures the graphs of one batch, in one pool of memory.
+
+    Two batches cannot share a pool: a graph's result lies in it until it is copied, and a replay of the other batch's
+    may come first. Nor would the memory come back with the end of a batch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # torch's own for captures is on whichever device came first
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with _capturing, torch.cuda.device(self._device):
+        with ALLOCATOR, torch.cuda.device(self._device):
+            own, replays = streams_of(self._device)
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
             result = captured(run, capture)
 
         def replay() -> Tensor:
-            graph.replay()
+            caller = torch.cuda.current_stream(replays.device)
+            replays.wait_stream(caller)
+            with torch.cuda.stream(replays):
+                graph.replay()
+            caller.wait_stream(replays)
             return result
 
         return replay

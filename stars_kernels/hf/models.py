@@ -27,7 +27,9 @@ from stars_kernels.hf.attention import ATTENTION
 from stars_kernels.hf.families import REFUSED, WORKS
 from stars_kernels.hf.layout import has_hook, text_config
 from stars_kernels.hf.packing import works_as
+from stars_kernels.hf.rope import keep_phases_exact
 from stars_kernels.ops._registry import call_op
+from stars_kernels.versions import rope_by_matmul
 
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
@@ -130,6 +132,8 @@ def eval_copy(model: Model) -> Model:
         }
         memo[id(module)].__setstate__(state)
     twin: Model = _copied(model, memo)
+    if isinstance(twin, PreTrainedModel) and rope_by_matmul():
+        keep_phases_exact(twin)
     return twin.eval()
 
 
