@@ -12,12 +12,12 @@ import torch
 
 from bench.machine import wait
 
-MIN_REPEATS = 5
+MIN_REPEATS = 3
 EVENT_CALLS = 10
 """Of one repeat on a GPU: launches that the host issues ahead hide behind the kernels before them."""
 GRAPH_CALLS = 20
 """In a graph, at least."""
-SECONDS = {"cpu": 0.02, "cuda": 0.15}
+SECONDS = {"cpu": 0.005, "cuda": 0.15}
 """Of one measurement, about."""
 
 
@@ -40,9 +40,14 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def kind(self) -> str:
+        """Return cpu or cuda."""
+        return self.device.type
+
     def launched(self, work: Callable[[int], Any], copies: int = 1) -> Timing:
         """Seconds of a call that the host issues."""
-        calls = EVENT_CALLS if self.device.type == "cuda" else 1
+        calls = EVENT_CALLS if self.kind == "cuda" else 1
         turn = 0
 
         def some() -> None:
@@ -64,6 +69,10 @@ class Clock:
                 work(call % copies)
         return self._repeated(graph.replay, calls)
 
+    def bare(self, work: Callable[[int], Any], copies: int = 1) -> Timing:
+        """Seconds of a call without the host's part in it, as far as the device allows: a CPU has no graphs."""
+        return self.replayed(work, copies) if self.kind == "cuda" else self.launched(work, copies)
+
     def whole(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds of one run of `work`, all that it gives the device included, and its result."""
         wait(self.device)
@@ -76,13 +85,13 @@ class Clock:
         work()  # warms up
         wait(self.device)
         seconds: list[float] = []
-        end = time.perf_counter() + SECONDS[self.device.type]
+        end = time.perf_counter() + SECONDS[self.kind]
         while time.perf_counter() < end or len(seconds) < MIN_REPEATS:
             seconds.append(self._once(work) / calls)
         return Timing.of(seconds)
 
     def _once(self, work: Callable[[], Any]) -> float:
-        if self.device.type == "cpu":
+        if self.kind == "cpu":
             return self.whole(work)[0]
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

@@ -31,6 +31,7 @@ GRACE = 60
 """Seconds after the budget, at which a part that hangs ends the process."""
 NEEDS_CUDA = "there are no CUDA graphs on a CPU"
 NO_TIME = "no time was left"
+CUT = "the budget ended it after {} figures"
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,24 @@ def measure(setting: Setting, report: Report, todo: Sequence[Part], end: float) 
     """Run `todo` until time.monotonic() is `end`, and save after each part; a part that fails leaves the others.
 
     Raises:
-        DeviceLost: the device is of no use to this process any more, and parts are left.
+        DeviceLost: the device is of no use to this process any more.
     """
     report.not_reached = {part.name: "not begun" for part in todo}
     for part in todo:
-        if part.cuda and setting.device.type != "cuda":
+        if part.cuda and setting.kind != "cuda":
             report.not_reached[part.name] = NEEDS_CUDA
         elif time.monotonic() >= end:
             report.not_reached[part.name] = NO_TIME
         else:
             report.not_reached[part.name] = "begun, and not ended"
+            report.save()  # for whoever finds the folder after a crash
+            failures, began = len(report.failures), time.monotonic()
+            run_part(part, setting, report, end)
+            report.seconds[part.name] = time.monotonic() - began
+            report.rates = dict(setting.rates)
             report.save()
-            _run(part, setting, report, end)
-            if part.name in {failure["part"] for failure in report.failures}:
-                _check_device(setting, part)
+            if len(report.failures) > failures:
+                check_device(setting, part)
     report.save()
 
 
@@ -87,32 +92,30 @@ class DeviceLost(RuntimeError):
     """A failed kernel has taken the CUDA context with it."""
 
 
-def _run(part: Part, setting: Setting, report: Report, end: float) -> None:
-    began = time.monotonic()
+def run_part(part: Part, setting: Setting, report: Report, end: float) -> None:
+    """Add the part's figures, or what became of it, to the report."""
     print(f"{part.name} ...", flush=True)
     try:
-        count = 0
-        for figure in part.work(setting):
-            count += 1
+        for count, figure in enumerate(part.work(setting), start=1):
             report.add(part.name, figure)
             print(f"  {line(figure)}", flush=True)
             if time.monotonic() >= end:
-                report.not_reached[part.name] = f"{NO_TIME} after {count} figures, or these are all"
-                break
-        else:
-            del report.not_reached[part.name]
+                report.not_reached[part.name] = CUT.format(count)
+                return
+    except launches.LeftOut as reason:
+        report.not_reached[part.name] = str(reason)
+        print(f"  left out: {reason}", flush=True)
+        return
     except Exception as error:
-        report.failures.append({
-            "part": part.name, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(),
-        })  # fmt: skip
-        report.not_reached.pop(part.name, None)
-        print(f"  FAILED: {type(error).__name__}: {error}", flush=True)
-    report.seconds[part.name] = time.monotonic() - began
-    report.rates = dict(setting.rates)
-    report.save()
+        what = f"{type(error).__name__}: {error}"
+        report.failures.append({"part": part.name, "error": what, "traceback": traceback.format_exc()})
+        print(f"  FAILED: {what}", flush=True)
+    del report.not_reached[part.name]
+    report.done.append(part.name)
 
 
-def _check_device(setting: Setting, part: Part) -> None:
+def check_device(setting: Setting, part: Part) -> None:
+    """Raise DeviceLost where a failed part has left the device unusable."""
     try:
         setting.sweep()
         machine.wait(setting.device)
@@ -160,10 +163,10 @@ def run(args: argparse.Namespace) -> int:
         setting.rates = dict(report.rates)
     for name, value in report.facts.items():
         print(f"{name}: {value}", flush=True)
-    done = set(report.seconds)
+    todo = [part for part in parts(setting) if part.name not in report.done]
     faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)  # what was measured until then is saved
     try:
-        measure(setting, report, [part for part in parts(setting) if part.name not in done], end)
+        measure(setting, report, todo, end)
     except DeviceLost as error:
         print(f"the device is lost to this process, a new one goes on: {error}", flush=True)
         restart(args, names, end)
@@ -183,7 +186,7 @@ def restart(args: argparse.Namespace, names: Sequence[str], end: float) -> None:
 
 
 def facts(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
-    kind = setting.device.type
+    kind = setting.kind
     gpu = setting.datasheet
     return {
         **machine.facts(kind),

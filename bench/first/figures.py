@@ -60,6 +60,8 @@ class Report:
     """Part: why it has no figures, or not all."""
     seconds: dict[str, float] = field(default_factory=dict)
     """That each part took."""
+    done: list[str] = field(default_factory=list)
+    """Parts that have ended, with all their figures or with a failure."""
     rates: dict[str, float] = field(default_factory=dict)
     """Measured here: `copy` bytes and `gemm` operations a second, at best."""
 
@@ -77,10 +79,12 @@ class Report:
         _replace(self.folder / "first.md", self.markdown())
 
     def restore(self) -> None:
-        """Take what an earlier run left in the folder."""
+        """Take from the folder what an earlier run has ended there, and nothing of parts that it has not."""
         content = json.loads(self.json_file.read_text())
-        for name in ("figures", "failures", "seconds", "rates"):
+        for name in ("failures", "done", "rates"):
             setattr(self, name, content[name])
+        self.figures = [figure for figure in content["figures"] if figure["part"] in self.done]
+        self.seconds = {part: content["seconds"][part] for part in self.done}
 
     def markdown(self) -> str:
         lines = ["# First figures", "", *(f"- {name}: {value}" for name, value in self.facts.items()), ""]
@@ -88,7 +92,8 @@ class Report:
         for f in self.figures:
             cells = (f["name"], number(f["value"]), f["unit"], number(f["roofline"]), percent(f["share"]), f["note"])
             lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-        lines += ["", "share: of the roofline's speed that was reached; 100 % = as it says.", ""]
+        lines += ["", "share: of the roofline's speed that was reached; 100 % = as it says. 64 x 3: prompts x attempts "
+                  "of each side by side.", ""]  # fmt: skip
         if self.failures:
             lines += ["## Failed", "", *(f"- {f['part']}: {f['error'].splitlines()[0]}" for f in self.failures), ""]
         if self.not_reached:

@@ -27,12 +27,18 @@ GAP_KERNELS = (100, 1000)
 HELD = SEGMENT // 2 + 1
 """Tokens of a row in the middle step of a segment, its own included."""
 KEY = 2**40
+NOT_TRITON = ("accept",)
+"""Of OPS, on a GPU there only where the extension was built with CUDA."""
 OPS = ("fork_attention", "segment_sample", "lm_head_sample", "reward_head", "kv_commit", "accept")
+
+
+class LeftOut(Exception):
+    """A part has nothing to measure here, and says why."""
 
 
 def copy(setting: Setting) -> Iterator[Figure]:
     """Read and write memory."""
-    size = COPY_BYTES[setting.device.type]
+    size = COPY_BYTES[setting.kind]
     source = setting.noise(size // DTYPE.itemsize)
     target = torch.empty_like(source)
     timing = setting.clock.launched(lambda _: target.copy_(source))
@@ -64,15 +70,15 @@ def gemm(setting: Setting, name: str) -> Iterator[Figure]:
 
             check_product(product(0)[:, :8], x, weights[0, :8])
             found.append((f"{layer} {columns} x {depth}, M = {rows}", roofline.linear(rows, columns, depth),
-                          setting.clock.launched(product, copies)))  # fmt: skip
+                          setting.clock.bare(product, copies)))  # fmt: skip
     best = max(kernel.flops / timing.low for _, kernel, timing in found)
     setting.rates["gemm"] = max(best, setting.rates.get("gemm", 0.0))  # before the roofline is asked
     for what, kernel, timing in found:
         seconds = roofline.call_seconds(setting.gpu, kernel, graph=True)
         tera, giga = kernel.flops / 1e12, kernel.bytes / 1e9
         what = f"{name}: gemm {what}"
-        yield rate(what, tera, timing, "TFLOP/s", seconds and tera / seconds)
-        yield rate(what, giga, timing, "GB/s", seconds and giga / seconds)
+        yield rate(f"{what}, operations", tera, timing, "TFLOP/s", seconds and tera / seconds)
+        yield rate(f"{what}, bytes", giga, timing, "GB/s", seconds and giga / seconds)
 
 
 def check_product(found: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -94,9 +100,10 @@ class Case:
 
 def kernel(setting: Setting, name: str, op: str) -> Iterator[Figure]:
     """Check, then time, one op at the shapes of a round: launched by the host, in a graph, and its bytes a second."""
-    served = stars_kernels.backends()[op][setting.device.type]
-    if setting.device.type == "cuda" and served not in ("triton", "cuda"):
-        raise CheckError(f"{op} is served by its {served}, and definitions are not timed")
+    served = stars_kernels.backends()[op][setting.kind]
+    if served.startswith("definition"):
+        missing = setting.kind == "cuda" and op not in NOT_TRITON
+        raise (CheckError if missing else LeftOut)(f"{op} is served by its {served}; definitions are not timed")
     copied = setting.rates.get("copy")
     for case in CASES[op](setting, name):
         what = f"{name}: {case.name}"
@@ -111,7 +118,7 @@ def kernel(setting: Setting, name: str, op: str) -> Iterator[Figure]:
 
         timing = setting.clock.launched(case.run, case.copies)
         yield duration(f"{what}, launched", timing, "us", expected(graph=False), f"served by {served}")
-        if setting.device.type == "cuda":
+        if setting.kind == "cuda":
             timing = setting.clock.replayed(case.run, case.copies)
             yield duration(f"{what}, in a graph", timing, "us", expected(graph=True))
         giga = case.kernel.bytes / 1e9

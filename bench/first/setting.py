@@ -37,13 +37,18 @@ class Setting:
     """Tokens of eager decodes by model and shape, for those from graphs."""
     _loaded: tuple[str, PreTrainedModel, PreTrainedModel] | None = None
 
+    @property
+    def kind(self) -> str:
+        """Return cpu or cuda."""
+        return self.device.type
+
     @cached_property
     def clock(self) -> Clock:
         return Clock(self.device)
 
     @cached_property
     def datasheet(self) -> Gpu | None:
-        if self.device.type != "cuda":
+        if self.kind != "cuda":
             return None
         properties = torch.cuda.get_device_properties(self.device)
         return roofline.datasheet(properties.name, properties.total_memory)
@@ -61,7 +66,7 @@ class Setting:
 
     def copies(self, size: int) -> int:
         """How many times data of `size` bytes is laid out."""
-        kind = self.device.type
+        kind = self.kind
         return max(2, min(MAX_COPIES[kind], -(-COPIES_BYTES[kind] // size)))
 
     def noise(self, *shape: int, seed: int = SEED, scale: float = 1.0) -> Tensor:
@@ -91,7 +96,7 @@ class Setting:
     def sweep(self) -> None:
         """Give back what a part has left behind."""
         gc.collect()
-        if self.device.type == "cuda":
+        if self.kind == "cuda":
             torch.cuda.empty_cache()
 
 
