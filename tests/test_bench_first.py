@@ -194,6 +194,15 @@ def test_the_budget_is_heeded(monkeypatch, tmp_path):
     assert status == 0 and found["complete"] and found["seconds"] == {"a": 8, "b": 4, "c": 1}
 
 
+def test_a_part_that_hangs_ends_the_process(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(command.faulthandler, "dump_traceback_later", lambda *a, **how: calls.append((a, how["exit"])))
+    monkeypatch.setattr(command.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    monkeypatch.setattr(command, "parts", lambda place: [])
+    run(monkeypatch, tmp_path, "--seconds", "7")
+    assert calls == [((7 + command.GRACE,), True), "cancelled"]
+
+
 def test_a_killed_run_keeps_what_it_has(monkeypatch, tmp_path):
     def killed(place):
         yield figures.Figure("half", 1.0, "us")
@@ -300,7 +309,8 @@ def test_a_gpu_is_not_timed_with_definitions(gpu, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
-def test_the_gap_of_empty_kernels(gpu):
+def test_the_gap_of_empty_kernels(gpu, monkeypatch):
+    monkeypatch.setattr(launches, "GAP_KERNELS", (2, 5))
     found = {figure.name: figure for figure in launches.gap(gpu)}
     both = [f"{what}, {who}" for what in ("gap of an empty kernel in a graph", "launch of an empty kernel by the host")
             for who in ("Triton", "torch")]  # fmt: skip

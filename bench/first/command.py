@@ -164,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in report.facts.items():
         print(f"{name}: {value}", flush=True)
     todo = [part for part in parts(setting) if part.name not in report.done]
-    faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)  # what was measured until then is saved
+    # Ends the process where a part hangs; what was measured until then is saved.
+    faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True, file=sys.__stderr__)
     try:
         measure(setting, report, todo, end)
     except DeviceLost as error:

@@ -137,12 +137,13 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
         yield duration(f"{what}, capture", Timing.of(capture.seconds), "s", note="once a batch, rows and length")
     commits = map(sum, zip(proposer.seconds["commit"], scorer.seconds["commit"], strict=True))
     parts = {"propose": proposer.seconds["propose"], "score": scorer.seconds["score"], "commit": list(commits)}
+    last = phase("last token")
+    expected = {"propose": segment and last and segment + last, "score": phase("RM"), "commit": None}
     for part, found in parts.items():
-        expected = phase("RM") if part == "score" else None
-        yield duration(f"{what}, {part}", Timing.of(found[skip:]), "ms", expected)
-    expected = roofline.prefill_seconds(setting.gpu, m, shape)
+        yield duration(f"{what}, {part}", Timing.of(found[skip:]), "ms", expected[part])
+    read = roofline.prefill_seconds(setting.gpu, m, shape)
     yield duration(f"{what}, first", Timing.of(seconds[:1]), "ms", note="kernels not met before are compiled in it")
-    yield duration(f"{what}, prompts", Timing.of([prefill]), "ms", expected, "read by both models")
+    yield duration(f"{what}, prompts", Timing.of([prefill]), "ms", read, "read by both models")
     note = f"with draws from plain forwards; at least {TOKENS_THAT_AGREE}"
     yield Figure(f"{what}, tokens that agree", agreement, "share", note=note)
 
