@@ -194,6 +194,15 @@ def test_the_budget_is_heeded(monkeypatch, tmp_path):
     assert status == 0 and found["complete"] and found["seconds"] == {"a": 8, "b": 4, "c": 1}
 
 
+def test_only_a_run_of_the_same_kind_is_resumed(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"--resume: .*first\.json is missing, expected what an earlier run"):
+        run(monkeypatch, tmp_path, "--resume")
+    monkeypatch.setattr(command, "parts", lambda place: [])
+    run(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit, match=r"has models 'tiny', expected 'tiny, llama-3-8b', as in this run"):
+        run(monkeypatch, tmp_path, "--resume", "--model", "tiny", "llama-3-8b")
+
+
 def test_a_part_that_hangs_ends_the_process(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(command.faulthandler, "dump_traceback_later", lambda *a, **how: calls.append((a, how["exit"])))

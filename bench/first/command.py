@@ -159,7 +159,10 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting(torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu"), names)
     report = Report(args.out, facts(setting, args))
     if args.resume:
-        report.restore()
+        try:
+            report.restore()
+        except ValueError as error:
+            raise SystemExit(f"--resume: {error}") from error
         setting.rates = dict(report.rates)
     for name, value in report.facts.items():
         print(f"{name}: {value}", flush=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 from bench.first.clock import Timing
 
+SAME = ("device", "gpu", "models", "dtype", "torch", "commit")
+"""Facts that the figures of one report share."""
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 
@@ -79,8 +81,18 @@ class Report:
         _replace(self.folder / "first.md", self.markdown())
 
     def restore(self) -> None:
-        """Take from the folder what an earlier run has ended there, and nothing of parts that it has not."""
+        """Take from the folder what an earlier run has ended there, and nothing of parts that it has not.
+
+        Raises:
+            ValueError: there is none, or it was of another device or other models.
+        """
+        if not self.json_file.exists():
+            raise ValueError(f"{self.json_file} is missing, expected what an earlier run has left there")
         content = json.loads(self.json_file.read_text())
+        for name in SAME:
+            found, expected = content["facts"].get(name), self.facts.get(name)
+            if found != expected:
+                raise ValueError(f"{self.json_file} has {name} {found!r}, expected {expected!r}, as in this run")
         for name in ("failures", "done", "rates"):
             setattr(self, name, content[name])
         self.figures = [figure for figure in content["figures"] if figure["part"] in self.done]
