@@ -18,12 +18,14 @@ TIMED = ("decode", "ops")
 """Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.device and its args.rates."""
 MODELLED = ("roofline",)
 """The same, but run() prints its own tables, by formula, and returns an exit code."""
+ALONE = ("first",)
+"""The same, but with all its options, --device among them, in its own `add_arguments`."""
 DEVICES = ("cpu", "cuda")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, ModuleType | None, argparse.Namespace]:
     """The module is None where no suite is named: then all are meant."""
-    names = TIMED + MODELLED
+    names = TIMED + MODELLED + ALONE
     names = tuple(name for name in names if name in arguments[:1]) or names  # torch is not imported for nothing
     modules = {name: import_module(f"bench.{name}") for name in names}
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -36,7 +38,8 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, ModuleType | N
         if name in TIMED:
             subparser.add_argument("--quick", action="store_true", help="less work, for a few minutes in all")
             subparser.add_argument("--device", choices=DEVICES, default="cpu", help="where it all runs (default cpu)")
-        subparser.add_argument("--json", type=output_file, metavar="FILE", help="write all that is found here")
+        if name not in ALONE:
+            subparser.add_argument("--json", type=output_file, metavar="FILE", help="write all that is found here")
         suite.add_arguments(subparser)
     args = parser.parse_args(arguments)
     if args.suite is None and args.all_on is None:
@@ -49,14 +52,14 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, ModuleType | N
 
 def main() -> int:
     parser, suite, args = parse(sys.argv[1:])
-    if suite is not None and args.suite in MODELLED:
-        return int(suite.run(args))
     if args.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             parser.error(f"argument --device: no CUDA device (torch {torch.__version__})")
-    return time_all(args) if suite is None else time_suite(suite, args)
+    if suite is None:
+        return time_all(args)
+    return int(suite.run(args)) if args.suite in MODELLED + ALONE else time_suite(suite, args)
 
 
 def time_all(args: argparse.Namespace) -> int:

@@ -83,6 +83,7 @@ class Model:
 # NVIDIA's datasheets: H100 Tensor Core GPU (SXM; 1,979 TFLOP/s with sparsity), A100 80GB (SXM), L4 (242 with sparsity).
 GPUS = {
     "h100": Gpu("H100 SXM", 3.35e12, 989e12, 67e12, 80e9),
+    "h200": Gpu("H200 SXM", 4.8e12, 989e12, 67e12, 141e9),
     "a100": Gpu("A100 80GB SXM", 2.039e12, 312e12, 19.5e12, 80e9),
     "l4": Gpu("L4", 300e9, 121e12, 30.3e12, 24e9),
 }

@@ -66,6 +66,15 @@ def wait(device: torch.device | str) -> None:
 
 def describe(rates: Rates, device: str = "cpu") -> dict[str, Any]:
     return {
+        **facts(device),
+        "read_gb_per_second": round(rates.read_bytes_per_second / 1e9, 1),
+        "gemm_gflops_per_second": round(rates.gemm_flops_per_second / 1e9, 1),
+    }
+
+
+def facts(device: str = "cpu") -> dict[str, Any]:
+    """What is known without measuring."""
+    return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -75,8 +84,6 @@ def describe(rates: Rates, device: str = "cpu") -> dict[str, Any]:
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "read_gb_per_second": round(rates.read_bytes_per_second / 1e9, 1),
-        "gemm_gflops_per_second": round(rates.gemm_flops_per_second / 1e9, 1),
     }
 
 

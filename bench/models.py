@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 MODELS = ("smol", "tiny")
 PROMPT_TOKENS = 200
@@ -25,7 +25,7 @@ TEXT = (
 @dataclass
 class Models:
     model: LlamaForCausalLM
-    rm: LlamaForSequenceClassification
+    rm: PreTrainedModel
     prompts: list[list[int]]
     """Token ids, all of one length and all different."""
 
@@ -53,12 +53,12 @@ def load(
     return Models(model, reward_model(model), [one[:prompt_tokens] for one in ids])
 
 
-def reward_model(model: LlamaForCausalLM) -> LlamaForSequenceClassification:
+def reward_model(model: PreTrainedModel) -> PreTrainedModel:
     """The language model's own layers, sharing its weights, under a fixed random head."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, None
     with torch.device("meta"):
-        rm = LlamaForSequenceClassification(config)
+        rm = AutoModelForSequenceClassification.from_config(config)
     shared = itertools.chain(model.parameters(), model.buffers())
     rm.model = copy.deepcopy(model.model, memo={id(tensor): tensor for tensor in shared})
     generator = torch.Generator().manual_seed(0)

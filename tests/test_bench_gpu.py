@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RATES = machine.Rates(1e10, 1e11)
 
 
-@pytest.mark.parametrize("suite", command.TIMED)
+@pytest.mark.parametrize("suite", command.TIMED + command.ALONE)
 def test_no_cuda_device(monkeypatch, capsys, suite):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench", suite, "--device", "cuda"])
@@ -26,7 +26,7 @@ def test_no_cuda_device(monkeypatch, capsys, suite):
     assert f"argument --device: no CUDA device (torch {torch.__version__})" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suite", command.TIMED)
+@pytest.mark.parametrize("suite", command.TIMED + command.ALONE)
 def test_the_device_is_a_cpu_by_default(suite):
     assert command.parse([suite])[2].device == "cpu"
     assert command.parse([suite, "--device", "cuda"])[2].device == "cuda"
@@ -57,7 +57,7 @@ def test_without_a_suite_all_are_timed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a suite (decode, ops, roofline), or --device for all of them"),
+        ([], "expected a suite (decode, ops, roofline, first), or --device for all of them"),
         (["--device", "cuda", "ops"], "--device and --quick of one suite go behind its name, ops"),
         (["--device", "cuda"], f"argument --device: no CUDA device (torch {torch.__version__})"),
     ],

@@ -28,6 +28,12 @@ import pytest
             "bench.__main__ decode --json no/such/out.json",
             "argument --json: it is 'no/such/out.json', expected a file in a folder that exists",
         ),
+        ("bench.__main__ first --seconds 0", "argument --seconds: it is '0', expected a whole number >= 1"),
+        ("bench.__main__ first --model gpt-2", "argument --model: invalid choice: 'gpt-2' (choose from"),
+        (
+            "bench.__main__ first --out setup.py/first",
+            "argument --out: it is 'setup.py/first', expected a folder or a place for one; ",
+        ),
         *[
             (
                 f"bench.__main__ roofline --acceptance {value}",

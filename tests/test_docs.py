@@ -39,6 +39,7 @@ SMALL = {  # command: a smaller run of the same entry point
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
     "python -m bench decode --rewards real": [*PYTHON, *"bench decode --rewards real --quick --model tiny".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
+    "python -m bench first": [*PYTHON, *"bench first --device cpu --model tiny --out build/first-test".split()],
     "python -m bench.neighbour": [*PYTHON, *"bench.neighbour --model tiny --runs 1".split()],
     "python -m bench.gpu_build --write docs/gpu_build.md": [*PYTHON, "bench.gpu_build", "--help"],
     "python -m tests.hf.test_families --write docs/families.md": [*PYTHON, "tests.hf.test_families", "--help"],
@@ -64,6 +65,7 @@ SAME_ENTRY = {
     "python -m bench decode --quick --model tiny",
     "python -m bench ops --only fork_attention",
     "python -m bench ops --only content_hash",
+    "python -m bench first --model tiny qwen2.5-0.5b --seconds 120",
     "make bench",
 }
 """Other arguments of one of these."""
@@ -93,6 +95,8 @@ NEEDS_A_GPU = {
     "make gpu",
     "pytest -m gpu",
     "python -m bench ops --device cuda",
+    "python -m bench first --device cuda",
+    "python -m bench first --device cuda --resume",
     "python -m bench decode --device cuda",
     "python -m bench.rival_vllm",
 }

@@ -1,0 +1,223 @@
+"""Whole rounds of the engine, eager and from CUDA graphs, and the same work by `generate` and by the naive loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.common import generate_options
+from bench.first import roofline
+from bench.first.clock import Clock, Timing
+from bench.first.figures import Figure, duration
+from bench.first.roofline import SEGMENT, SIZES, Shape
+from bench.first.setting import SEED, Setting
+from bench.naive import naive_decode
+from bench.report import CheckError
+from stars_kernels import StarsConfig
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.loop import Loop
+from stars_kernels.decoder.protocols import Rows
+from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.models import view_of
+from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.scorers import ClassifierScorer
+from stars_kernels.ops import segment_sample
+from stars_kernels.ops.philox import request_key
+
+ROUNDS = {"eager": 3, "graph": 6}
+FIRST = {"eager": 1, "graph": 2}
+"""Rounds that are not of the median: kernels are compiled, graphs captured."""
+TOKENS_THAT_AGREE = 0.6
+"""At least, with those of a plain forward in bf16: near ties of the draw and of the k-th logit fall either way."""
+REWARD_TOLERANCE = 0.25
+"""Of rewards of about 1 in size, in bf16."""
+NAIVE_ATTEMPTS = 2
+
+
+def settings(shape: Shape, rounds: int) -> StarsConfig:
+    """Every round accepts its first attempt, so that each is a whole one: it reads, draws, scores, judges, commits."""
+    return StarsConfig(
+        segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, width=shape.width, temperature=1.0, top_k=40, seed=SEED,
+        eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=-1e6, beta=1.0,
+    )  # fmt: skip
+
+
+class Stopwatch:
+    """A proposer or a scorer whose calls named `calls` are timed, the device's work included."""
+
+    def __init__(self, inner: Any, clock: Clock, *calls: str) -> None:
+        self._inner, self._clock = inner, clock
+        self.seconds: dict[str, list[float]] = {call: [] for call in calls}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in self.seconds:
+            return found
+
+        def timed(*args: Any, **options: Any) -> Any:
+            seconds, result = self._clock.whole(lambda: found(*args, **options))
+            self.seconds[name].append(seconds)
+            return result
+
+        return timed
+
+
+class EagerSegments:
+    """In the place of SegmentGraphs: each segment is issued launch by launch."""
+
+    def run(self, segment: Callable[[Rows], Tensor], rows: Rows, settings: object, storage: object) -> Tensor:
+        return segment(rows)
+
+    def clear(self) -> None:
+        """There is nothing to forget."""
+
+
+class TimedCapture:
+    """CudaCapture, and the seconds that each capture takes."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._capture, self._clock = CudaCapture(clock.device), clock
+        self.seconds: list[float] = []
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        seconds, replay = self._clock.whole(lambda: self._capture(run))
+        self.seconds.append(seconds)
+        return replay
+
+
+@torch.inference_mode()
+def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figure]:
+    """Decode a few rounds, `how` is "eager" or "graph"; check the answers; tell a round, its parts and its model step.
+
+    The answers are those of graphs and eager segments alike, and of plain forwards over the same texts.
+    """
+    m, clock, graph = SIZES[name], setting.clock, how == "graph"
+    model, rm = setting.load(name)
+    prompts, config = setting.prompts(name, shape), settings(shape, ROUNDS[how])
+    capture = TimedCapture(clock) if graph else None
+    segments = Stopwatch(SegmentGraphs(capture) if capture else EagerSegments(), clock, "run")
+    proposer = Stopwatch(ModelProposer(view_of(model), segments), clock, "propose", "commit")
+    scorer = Stopwatch(ClassifierScorer(view_of(rm), label=0), clock, "score", "commit")
+    answers = [Answer(request_key(SEED, p), ids, config.max_new_tokens) for p, ids in enumerate(prompts)]
+    loop = Loop(proposer, scorer, config, answers)
+    seconds = []
+    try:
+        prefill, _ = clock.whole(loop.begin)
+        turns = loop.rounds()
+        next(turns)  # begun
+        for _ in range(ROUNDS[how]):
+            took, turn = clock.whole(lambda: next(turns, None))
+            if turn is None:
+                break
+            seconds.append(took)
+    finally:
+        loop.close()
+    if error := next((answer.error for answer in answers if answer.error is not None), None):
+        raise error
+    if len(seconds) != ROUNDS[how]:
+        raise CheckError(f"{len(seconds)} rounds were decoded, expected {ROUNDS[how]}")
+    tokens = [answer.tokens for answer in answers]
+    agreement = check_answers(setting, name, answers)
+    check_modes(setting, name, shape, how, tokens)
+
+    what, skip = f"{name}: {how} round, {shape}", FIRST[how]
+    whole = Timing.of(seconds[skip:])
+    yield duration(what, whole, "ms", roofline.whole_seconds(setting.gpu, m, shape, graph=graph))
+    yield Figure(f"{what}, tokens", shape.prompts * SEGMENT / whole.median, "tokens/s",
+                 note="aligned, where each segment takes one round")  # fmt: skip
+    step = Timing.of([s / (SEGMENT - 1) for s in segments.seconds["run"][skip:]])
+    phase = partial(roofline.phase_seconds, setting.gpu, m, shape, graph=graph)
+    segment = phase("segment")
+    yield duration(f"{what}, model step", step, "ms", segment and segment / (SEGMENT - 1), "a forward and its draw")
+    if capture:
+        yield duration(f"{what}, capture", Timing.of(capture.seconds), "s", note="once a batch, rows and length")
+    commits = map(sum, zip(proposer.seconds["commit"], scorer.seconds["commit"], strict=True))
+    parts = {"propose": proposer.seconds["propose"], "score": scorer.seconds["score"], "commit": list(commits)}
+    last = phase("last token")
+    expected = {"propose": segment and last and segment + last, "score": phase("RM"), "commit": None}
+    for part, found in parts.items():
+        yield duration(f"{what}, {part}", Timing.of(found[skip:]), "ms", expected[part])
+    read = roofline.prefill_seconds(setting.gpu, m, shape)
+    yield duration(f"{what}, first", Timing.of(seconds[:1]), "ms", note="kernels not met before are compiled in it")
+    yield duration(f"{what}, prompts", Timing.of([prefill]), "ms", read, "read by both models")
+    note = f"with draws from plain forwards; at least {TOKENS_THAT_AGREE}"
+    yield Figure(f"{what}, tokens that agree", agreement, "share", note=note)
+
+
+def check_answers(setting: Setting, name: str, answers: list[Answer]) -> float:
+    """Return the share of tokens that are drawn from plain forwards too; rewards must be those of a plain forward.
+
+    Each text is read once: a token is drawn anew from the logits behind all before it.
+    """
+    model, rm = setting.load(name)
+    config, same, count = settings(Shape(1, 1, 1), 1), 0, 0
+    for p, answer in enumerate(answers):
+        ids = torch.tensor([[*answer.prompt, *answer.tokens]], device=setting.device)
+        tokens = ids[0, len(answer.prompt) :]
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
+        position = torch.arange(len(tokens), device=setting.device)
+        keys = torch.full_like(position, request_key(SEED, p))
+        drawn, _ = segment_sample(logits, keys, torch.zeros_like(position), position, **config.sampling)
+        same, count = same + int((drawn == tokens).sum()), count + len(tokens)
+        expected = float(rm(input_ids=ids, use_cache=False).logits[0, 0])
+        if not abs(answer.reward - expected) <= REWARD_TOLERANCE:
+            raise CheckError(
+                f"{name}, prompt {p}: the reward is {answer.reward:.4f}, of a plain forward {expected:.4f}"
+            )
+    if same < TOKENS_THAT_AGREE * count:
+        raise CheckError(
+            f"{name}: {same} of {count} tokens agree with plain forwards, expected {TOKENS_THAT_AGREE:.0%}"
+        )
+    return same / count
+
+
+def check_modes(setting: Setting, name: str, shape: Shape, how: str, tokens: list[list[int]]) -> None:
+    """Raise CheckError where graphs and eager segments of the same rows, never padded, give other tokens."""
+    key = (name, str(shape))
+    if how == "eager":
+        setting.answers[key] = tokens
+        return
+    for p, (found, expected) in enumerate(zip(tokens, setting.answers.get(key, []), strict=False)):
+        shared = min(len(found), len(expected))
+        if found[:shared] != expected[:shared]:
+            raise CheckError(f"{name}, {shape}, prompt {p}: graphs give {found[:shared]}, eager {expected[:shared]}")
+
+
+@torch.inference_mode()
+def generate(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
+    """transformers' own decoding of a round's rows: no reward, no rejection."""
+    model, _ = setting.load(name)
+    ids = torch.tensor(setting.prompts(name, shape), device=setting.device).repeat_interleave(shape.width, dim=0)
+    options = {**generate_options(settings(shape, 1)), "max_new_tokens": SEGMENT, "eos_token_id": None}
+
+    def work() -> Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    work()  # warms up
+    seconds, output = setting.clock.whole(work)
+    expected = (shape.rows, shape.prompt_tokens + SEGMENT)
+    if output.shape != expected or not torch.equal(output[:, : shape.prompt_tokens], ids):
+        raise CheckError(f"generate gave {list(output.shape)}, expected the prompts and {SEGMENT} tokens, {expected}")
+    note = "reads the prompts for each row; no rewards"
+    yield duration(f"{name}: generate, {shape}", Timing.of([seconds]), "ms", note=note)
+
+
+@torch.inference_mode()
+def naive(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
+    """The loop by hand on one prompt, an attempt at a time, and a round's attempts at this rate."""
+    model, rm = setting.load(name)
+    prompt = setting.prompts(name, shape)[0]
+    # Never accepted: every attempt is made, and the best is taken.
+    config = settings(shape, 1).replace(max_attempts=NAIVE_ATTEMPTS, reward_threshold=1e6)
+    seconds, result = setting.clock.whole(lambda: naive_decode(model, rm, prompt, config))
+    if (len(result.token_ids), result.attempts) != (SEGMENT, [NAIVE_ATTEMPTS]):
+        raise CheckError(f"the naive loop gave {result}, expected {SEGMENT} tokens after {NAIVE_ATTEMPTS} attempts")
+    timing = Timing.of([seconds / NAIVE_ATTEMPTS])
+    yield duration(f"{name}: naive loop, an attempt", timing, "ms", note="generate, and the reward of the whole text")
+    for rows in setting.shapes(name):
+        whole = Timing.of([timing.median * rows.rows])
+        yield duration(f"{name}: naive loop, {rows}", whole, "ms", note=f"{rows.rows} attempts at this rate")
