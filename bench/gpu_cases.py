@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.kernels import MODELS
 from stars_kernels.ops.triton import LAUNCHERS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 HEADS = {m.name: (m.heads, m.kv_heads, m.head_dim) for m in MODELS.values()}
 HEADS |= {"Phi-3-mini": (32, 32, 96), "Gemma-2-2B": (8, 4, 256)}
 PROMPT_SLOTS, SEGMENT, BATCH, WIDTH = 1152, 15, 64, 8
@@ -71,6 +71,8 @@ def cases() -> Iterator[Case]:
         m = MODELS[key]
         launch = partial(commit, dtype, m.layers, m.kv_heads, m.head_dim)
         yield Case((f"{m.name} {m.kv_heads} x {m.head_dim}", f"{m.layers} layers", dtype), launch)
+    for dtype, hard in (("fp32", False), ("fp64", False), ("fp32", True)):
+        yield Case(("accept", "hard" if hard else "soft", dtype), partial(judge, dtype, hard))
 
 
 def attention(
@@ -110,3 +112,12 @@ def commit(dtype: str, layers: int, kv_heads: int, size: int) -> None:
     arena = floats(dtype, layers, 2, BATCH * PROMPT_SLOTS, kv_heads, size)
     advance = torch.empty(BATCH, dtype=torch.bool, device="meta")
     LAUNCHERS["kv_commit"](suffix, arena, *(integers(BATCH) for _ in range(5)), advance)
+
+
+def judge(dtype: str, hard: bool) -> None:
+    rewards, thresholds = floats(dtype, BATCH, WIDTH), floats("fp64", BATCH, WIDTH)
+    valid = torch.empty(BATCH, WIDTH, dtype=torch.bool, device="meta")
+    per_prompt = (integers(BATCH), integers(BATCH), integers(BATCH))
+    LAUNCHERS["accept"](
+        rewards, valid, thresholds, 0.5, hard, *per_prompt, 20, floats("fp64", BATCH), integers(BATCH)
+    )  # fmt: skip
