@@ -28,7 +28,7 @@ def accept_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `ops.accept`."""
     prompts, width = rewards.shape
-    chosen, outcome = torch.empty((2, prompts), dtype=torch.int64, device=keys.device)
+    chosen, outcome = (torch.empty_like(keys, memory_format=torch.contiguous_format) for _ in range(2))
     if prompts == 0:
         return chosen, outcome
     rewards, valid, thresholds, keys, position, first_attempt = (
@@ -44,10 +44,13 @@ def accept_triton(
     return chosen, outcome
 
 
-SCALARS = ["best_reward_stride", "best_attempt_stride", "prompts", "width", "max_attempts", "beta_bits"]
-
-
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(
+    do_not_specialize=["best_reward_stride", "best_attempt_stride", "prompts", "width", "max_attempts", "beta_bits"],
+    do_not_specialize_on_alignment=[
+        "rewards", "valid", "thresholds", "keys", "position", "first_attempt", "best_reward", "best_attempt",
+        "chosen", "outcome",
+    ],
+)  # fmt: skip
 def _accept(
     rewards, valid, thresholds, keys, position, first_attempt, best_reward, best_attempt, chosen, outcome,
     best_reward_stride, best_attempt_stride, prompts, width, max_attempts, beta_bits,
