@@ -15,12 +15,15 @@ import sys
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from bench.gpu_code import AMD, DATA, NVIDIA, Report, compiled
 
 AMD_SHARED = 65536  # bytes a program may have on a gfx942
-PINS = Path(__file__).parents[1] / "constraints.txt"
+DOCS = Path(__file__).parents[1] / "docs"
+TABLES = {"3.9.0": DOCS / "gpu_build.md", "3.6.0": DOCS / "gpu_build_triton_3.6.md"}
+"""The document of each Triton that is compiled with."""
 SMALL_SPILL = 64  # bytes stored, outside loops
 
 Known = dict[tuple[str, str, str], str]
@@ -148,17 +151,17 @@ def versions() -> str:
     return f"Triton {triton.__version__}, ptxas {old and old[1]} for sm_80 and {new and new[1]} for sm_90 and sm_100"
 
 
-def pinned_triton() -> str:
-    (version,) = re.findall(r"^triton==(.+)", PINS.read_text(), re.MULTILINE)
-    return f"Triton {version}, "
+def table() -> Path | None:
+    """The document of the installed Triton."""
+    return TABLES.get(metadata.version("triton"))
 
 
 def check(file: Path, text: str) -> bool:
-    """Whether `text` is what the file holds; with another Triton than the pinned one there is nothing to compare."""
+    """Whether `text` is what the file holds; with a document of another Triton there is nothing to compare."""
     committed = file.read_text()
     if versions() not in committed:
         print(f"NOT COMPARED with {file}: it was not written with {versions()}")
-        return pinned_triton() not in versions()
+        return file.resolve() != table()
     diff = difflib.unified_diff(committed.splitlines(), text.splitlines(), str(file), "now", lineterm="", n=0)
     print("\n".join(lines := list(diff)) or f"{file} agrees")
     return not lines
@@ -166,9 +169,14 @@ def check(file: Path, text: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_build", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table here")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with this table")
+    own = {"type": Path, "metavar": "FILE", "nargs": "?", "const": table()}
+    parser.add_argument(
+        "--write", **own, help="write the table here, or without a name where the installed Triton's is"
+    )
+    parser.add_argument("--check", **own, help="compare with this table, or with the installed Triton's")
     args = parser.parse_args()
+    if table() is None and {"--write", "--check"} & {*sys.argv} and not args.write and not args.check:
+        parser.error(f"Triton {metadata.version('triton')} has no table, only {', '.join(TABLES)}: name a FILE")
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
         with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.kernels import MODELS
 from stars_kernels.ops.triton import LAUNCHERS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 HEADS = {m.name: (m.heads, m.kv_heads, m.head_dim) for m in MODELS.values()}
 HEADS |= {"Phi-3-mini": (32, 32, 96), "Gemma-2-2B": (8, 4, 256)}
 PROMPT_SLOTS, SEGMENT, BATCH, WIDTH = 1152, 15, 64, 8
@@ -71,27 +71,29 @@ def cases() -> Iterator[Case]:
         m = MODELS[key]
         launch = partial(commit, dtype, m.layers, m.kv_heads, m.head_dim)
         yield Case((f"{m.name} {m.kv_heads} x {m.head_dim}", f"{m.layers} layers", dtype), launch)
+    for dtype, hard in (("fp32", False), ("fp64", False), ("fp32", True)):
+        yield Case(("accept", "hard" if hard else "soft", dtype), partial(judge, dtype, hard))
 
 
 def attention(
     dtype: str, heads: int, kv_heads: int, size: int, *, prompts: int, rows: int, steps: int = 1, slots: int = SEGMENT,
-    window: int = 0, softcap: float = 0.0, sinks: bool = False,
+    prefix: int = PROMPT_SLOTS, window: int = 0, softcap: float = 0.0, sinks: bool = False,
 ) -> None:  # fmt: skip
     """A layer's views of ForkCache."""
     query = floats(dtype, rows, heads, steps, size).transpose(1, 2)
     keys, values = floats(dtype, 2, 2, rows, slots, kv_heads, size)[1]
-    arena_keys, arena_values = floats(dtype, 2, 2, prompts * PROMPT_SLOTS, kv_heads, size)[1]
+    arena_keys, arena_values = floats(dtype, 2, 2, prompts * prefix, kv_heads, size)[1]
     LAUNCHERS["fork_attention"](
         query, keys, values, integers(rows), integers(rows), arena_keys, arena_values, integers(prompts),
         integers(prompts), integers(rows), size**-0.5, window, softcap, floats(dtype, heads) if sinks else None,
     )  # fmt: skip
 
 
-def sample(dtype: str, vocabulary: int, filters: tuple[int, float, float]) -> None:
+def sample(dtype: str, vocabulary: int, filters: tuple[int, float, float], sources: int = BATCH) -> None:
     first = filters == FILTERS["top-k"]  # rows draw from the logits of their prompt
-    rows, source = (BATCH * WIDTH, integers(BATCH * WIDTH)) if first else (BATCH, None)
+    rows, source = (sources * WIDTH, integers(sources * WIDTH)) if first else (sources, None)
     draws = (integers(rows), integers(rows), integers(rows), source)
-    LAUNCHERS["segment_sample"](floats(dtype, BATCH, vocabulary), *draws, 0.7, *filters, 0)
+    LAUNCHERS["segment_sample"](floats(dtype, sources, vocabulary), *draws, 0.7, *filters, 0)
 
 
 def sample_head(dtype: str, vocabulary: int, size: int, rows: int) -> None:
@@ -99,14 +101,24 @@ def sample_head(dtype: str, vocabulary: int, size: int, rows: int) -> None:
     LAUNCHERS["lm_head_sample"](floats(dtype, rows, size), floats(dtype, vocabulary, size), *draws, 0.7, 0)
 
 
-def reward(dtype: str, size: int, norm: bool) -> None:
-    rows, extras = BATCH * WIDTH, (floats(dtype, 1), floats(dtype, size)) if norm else (None, None)
-    hidden = floats(dtype, rows, SEGMENT, size)
+def reward(dtype: str, size: int, norm: bool, rows: int = BATCH * WIDTH, steps: int = SEGMENT) -> None:
+    extras = (floats(dtype, 1), floats(dtype, size)) if norm else (None, None)
+    hidden = floats(dtype, rows, steps, size)
     LAUNCHERS["reward_head"](hidden, integers(rows), floats(dtype, size), *extras, 1e-5)
 
 
-def commit(dtype: str, layers: int, kv_heads: int, size: int) -> None:
-    suffix = floats(dtype, layers, 2, BATCH * WIDTH, SEGMENT, kv_heads, size)
-    arena = floats(dtype, layers, 2, BATCH * PROMPT_SLOTS, kv_heads, size)
-    advance = torch.empty(BATCH, dtype=torch.bool, device="meta")
-    LAUNCHERS["kv_commit"](suffix, arena, *(integers(BATCH) for _ in range(5)), advance)
+def commit(
+    dtype: str, layers: int, kv_heads: int, size: int, *, prompts: int = BATCH, rows: int = BATCH * WIDTH,
+    steps: int = SEGMENT, prefix: int = PROMPT_SLOTS,
+) -> None:  # fmt: skip
+    suffix = floats(dtype, layers, 2, rows, steps, kv_heads, size)
+    arena = floats(dtype, layers, 2, prompts * prefix, kv_heads, size)
+    advance = torch.empty(prompts, dtype=torch.bool, device="meta")
+    LAUNCHERS["kv_commit"](suffix, arena, *(integers(prompts) for _ in range(5)), advance)
+
+
+def judge(dtype: str, hard: bool, prompts: int = BATCH, width: int = WIDTH) -> None:
+    rewards, thresholds = floats(dtype, prompts, width), floats("fp64", prompts, width)
+    valid = torch.empty(prompts, width, dtype=torch.bool, device="meta")
+    per_prompt, best = (integers(prompts) for _ in range(3)), (floats("fp64", prompts), integers(prompts))
+    LAUNCHERS["accept"](rewards, valid, thresholds, 0.5, hard, *per_prompt, 20, *best)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), "gfx942"
@@ -85,6 +85,27 @@ def compiled(launch: Callable[[], Any], target: str) -> list[Report]:
 
 
 _reports: dict[str, Report] = {}
+
+
+def variants(launches: Iterable[Callable[[], Any]], target: str) -> Counter[str]:
+    """How often `target` would compile each kernel, by name, for all `launches` together. Nothing is compiled."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    keys = set()
+
+    def counted(*, key: str, fn: Any, **_: Any) -> bool:
+        keys.add((fn.name, key))
+        return True  # do not compile
+
+    driver.set_active(Driver(target))
+    knobs.runtime.jit_cache_hook = counted
+    try:
+        for launch in launches:
+            launch()
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    return Counter(name for name, _ in keys)
 
 
 def read(kernel: Any, log: str) -> Report:

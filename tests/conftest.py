@@ -4,13 +4,19 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before a kernel is defined: Triton then runs it in its interpreter, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from bench import interpreter
 from tests.tiny import tiny_language_model, tiny_reward_model
+
+if find_spec("triton"):
+    interpreter.mend()
 
 
 @pytest.fixture(scope="session", autouse=True)

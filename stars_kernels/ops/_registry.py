@@ -2,8 +2,8 @@
 
 Every op is defined in Python, because it must exist without a compiler. Its PyTorch definition is registered for all
 devices; the compiled extension takes the CPU key of the ops it implements (and the CUDA key of those it has in CUDA),
-the Triton launchers take the CUDA key of theirs. Nothing falls back in silence: `backends()` says what serves each op
-and why, and what is missing warns at the first op call.
+the Triton launchers take the CUDA key of theirs where that is free. Nothing falls back in silence: `backends()` says
+what serves each op and why, and what is missing warns at the first op call.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from stars_kernels.versions import why_no_triton
 LIBRARY = torch.library.Library("stars", "DEF")
 DEVICES = ("cpu", "cuda")
 CUDA_OPS = ("accept",)
-"""What the extension, not Triton, has for a GPU."""
+"""What the extension has for a GPU where it is built with CUDA. Triton has it too, for where it is not."""
 
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation stars-kernels, or . in its folder"
 """What compiles the extension for the torch that is installed."""
 
 _definitions: dict[str, Callable[..., Any]] = {}
+_launched: set[str] = set()  # the ops whose CUDA key holds a Triton launcher
 _force_definitions = contextvars.ContextVar("stars_force_definitions", default=False)
 
 
@@ -88,7 +89,11 @@ def load_extension() -> str | None:
 
 @lru_cache(maxsize=1)
 def load_triton() -> str | None:
-    """Give the CUDA key to the Triton launchers once. Returns None when they have it, else the reason why not."""
+    """Give the CUDA keys that the extension leaves to the Triton launchers, once.
+
+    Returns None when they have them, else the reason why not.
+    """
+    load_extension()
     if reason := why_no_triton():
         return reason
     try:
@@ -96,8 +101,15 @@ def load_triton() -> str | None:
     except ImportError as error:
         return str(error)
     for name, launcher in launchers.items():
-        LIBRARY.impl(name, launcher, "CUDA")
+        if not has_kernel(name, "cuda"):
+            LIBRARY.impl(name, launcher, "CUDA")
+            _launched.add(name)
     return None
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether op `name` has a kernel for `device` besides its definition."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"stars::{name}", device.upper()))
 
 
 @lru_cache(maxsize=1)
@@ -121,16 +133,17 @@ def backend(name: str, device: str) -> str:
     if _force_definitions.get():
         return "definition: forced by stars_kernels.reference()"
     extension, triton = load_extension(), load_triton()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"stars::{name}", device.upper()):
-        return "cpp" if device == "cpu" else "cuda" if name in CUDA_OPS else "triton"
-    if device == "cuda" and name not in CUDA_OPS and triton is not None:
-        return f"definition: no Triton kernels ({triton})"
+    if has_kernel(name, device):
+        return "cpp" if device == "cpu" else "triton" if name in _launched else "cuda"
+    missing = []
+    if device == "cuda" and triton is not None:
+        missing.append(f"no Triton kernels ({triton})")
     if device == "cpu" or name in CUDA_OPS:
         if extension is not None:
-            return f"definition: no compiled extension ({extension})"
-        if device == "cuda":
-            return f"definition: the extension was built without CUDA ({build_info().get('cuda_reason')})"
-    return f"definition: this release has no {name} kernel for {device}"
+            missing.append(f"no compiled extension ({extension})")
+        elif device == "cuda":
+            missing.append(f"the extension was built without CUDA ({build_info().get('cuda_reason')})")
+    return f"definition: {'; '.join(missing) or f'this release has no {name} kernel for {device}'}"
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -30,7 +30,7 @@ def bits_of(tensor):
 
 def strided(tensor):
     """The same values on every second element of a larger buffer: not contiguous in any dimension."""
-    buffer = torch.full([2 * n for n in tensor.shape], 99).to(tensor.dtype)
+    buffer = torch.full([2 * n for n in tensor.shape], 99, device=tensor.device).to(tensor.dtype)
     view = buffer[tuple(slice(None, None, 2) for _ in tensor.shape)]
     view.copy_(tensor)
     return view

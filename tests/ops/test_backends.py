@@ -15,7 +15,7 @@ OPS = {
     "reward_head", "rms_norm", "segment_sample",
 }  # fmt: skip
 COMPILED = {(op, "cpu"): "cpp" for op in OPS - {"lm_head_sample"}}
-TRITON = {"fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample"}
+TRITON = {"accept", "fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample"}
 
 
 def test_every_op_and_device_is_named():
@@ -32,15 +32,40 @@ def test_what_serves_each_op():
             if reason is None and (op, device) in COMPILED:
                 assert found == COMPILED[op, device]
             elif device == "cuda" and op in TRITON:
-                assert found == "triton"
-            elif reason is not None and (device == "cpu" or op == "accept"):
+                compiled = op == "accept" and reason is None and build_info()["cuda"]
+                assert found == ("cuda" if compiled else "triton")
+            elif reason is not None and device == "cpu":
                 assert found == f"definition: no compiled extension ({reason})"
-            elif op == "accept":
-                why = build_info()["cuda_reason"]
-                expected = "cuda" if why is None else f"definition: the extension was built without CUDA ({why})"
-                assert found == expected
             else:
                 assert found == f"definition: this release has no {op} kernel for {device}"
+
+
+WITH_CUDA = """
+import torch
+from stars_kernels.ops import _registry
+
+_registry.load_extension()
+if not _registry.has_kernel("accept", "cuda"):
+    library = torch.library.Library("stars", "IMPL")  # stands for the extension
+    library.impl("accept", lambda *args: None, "CUDA")
+print(_registry.backend("accept", "cuda"), _registry.backend("kv_commit", "cuda"))
+"""
+
+
+def test_the_extensions_cuda_kernels_come_before_tritons():
+    run = subprocess.run([sys.executable, "-c", WITH_CUDA], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["cuda", "triton"], run.stderr
+
+
+def test_a_gpu_without_triton_and_cuda_says_both(monkeypatch):
+    from stars_kernels.ops import _registry
+
+    for name, result in (("load_extension", None), ("load_triton", "no triton"), ("has_kernel", False)):
+        monkeypatch.setattr(_registry, name, lambda *args, result=result: result)
+    monkeypatch.setattr(_registry, "build_info", lambda: {"cuda_reason": "no nvcc"})
+    reasons = "no Triton kernels (no triton); the extension was built without CUDA (no nvcc)"
+    assert stars_kernels.backends()["accept"]["cuda"] == f"definition: {reasons}"
+    assert stars_kernels.backends()["kv_commit"]["cuda"] == "definition: no Triton kernels (no triton)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only built with OpenMP on Linux")

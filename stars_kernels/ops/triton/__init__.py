@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from stars_kernels.ops.triton.accept import accept_triton
 from stars_kernels.ops.triton.fork_attention import fork_attention_triton
 from stars_kernels.ops.triton.kv_commit import kv_commit_triton
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
@@ -10,6 +11,7 @@ from stars_kernels.ops.triton.reward_head import reward_head_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
+    "accept": accept_triton,
     "fork_attention": fork_attention_triton,
     "kv_commit": kv_commit_triton,
     "lm_head_sample": lm_head_sample_triton,

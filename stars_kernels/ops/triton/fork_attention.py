@@ -6,6 +6,10 @@ goes over the suffixes of the block's rows, laid end to end, where a query sees 
 output is written; with several, each leaves (sum, maximum, accumulator) and a second kernel merges them by log-sum-exp.
 Nothing on the host depends on a length.
 
+A kernel is compiled again for each constant and, where Triton specialises an argument, for each kind of value. What
+changes from round to round (rows, steps, splits) is therefore neither, but for the block of queries and whether there
+are splits: tests/test_gpu_variants.py counts.
+
 So the prefix is read once per prompt where its queries fit one block, as those of a decoding step do: 128 in half
 precision up to head size 128, which is 32 rows of a group of 4. Scoring whole segments takes more, and then reads it
 ceil(queries / BLOCK_M) times: 2 for 4 rows x 15 tokens x a group of 4. `python -m bench roofline` counts these reads.
@@ -28,8 +32,8 @@ MAX_SPLITS = 16
 TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100
 SPLIT_KEYS = 256  # an average share of a prompt's arena slots below which a split does not pay
 
-
 PART_M = tl.constexpr(16)  # queries that share a tile where values are not finite
+SCAN = tl.constexpr(256)  # rows at a time in the search for those of a prompt
 MERGE_WARPS = 1
 
 
@@ -95,28 +99,31 @@ def fork_attention_triton(
             sinks, out, partial, stats, rows, steps, size, row_blocks, scale, window, softcap,
             *query.stride()[:3], *suffix_key.stride()[:3], *suffix_value.stride()[:3],
             *arena_key.stride()[:2], *arena_value.stride()[:2],
-            GROUP=group, DK=key_size, DV=value_size, SPLITS=splits, WINDOW=window > 0, SOFTCAP=softcap > 0,
-            ROWS=triton.next_power_of_2(rows), BLOCK_M=block_m, BLOCK_N=use["block_n"],
+            GROUP=group, DK=key_size, DV=value_size, SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0,
+            BLOCK_M=block_m, BLOCK_N=use["block_n"],
             BLOCK_DK=max(16, triton.next_power_of_2(key_size)), BLOCK_DV=max(16, triton.next_power_of_2(value_size)),
             num_warps=use["num_warps"], num_stages=use["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             _merge[(size,)](
-                partial, stats, sinks, out, size, heads,
-                DV=value_size, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+                partial, stats, sinks, out, size, heads, splits,
+                DV=value_size, BLOCK_S=triton.next_power_of_2(MAX_SPLITS),
                 BLOCK_DV=triton.next_power_of_2(value_size), num_warps=MERGE_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "steps", "size", "row_blocks", "window"],
+    do_not_specialize_on_alignment=["suffix_len", "query_len", "offsets", "lengths", "prompt"],
+)
 def _fork_attention(
     query, suffix_key, suffix_value, suffix_len, query_len, arena_key, arena_value, offsets, lengths, prompt,
     sinks, out, partial, stats, rows, steps, size, row_blocks, scale, window, softcap,
     query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
     prefix_key_slot, prefix_key_head, prefix_value_slot, prefix_value_head,
-    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0) // row_blocks
@@ -124,11 +131,15 @@ def _fork_attention(
     heads = tl.num_programs(1) * GROUP
 
     # The rows of a prompt that lie side by side share their programs: the first ones take a block of queries each.
-    all_rows = tl.arange(0, ROWS)
-    owners = tl.load(prompt + all_rows, mask=all_rows < rows, other=-1)
     owner = tl.load(prompt + place)
-    run_begin = tl.max(tl.where((owners != owner) & (all_rows < place), all_rows + 1, 0))
-    run_end = tl.min(tl.where((owners != owner) & (all_rows > place), all_rows, rows))
+    after = tl.zeros([SCAN], tl.int32)  # rows of other prompts end there, before this one
+    until = tl.zeros([SCAN], tl.int32) + rows  # and begin again
+    for start in range(0, rows, SCAN):
+        other = start + tl.arange(0, SCAN)
+        apart = tl.load(prompt + other, mask=other < rows, other=-1) != owner
+        after = tl.where(apart & (other < place), other + 1, after)
+        until = tl.where(apart & (other > place), tl.minimum(until, other), until)
+    run_begin, run_end = tl.max(after), tl.min(until)
     per_row = steps * GROUP
     queries = (run_end - run_begin) * per_row
     first = ((place - run_begin) * row_blocks + tl.program_id(0) % row_blocks) * BLOCK_M
@@ -145,7 +156,7 @@ def _fork_attention(
         run_begin, first, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
         query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
         prefix_key_slot, prefix_value_slot,
-        GROUP, DK, DV, SPLITS, WINDOW, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_DK, BLOCK_DV, False,
+        GROUP, DK, DV, SPLIT, WINDOW, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_DK, BLOCK_DV, False,
     )  # fmt: skip
     # What every part needs is computed in each: held across the first pass, it would cost that registers.
     for part in tl.range(0, apart * tl.minimum(BLOCK_M, queries - first), PART_M, disable_licm=True):
@@ -154,7 +165,7 @@ def _fork_attention(
             run_begin, first + part, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
             query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
             prefix_key_slot, prefix_value_slot,
-            GROUP, DK, DV, SPLITS, WINDOW, SOFTCAP, PART_M, BLOCK_N, BLOCK_DK, BLOCK_DV, True,
+            GROUP, DK, DV, SPLIT, WINDOW, SOFTCAP, PART_M, BLOCK_N, BLOCK_DK, BLOCK_DV, True,
         )  # fmt: skip
 
 
@@ -164,7 +175,7 @@ def _block(
     run_begin, first, queries, prefix, split, kv_head, heads, steps, size, scale, window, softcap,
     query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
     prefix_key_slot, prefix_value_slot,
-    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +201,7 @@ def _block(
     if WINDOW:
         seen = tl.maximum(prefix + tl.min(tl.where(asks, at, 1 << 30)) - window + 1, 0)
         seen = tl.minimum(seen, prefix) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(prefix - seen, BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(prefix - seen, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     begin = seen + split * share
     end = tl.minimum(begin + share, prefix)
     for start in range(begin, end, BLOCK_N):
@@ -205,7 +216,7 @@ def _block(
             visible &= (prefix + at)[:, None] - n[None, :] < window
         high, total, acc = _attend(q, k, v, visible, high, total, acc, scale, softcap, SOFTCAP, APART)
 
-    if split == SPLITS - 1:
+    if split == tl.num_programs(2) - 1:
         used = tl.max(tl.where(asks, at + 1, 0))  # suffix slots that any query sees
         first_row = run_begin + first // per_row
         last_row = run_begin + (tl.minimum(first + BLOCK_M, queries) - 1) // per_row
@@ -232,7 +243,7 @@ def _block(
     written = m < tl.where(apart > 0, 0, queries)
     begin_out = (run_begin.to(tl.int64) * steps + first // GROUP) * heads + kv_head * GROUP
     at_out = (m // GROUP - first // GROUP) * heads + m % GROUP
-    if SPLITS == 1:
+    if not SPLIT:
         result = _normalised(high, total, acc, sinks, kv_head * GROUP + m % GROUP)
         out += begin_out * DV
         tl.store(out + (at_out[:, None] * DV + dv), result.to(out.dtype.element_ty), written[:, None] & (dv < DV))
@@ -283,20 +294,19 @@ def _normalised(high, total, acc, sinks, head):
     return acc / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "splits"])
 def _merge(
-    partial, stats, sinks, out, size, heads,
-    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    partial, stats, sinks, out, size, heads, splits, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr
+):
     """One program an output vector: its splits' accumulators, each relative to its own maximum, become one."""
     at = tl.program_id(0).to(tl.int64)
     split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
-    there = split < SPLITS
+    there = split < splits
     place = split.to(tl.int64) * size + at
     high = tl.load(stats + place, mask=there, other=float("-inf"))
     highest = tl.max(high)
     keep = tl.exp(high - tl.where(highest == float("-inf"), 0.0, highest))
-    sums = tl.load(stats + (SPLITS + split).to(tl.int64) * size + at, mask=there, other=0.0)
+    sums = tl.load(stats + (splits + split).to(tl.int64) * size + at, mask=there, other=0.0)
     total = tl.sum(keep * sums)
     acc = tl.load(partial + place[:, None] * DV + dv, mask=there[:, None] & (dv < DV), other=0.0)
     acc = tl.sum(acc * keep[:, None], axis=0)

@@ -66,7 +66,13 @@ def _word(*tensors: Tensor) -> torch.dtype:
     return torch.int8
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "lengths_stride", "offsets_stride", "prompt_stride", "row_stride", "count_stride", "advance_stride",
+        "arena_slots",
+    ],
+    do_not_specialize_on_alignment=["lengths", "offsets", "prompt", "row", "count", "advance"],
+)  # fmt: skip
 def _commit(
     suffix, arena, lengths, offsets, prompt, row, count, advance,
     suffix_layer, suffix_kv, suffix_row, arena_layer, arena_kv,

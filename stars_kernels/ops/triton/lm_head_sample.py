@@ -64,7 +64,10 @@ def lm_head_sample_triton(
     return token, logprob
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(
+    do_not_specialize=["rows", "plane", "stream"],
+    do_not_specialize_on_alignment=["keys", "attempt", "position"],
+)
 def _lm_head_race(
     hidden, weight, keys, attempt, position, numbers, winners, mass, rows, plane, vocabulary, hidden_row,
     weight_row, temperature, stream,
@@ -104,7 +107,10 @@ def _lm_head_race(
     tl.store(mass + out, tl.sum(_mass(x, largest[:, None]), axis=1), mask=there)
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(
+    do_not_specialize=["plane", "stream"],
+    do_not_specialize_on_alignment=["keys", "attempt", "position"],
+)
 def _lm_head_finish(
     keys, attempt, position, stream, numbers, winners, mass, token, logprob, plane, blocks, BLOCKS: tl.constexpr
 ):

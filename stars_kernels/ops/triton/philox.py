@@ -8,6 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stars_kernels.ops.philox import STREAM_ACCEPT
+
+ACCEPT = tl.constexpr(STREAM_ACCEPT)
+
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
@@ -23,7 +27,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def token_words(blocks, key, position, attempt, stream):
-    """The random bits of token ids 4 * blocks, + 1, + 2 and + 3; key, position, attempt: int64 scalars."""
+    """The random bits of token ids 4 * blocks, + 1, + 2 and + 3; key, position, attempt: int64, broadcast."""
     c0 = blocks.to(tl.uint32)
     c2 = (attempt | (stream.to(tl.int64) << 24)).to(tl.uint32)
     zero = tl.full([], 0, tl.uint32)
@@ -36,6 +40,13 @@ def token_bits(ids, key, position, attempt, stream):
     w0, w1, w2, w3 = token_words(ids >> 2, key, position, attempt, stream)
     odd = (ids & 1) == 1
     return tl.where((ids & 2) == 2, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+
+
+@triton.jit
+def accept_uniform(key, position, attempt):
+    """u(a) of each attempt, float64 in (0, 1): key, position, attempt are int64 of one shape."""
+    bits, _, _, _ = token_words(attempt * 0, key, position, attempt, tl.full([], ACCEPT, tl.int32))
+    return (bits.to(tl.float64) + 0.5) * 2.0**-32
 
 
 @triton.jit

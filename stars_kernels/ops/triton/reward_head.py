@@ -35,7 +35,7 @@ def reward_head_triton(
     return reward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_row"], do_not_specialize_on_alignment=["last"])
 def _reward_head(
     hidden, last, weight, bias, norm_weight, reward, hidden_row, hidden_step, last_row, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,

@@ -114,7 +114,7 @@ def segment_sample_triton(
 # --- without filters ---
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["source", "keys", "attempt", "position"])
 def _race(
     logits, stride, vocabulary, temperature, source, keys, attempt, position, stream,
     winners, chunk_max, chunk_mass, chunks, CHUNK: tl.constexpr,
@@ -136,7 +136,7 @@ def _race(
     tl.store(chunk_mass + out, tl.sum(_mass(x, largest)))
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["source", "keys", "attempt", "position"])
 def _finish(
     logits, stride, vocabulary, temperature, source, keys, attempt, position, stream,
     winners, chunk_max, chunk_mass, token, logprob, chunks, CHUNKS: tl.constexpr,
@@ -176,7 +176,7 @@ def _groups(
         tl.store(mass + row * groups + group, total.to(tl.float32), mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["enough", "top_k"])
+@triton.jit(do_not_specialize=["enough", "top_k"], do_not_specialize_on_alignment=["best", "bound"])
 def _bound(
     maximum, mass, best, bound, total, found, groups, enough, top_k, top_p, log_min_p,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, TILE: tl.constexpr,
@@ -210,7 +210,7 @@ def _bound(
     tl.store(found + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bound"])
 def _gather(
     logits, stride, vocabulary, temperature, maximum, bound, found, scores, ids, groups,
     CHUNK: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr,
@@ -232,7 +232,10 @@ def _gather(
         tl.store(ids + row * CAPACITY + slot, tl.reshape(at, [CHUNK]), mask=fits)
 
 
-@triton.jit(do_not_specialize=["stream", "top_k"])
+@triton.jit(
+    do_not_specialize=["stream", "top_k"],
+    do_not_specialize_on_alignment=["source", "keys", "attempt", "position", "best", "bound"],
+)
 def _draw(
     logits, stride, vocabulary, temperature, source, keys, attempt, position, stream,
     best, bound, total, found, scores, ids, token, logprob, top_k, top_p, log_min_p,
