@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
+import stars_kernels
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.families import WORKS
 from stars_kernels.hf.head import hidden_of, logits_of, why_unfused
@@ -248,3 +249,8 @@ def test_a_packed_output_layer():
     if not pack_linears(view):
         pytest.skip("needs the compiled extension")
     assert why_unfused(view).startswith("the output layer of LlamaForCausalLM is a PackedLinear, expected")
+
+
+def test_the_output_says_why_it_is_not_used(lm, rm):
+    output = stars_kernels.decode(lm, rm, [1, 2], reward_threshold=1.0, beta=1.0, max_new_tokens=2)
+    assert output.backends["lm_head_sample"] == "not used: the model is not on a GPU"
