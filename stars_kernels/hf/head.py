@@ -72,7 +72,7 @@ def why_unfused(model: PreTrainedModel) -> str | None:
         with cache.prefill([0], [1]) as inputs:
             model(input_ids=one, **inputs)
         for what, size in sizes.items():
-            planted, reads = _planted(size, head.weight), []
+            planted, reads = _planted(size, head.weight), list[Tensor]()
 
             def answer(x: Tensor) -> Tensor:
                 reads.append(x)  # noqa: B023

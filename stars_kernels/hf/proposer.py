@@ -85,7 +85,7 @@ class ModelProposer:
         self.device = model.device
         self.graphs = graphs
         self.hidden = hidden
-        self.head = model.get_output_embeddings().weight if fuse else None
+        self.head: Tensor | None = model.get_output_embeddings().weight if fuse else None
 
     @property
     def errors(self) -> dict[int, Exception]:
