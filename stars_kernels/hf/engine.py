@@ -23,6 +23,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.head import why_unfused
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.layout import context_limit, layout_of, vocabulary
 from stars_kernels.hf.models import (
@@ -39,7 +40,7 @@ from stars_kernels.hf.packing import pack_linears
 from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.progress import Progress
 from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.proposer import ModelProposer, can_fuse
+from stars_kernels.hf.proposer import ModelProposer, is_unfiltered
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
 from stars_kernels.hf.sizing import auto_batch_size, models_in, round_cost
@@ -80,8 +81,7 @@ class Engine:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
         self.eager = self._why_eager()
-        fused = self.lm.device.type == "cuda" and backends()["lm_head_sample"]["cuda"] == "triton"
-        self.fuse = fused and not self.rules.processors and can_fuse(self.lm, config.sampling)
+        self.unfused = self._why_unfused()
         self.backends = self._backends()
         self._check_ids("eos_token_id", config.eos_token_id or ())
         self.eos = eos_ids(language_model) if config.eos_token_id is None else config.eos_token_id
@@ -253,7 +253,7 @@ class Engine:
         scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device, hidden)
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
         processors = self.rules.batch([r.index for r in requests])
-        proposer = ModelProposer(self.lm, graphs, fuse=self.fuse, hidden=hidden, processors=processors)
+        proposer = ModelProposer(self.lm, graphs, fuse=self.unfused is None, hidden=hidden, processors=processors)
         cost = round_cost(self.lm, self.reward_models, config.segment_size, graphs is not None)
         return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits, cost)
 
@@ -355,6 +355,18 @@ class Engine:
             return "float64 is served by the definitions, which wait for the host"
         return None
 
+    def _why_unfused(self) -> str | None:
+        """Why logits are stored before tokens are drawn from them; None where the two are one op."""
+        if self.lm.device.type != "cuda":
+            return "the model is not on a GPU"
+        if (implementation := backends()["lm_head_sample"]["cuda"]) != "triton":
+            return f"lm_head_sample is served by its {implementation}"
+        if self.rules.processors:
+            return "logits processors are asked at each token"
+        if not is_unfiltered(self.config.sampling):
+            return "top_k, top_p or min_p is set"
+        return why_unfused(self.lm)
+
     def _backends(self) -> dict[str, str]:
         """What ran: each op's implementation on this device, the models' linear layers, on a GPU the segments."""
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
@@ -368,8 +380,8 @@ class Engine:
         linear = f"{packed}: packed, {self.packed_bytes / 1e6:.0f} MB of weights" if self.packed_bytes else "torch"
         if self.packed_bytes and plain:
             linear += f"; torch: {plain} layers"
-        if not self.fuse:
-            served["lm_head_sample"] = "not used"
+        if self.unfused is not None:
+            served["lm_head_sample"] = f"not used: {self.unfused}"
         if self.rules.processors:
             served["processors"] = ", ".join(type(processor).__name__ for processor in self.rules.processors)
         if self.lm.device.type == "cuda":

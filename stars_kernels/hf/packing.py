@@ -1,20 +1,18 @@
 """Linear layers on packed weights (`ops.packed_linear`): faster on a CPU where rows are few, and row by row to the bit.
 
-Only on the engine's view of a model, never on the user's. It costs a second copy of the weights, kept for as long as
-the originals live and shared by all views of them. Every call reads the weights once and packs those anew that have
-changed since, whatever changed them (`ops.content_hash`): a write through `.data` or NumPy leaves no other trace.
-Changes during a call are seen by the next. What cannot be replaced without a difference stays as it is: weights
-of another dtype or device, those that the model's code reads by themselves, and modules with hooks or a forward of
-their own.
+Only on the engine's view of a model, never on the user's. It costs a second copy of the weights beside the originals,
+kept for as long as these live and shared by all views of them. A packed layer keeps its original weight, which the
+model's code may read by itself: for its dtype, or for a product of its own. Every call reads the weights once and packs
+those anew that have changed since, whatever changed them (`ops.content_hash`): a write through `.data` or NumPy leaves
+no other trace. Changes during a call are seen by the next. What cannot be replaced without a difference stays as it is:
+weights of another dtype or device, and modules with hooks or a forward of their own.
 
 Activations go with them (`Elementwise`), as torch's round an element by its place in memory.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
 import threading
 from functools import cache
 from typing import Any, TypeGuard, TypeVar
@@ -116,10 +114,9 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
             mlp = PackedMLP(child, dtype)
             setattr(view, name, mlp)
             size += mlp.gate.nbytes + mlp.up.nbytes + mlp.down_proj.packed.nbytes
-        elif _is_packable(child) and not _reads_weight(type(view), name):  # type: ignore[arg-type]
+        elif _is_packable(child):
             layer = PackedLinear(child, dtype)
-            if adapter:
-                layer.weight = child.weight
+            layer.weight = child.weight  # the original, for code that reads it and not the layer's output
             setattr(view, name, layer)
             size += layer.packed.nbytes
         elif _is_elementwise(child):
@@ -127,15 +124,6 @@ def pack_linears(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
         else:
             size += pack_linears(child, dtype)
     return size
-
-
-@cache
-def _reads_weight(parent: type, name: str) -> bool:
-    """Whether a module's code takes the weight of its linear layer `name` by itself, as some routers and mixers do."""
-    try:
-        return re.search(rf"\.{re.escape(name)}\.weight\b", inspect.getsource(parent)) is not None
-    except (OSError, TypeError):  # no source: nobody knows
-        return True
 
 
 def _is_swiglu(mlp: LlamaMLP) -> bool:

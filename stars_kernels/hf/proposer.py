@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Settle, together
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.head import hidden_of, logits_of
 from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import layout_of
-from stars_kernels.hf.packing import is_plain
 from stars_kernels.hf.processors import BatchProcessors
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
-PLAIN_HEAD = [
-    "hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)",
-    "logits = self.lm_head(hidden_states)",
-]
-"""What a forward does with the base model's hidden states where logits are nothing else."""
 
 
 @dataclass
@@ -83,7 +74,8 @@ class ModelProposer:
         hidden: HiddenStates | None = None,
         processors: BatchProcessors | None = None,
     ) -> None:
-        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits where that works.
+        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only for
+        a model that `hf.head.why_unfused` has nothing against.
 
         hidden: where to keep the hidden states of prompts and candidates; None = they are not wanted.
         processors: asked for the logits of every token; with them, neither graphs nor fuse.
@@ -93,7 +85,7 @@ class ModelProposer:
         self.device = model.device
         self.graphs = graphs
         self.hidden = hidden
-        self.head = output_weight(model) if fuse else None
+        self.head: Tensor | None = model.get_output_embeddings().weight if fuse else None
 
     @property
     def errors(self) -> dict[int, Exception]:
@@ -165,7 +157,7 @@ class ModelProposer:
             fused = head is not None and not last
             with cache.extend(1) as inputs:
                 ids = token[:, None].clamp(min=0)
-                state = self._hidden(ids, inputs) if fused else self._logits(ids, inputs, 1)
+                state = hidden_of(self.model, ids, inputs) if fused else self._logits(ids, inputs, 1)
             if self.hidden is not None:
                 self.hidden.rows[: len(rows), step] = (state if fused else self.hidden.last)[:, 0]
                 if last:
@@ -228,37 +220,7 @@ class ModelProposer:
         with nullcontext() if self.hidden is None else self.hidden.catch():
             return logits_of(self.model, ids, inputs, keep)
 
-    def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return self.model.base_model(input_ids=ids, **inputs).last_hidden_state
-
-
-def logits_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
-    """Logits [B, K, V] after the last `keep` tokens, 0 = after all, or after those at the indices `keep` [K]."""
-    if layout_of(model).keeps_logits:
-        return model(input_ids=ids, logits_to_keep=keep, **inputs).logits
-    logits = model(input_ids=ids, **inputs).logits
-    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-
-
-def can_fuse(model: PreTrainedModel, sampling: dict[str, Any]) -> bool:
-    """Whether draws can be made without storing logits: from hidden states and the output layer alone."""
-    return is_unfiltered(sampling) and output_weight(model) is not None
-
 
 def is_unfiltered(sampling: dict[str, Any]) -> bool:
+    """Whether draws need no more than the temperature: a filter would need the whole row of logits."""
     return all(sampling[name] == off for name, off in NO_FILTER.items())
-
-
-def output_weight(model: PreTrainedModel) -> Tensor | None:
-    """The weight [V, D] of the output layer where logits = hidden weight^T and nothing else; else None.
-
-    Many families scale or cap what goes into the layer or comes out of it: these must be the only lines of the
-    forward that do anything with either.
-    """
-    head = model.get_output_embeddings()
-    _, *lines = re.findall(r"\b(?:\w*hidden_states?|logits) [-+*/]?= .*", inspect.getsource(type(model).forward)) or [
-        ""
-    ]
-    if lines != PLAIN_HEAD:
-        return None
-    return head.weight if is_plain(head, nn.Linear) and head.bias is None else None

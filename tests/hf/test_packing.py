@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import stars_kernels
 from stars_kernels.hf import packing
+from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.models import RMSNorm, view_of
 from stars_kernels.hf.packing import Elementwise, PackedLinear, PackedMLP, pack_linears
 from tests.hf import families
@@ -212,23 +213,47 @@ def test_weights_written_through_data_are_seen():
         torch.testing.assert_close(PackedLinear(linear, torch.float32)(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
-class Router(nn.Module):
-    """It takes one of its weights by itself, as some of transformers' do."""
+class Mixer(nn.Module):
+    """It takes weights by themselves, as some of transformers' mixers do: instead of a layer, or beside it."""
 
     def __init__(self):
         super().__init__()
         self.gate, self.out = nn.Linear(8, 4, bias=False), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.out(nn.functional.linear(x, self.gate.weight))
+        name = "gate"
+        return self.out(nn.functional.linear(x, getattr(self, name).weight).to(self.out.weight.dtype))
 
 
-def test_a_weight_that_is_read_by_itself_stays():
-    router, x = Router(), torch.randn(3, 8)
-    expected = router(x)
-    assert pack_linears(router) > 0
-    assert (type(router.gate), type(router.out)) == (nn.Linear, PackedLinear)
-    torch.testing.assert_close(router(x), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_weight_that_is_read_by_itself_is_the_original(dtype):
+    """However its name is written."""
+    mixer, x = Mixer(), torch.randn(3, 8)
+    expected, weights = mixer(x), [mixer.gate.weight, mixer.out.weight]
+    assert pack_linears(mixer, dtype) > 0
+    assert [type(layer) for layer in (mixer.gate, mixer.out)] == 2 * [PackedLinear]
+    assert mixer.gate.weight is weights[0] and mixer.out.weight is weights[1]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(mixer(x), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_mamba", "falcon_h1", "bamba", "gemma3n_text"])
+@torch.no_grad()
+def test_families_that_read_weights_by_themselves(family):
+    """All their linear layers are packed, and their logits are those of the layers unpacked."""
+    model = families.tiny(family).float()
+    view, packed = view_of(model), view_of(model)
+    pack_linears(packed)
+    assert not [module for module in packed.modules() if type(module) is nn.Linear]
+    expected, found = logits(view), logits(packed)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def logits(view):
+    cache, prompt = open_cache(view, [11], 1), list(range(11))
+    with cache.prefill([0], [len(prompt)]) as inputs:
+        return view(input_ids=torch.tensor([prompt]), **inputs).logits
 
 
 def cut(linear, rows=slice(None), columns=slice(None)):

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.head import logits_of
 from stars_kernels.hf.layout import vocabulary
-from stars_kernels.hf.proposer import logits_of, packed_chunks
+from stars_kernels.hf.proposer import packed_chunks
 from stars_kernels.hf.scorers.chunks import Chunks
 
 LOGITS = 1 << 25
