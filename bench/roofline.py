@@ -149,8 +149,9 @@ def assumptions(args: argparse.Namespace) -> list[str]:
         f"a launch takes the host {ISSUE_SECONDS * 1e6:.0f} us, while the GPU works on, and the GPU "
         f"{GAP_SECONDS * 1e6:.0f} us, in a CUDA graph too; {HOST_SECONDS * 1e3:.0f} ms a round for bookkeeping",
         "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
-        "decisions and commits. The host waits at the end of each, so it issues ahead inside a phase alone; a CUDA "
-        "graph holds the segment, the other two are issued launch by launch",
+        "decisions and commits. The host is taken to wait at the end of each and to issue ahead inside a phase alone "
+        "(as built it waits once a round: no credit is given for that); a CUDA graph holds the segment, the other two "
+        "are issued launch by launch",
         f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
         "group), so more than once where a segment is scored; what L2 saves of that is not counted",
         "element-wise kernels are transformers' own, one at a time; in `graph, fused` four a layer",

@@ -1,9 +1,9 @@
 """A round of STARS decoding on a GPU, of the engine and of vLLM, and the time until a batch is done: by formula.
 
-A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases, at whose ends the host waits: a
-step for the last token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their
-first tokens from stored logits; the reward model's pass over all rows, decisions and commits. A CUDA graph holds the
-second one alone.
+A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases: a step for the last token of each
+segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from stored logits;
+the reward model's pass over all rows, decisions and commits. A CUDA graph holds the second one alone. The host is taken
+to wait at the end of each; as built it waits at the end of the round alone, for which these formulas give no credit.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def launches(kernels: Sequence[Kernel], graph: bool = False) -> float:
 
 
 def round_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool) -> float:
-    """The host issues launches while the GPU works, and waits for it at the end of a phase."""
+    """The host issues launches while the GPU works, and is taken to wait for it at the end of a phase."""
     seconds = HOST_SECONDS
     for name in {k.phase for k in kernels}:
         phase = [k for k in kernels if k.phase == name]
