@@ -1,9 +1,9 @@
 """A round of STARS decoding on a GPU, of the engine and of vLLM, and the time until a batch is done: by formula.
 
-A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases: a step for the last token of each
-segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from stored logits;
-the reward model's pass over all rows, decisions and commits. A CUDA graph holds the second one alone. The host is taken
-to wait at the end of each; as built it waits at the end of the round alone, for which these formulas give no credit.
+A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases: a step for the last token of
+each segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from stored
+logits; the reward model's pass over all rows, decisions and commits. A CUDA graph holds the second one alone. The host
+is taken to wait at the end of each; as built it waits at the end of the round alone, and gets no credit for that here.
 """
 
 from __future__ import annotations
