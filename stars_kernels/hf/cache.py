@@ -232,10 +232,10 @@ class ForkCache(Cache):
             layer.arena_keys[plan.slots], layer.arena_values[plan.slots] = key[0], value[0]
         # One call for all prompts, and copies into rows for it. A CPU, to which calls cost little, takes it too: the
         # copies are less than a hundredth of a forward's work, and what they cost a call a prompt would cost again.
-        rows = [plan.in_rows(tokens[0]) for tokens in (query, key, value)]
+        query, key, value = (plan.in_rows(tokens[0]) for tokens in (query, key, value))
         attended = ops.fork_attention(
-            *rows, plan.counts, plan.counts, layer.arena_keys, layer.arena_values, plan.offsets, plan.lengths,
-            plan.rows, scale=scale, window=mask.window, softcap=layer.softcap, sinks=layer.sinks,
+            query, key, value, plan.counts, plan.counts, layer.arena_keys, layer.arena_values, plan.offsets,
+            plan.lengths, plan.rows, scale=scale, window=mask.window, softcap=layer.softcap, sinks=layer.sinks,
         )  # fmt: skip
         return plan.end_to_end(attended)[None]
 
@@ -343,8 +343,9 @@ def close_cache_of(owner: object) -> None:
 
 
 def _moved(plan: Packed | Suffix, device: torch.device) -> Packed | Suffix:
-    tensors = {name: value.to(device) for name, value in vars(plan).items() if isinstance(value, Tensor)}
-    return replace(plan, **tensors)
+    if isinstance(plan, Suffix):
+        return replace(plan, query_len=plan.query_len.to(device), suffix_len=plan.suffix_len.to(device))
+    return Packed(**{name: tensor.to(device) for name, tensor in vars(plan).items()})
 
 
 def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:
