@@ -15,7 +15,6 @@ from functools import partial
 from bench.assumptions import Values
 from bench.kernels import (
     PREFILL_ELEMENTWISE,
-    PREFILL_PROMPT,
     STEP_LAUNCHES,
     Gpu,
     Kernel,
@@ -30,8 +29,7 @@ from bench.kernels import (
 from bench.schedule import Job, bucket_of
 
 ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths, thresholds, grids
-PREFILL_TOKENS = 1024  # of one forward: stars_kernels/hf/proposer.py
-SPAN_LAUNCHES = 3  # of a prompt in a prefill, outside the layers: its number, its length, its positions
+PREFILL_TOKENS, PREFILL_PIECES = 1024, 64  # tokens and prompts of one forward: stars_kernels/hf/proposer.py
 
 
 def ours(
@@ -88,24 +86,19 @@ def splits(job: Job, rows: float, tokens: int) -> int:
 
 
 def prefill(job: Job, fused: bool = False) -> list[Kernel]:
-    """Both models read the prompts, packed; attention is called prompt by prompt (stars_kernels/hf/cache.py)."""
+    """Both models read the prompts, packed: one attention call a layer (stars_kernels/hf/cache.py)."""
     m, n = job.model, job.prompt_tokens
     pieces = math.ceil(n / PREFILL_TOKENS)
-    calls = math.ceil(job.prompts / (PREFILL_TOKENS // n)) if pieces == 1 else job.prompts * pieces
-    spans = job.prompts * pieces
+    together = min(PREFILL_PIECES, PREFILL_TOKENS // n) if pieces == 1 else 1
+    calls = math.ceil(job.prompts / together) if pieces == 1 else job.prompts * pieces
     kernels = []
     for name, head in (("prefill", True), ("prefill RM", False)):
         for k in forward(
             m, name, job.prompts / calls, n, prefixes=0, prefix=0, own=n, calls=calls, head=head, fused=fused
         ):
-            if k.attention:
-                one = calls / spans
-                k = k._replace(bytes=k.bytes * one, flops=k.flops * one, calls=spans * m.layers)
-            elif "element-wise" in k.name and not fused:
+            if "element-wise" in k.name and not fused:
                 k = k._replace(launches=PREFILL_ELEMENTWISE * m.layers + STEP_LAUNCHES)
             kernels.append(k)
-        around = (PREFILL_PROMPT - 1) * m.layers + SPAN_LAUNCHES  # without the attention itself
-        kernels.append(Kernel(f"{name}: copies of a prompt", 0, calls=spans, launches=around))
     return kernels
 
 

@@ -21,7 +21,7 @@ PROMPT_SLOTS, SEGMENT, BATCH, WIDTH = 1152, 15, 64, 8
 ONE = {"16 rows": dict(prompts=1, rows=16)}
 USUAL = ONE | {"64 prompts x 8 rows": dict(prompts=BATCH, rows=BATCH * WIDTH)}
 SCORE = {"16 rows, score": dict(prompts=1, rows=16, steps=SEGMENT)}
-PREFILL = {"prefill": dict(prompts=1, rows=1, steps=512, slots=512)}
+PREFILL = {"prefill": dict(prompts=16, rows=16, steps=64, slots=64)}
 ALL = {"16 rows, window, softcap, sinks": dict(prompts=1, rows=16, window=512, softcap=50.0, sinks=True)}
 ATTENTION = (
     ("Llama-3-8B", "bf16", USUAL | SCORE | PREFILL | ALL), ("Llama-3-8B", "fp16", ONE),

@@ -38,7 +38,7 @@ RATIOS = (  # (ours, rival)
 CONSTANTS = (  # (module, names, source)
     (
         kernels,
-        ("LINEARS", "ELEMENTWISE", "PREFILL_ELEMENTWISE", "PREFILL_PROMPT"),
+        ("LINEARS", "ELEMENTWISE", "PREFILL_ELEMENTWISE"),
         f"{CODE}: launches a layer, counted",
     ),
     (kernels, ("STEP_LAUNCHES",), f"{CODE}: of a forward outside its layers, at most"),
@@ -48,7 +48,7 @@ CONSTANTS = (  # (module, names, source)
     (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
     (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),
     (costs, ("ROUND_LAUNCHES",), f"{ESTIMATE}: of a round outside forwards and ops"),
-    (costs, ("SPAN_LAUNCHES", "PREFILL_TOKENS"), f"{CODE}: hf/cache.py, hf/proposer.py"),
+    (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposer.py"),
     (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
     (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
     (schedule, ("MAX_BATCH", "BATCH_SHARE"), f"{CODE}: hf/sizing.py"),
@@ -166,11 +166,12 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "a kernel takes the p-norm of its limits: the larger one where they are far apart, `ridge` times it where two "
         "are equal; no launch is shorter than `small_kernel_seconds`",
         "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
-        "decisions and commits. The host waits at the end of each, so it issues ahead inside a phase alone; a CUDA "
-        "graph holds the segment, padded to its bucket, the other two are issued launch by launch",
+        "decisions and commits. The host is taken to wait at the end of each and to issue ahead inside a phase alone "
+        "(as built it waits once a round: no credit is given for that); a CUDA graph holds the segment, padded to its "
+        "bucket, the other two are issued launch by launch",
         "graphs are lost with each batch: of a bucket's segments the first is eager, the second is captured (the host "
         "issues every launch of it) and replayed, the others are replayed",
-        "a prompt's prefill is packed with others, but for attention and three copies a layer, which are its own",
+        "a prompt's prefill is packed with others: one attention call a layer",
         f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
         "group), so more than once where a segment is scored; what L2 saves of that is not counted",
         "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left, by "

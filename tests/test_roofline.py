@@ -138,7 +138,7 @@ def test_numbers_that_are_the_packages():
     assert StarsConfig().batch_size == StarsConfig().width == "auto"
     assert StarsConfig().max_attempts == schedule.MAX_ATTEMPTS
     assert (sizing.MAX_BATCH, sizing.MEMORY_SHARE) == (schedule.MAX_BATCH, schedule.BATCH_SHARE)
-    assert proposer.PREFILL_TOKENS == costs.PREFILL_TOKENS
+    assert (proposer.PREFILL_TOKENS, proposer.PREFILL_PIECES) == (costs.PREFILL_TOKENS, costs.PREFILL_PIECES)
     assert all(schedule.bucket_of(n) == graphs.bucket_of(n) for n in range(1, 2000))
     at = fork_attention
     assert (at.MAX_SPLITS, at.TARGET_PROGRAMS, at.SPLIT_KEYS) == (

@@ -24,6 +24,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Segment
 from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle, together
 from stars_kernels.decoder.threshold import start_reward, threshold
+from stars_kernels.decoder.transfer import floats_to_device, to_device, to_host
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
 from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
@@ -101,12 +102,14 @@ class Loop:
         limit = max((a.limit for a in self.answers), default=0)
         size = (limit, min(limit, self.config.segment_size))
         with self._timed("prefill"):
+            (self._eos,) = to_device([self.eos], self.proposer.device)
             self.proposer.begin(prompts, *size)
             scores = self.scorer.begin(prompts, *size)
-        rewards = scores.rewards.tolist()
+            read = torch.zeros_like(scores.rewards, dtype=torch.int64) if scores.tokens is None else scores.tokens
+            rewards, counts = to_host([scores.rewards, read])
         for p, answer in enumerate(self.answers):
             answer.reward = answer.prompt_reward = rewards[p]
-            answer.counts.rm_scored += 0 if scores.tokens is None else int(scores.tokens[p])
+            answer.counts.rm_scored += counts[p]
             if p in scores.errors:
                 answer.fail("the reward model failed on the empty answer", scores.errors[p])
             elif not math.isfinite(rewards[p]):
@@ -162,25 +165,28 @@ class Loop:
         return [min(width, self.limits.width or width, attempts) for attempts in left]
 
     def _round(self, active: list[int], widths: list[int]) -> list[_Trial]:
-        """Propose, score and judge widths[i] attempts for prompt active[i]; changes nothing that a repeat would see."""
-        config = self.config
-        rows = self._rows(active, widths)
-        size = max(min(config.segment_size, self.answers[p].room) for p in active)
+        """Propose, score and judge widths[i] attempts for prompt active[i]; changes nothing that a repeat would see.
 
+        On a GPU the host issues all of it ahead and waits once, for what it reads at the end. What it has to see before
+        (stop strings, logits processors, rewards of texts) it waits for there.
+        """
+        config = self.config
         with self._timed("propose"):
-            eos = torch.tensor(self.eos, dtype=torch.int64, device=self.proposer.device)
-            tokens = self.proposer.propose(rows, size, config.sampling, self.stream, eos)  # [R, S]
+            rows, room = self._rows(active, widths)
+            size = max(min(config.segment_size, self.answers[p].room) for p in active)
+            tokens = self.proposer.propose(rows, size, config.sampling, self.stream, self._eos)  # [R, S]
         with self._timed("accept"):
-            lengths, broken, stopped, errors = self._lengths(rows, tokens, eos)  # [R]
+            lengths, broken, stopped, errors = self._lengths(rows, tokens, room)  # [R]
             tokens = tokens.clamp(min=0)
         with self._timed("score"):
             scores = self.scorer.score(rows, tokens, lengths)
         with self._timed("accept"):
             rewards = scores.rewards.masked_fill(broken, math.nan)
-            thresholds, outcome, chosen = self._judge(active, widths, rows, lengths, rewards)
+            thresholds, *judged = self._judge(active, widths, rows, lengths, rewards)
             read = torch.zeros_like(lengths) if scores.tokens is None else scores.tokens
-            columns = [t.tolist() for t in (rewards, thresholds, tokens, lengths, stopped, read)]
-            faults = self._faults(scores.errors, broken, errors)
+            by_row = (rewards, thresholds, tokens, lengths, stopped, read)
+            outcome, chosen, is_broken, *columns = to_host((*judged, broken, *by_row))
+            faults = self._faults(scores.errors, is_broken, errors)
         trials, head = [], 0
         for i, width in enumerate(widths):
             mine = [column[head : head + width] for column in columns]
@@ -189,11 +195,11 @@ class Loop:
             head += width
         return trials
 
-    def _faults(self, unscored: dict[int, Exception], broken: Tensor, unstopped: dict[int, Exception]) -> _Faults:
+    def _faults(self, unscored: dict[int, Exception], broken: list[bool], unstopped: dict[int, Exception]) -> _Faults:
         """What failed first on each row that has no reward."""
         unsampled = self.proposer.errors
         faults: _Faults = {row: ("the reward model failed", error) for row, error in unscored.items()}
-        for row in broken.nonzero()[:, 0].tolist():
+        for row in itertools.compress(range(len(broken)), broken):
             faults[row] = ("a logits processor failed", unsampled[row]) if row in unsampled else (BAD_LOGITS, None)
         return faults | {row: ("a stopping criterion failed", error) for row, error in unstopped.items()}
 
@@ -203,18 +209,15 @@ class Loop:
         if not kept:
             return together([])
 
-        def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.proposer.device)
-
         candidates = [answer.kept if trial.chosen < 0 else trial.candidate for answer, _, trial in kept]
+        host = [
+            (p, -1 if trial.chosen < 0 else trial.head + trial.chosen, len(candidate), trial.decided)
+            for (_, p, trial), candidate in zip(kept, candidates, strict=True)
+        ]
         with self._timed("commit"):
-            commit = Commit(
-                prompt=column([p for _, p, _ in kept]),
-                row=column([-1 if trial.chosen < 0 else trial.head + trial.chosen for _, _, trial in kept]),
-                length=column([len(candidate) for candidate in candidates]),
-                advance=column([trial.decided for _, _, trial in kept], torch.bool),
-                last_token=column([candidate[-1] for candidate in candidates]),
-            )
+            last = [candidate[-1] for candidate in candidates]
+            prompt, row, length, advance, last_token = to_device([*zip(*host, strict=True), last], self.proposer.device)
+            commit = Commit(host, prompt, row, length, advance.bool(), last_token)
             return together([self.proposer.commit(commit), self.scorer.commit(commit)])
 
     def _settle(self, active: list[int], trials: list[_Trial], settle: Settle, history: AcceptanceHistory) -> None:
@@ -224,37 +227,34 @@ class Loop:
             for p, trial in zip(active, trials, strict=True):
                 self._book(self.answers[p], trial, history)
 
-    def _rows(self, active: list[int], widths: list[int]) -> Rows:
-        answers = [self.answers[p] for p in active]
-        repeats = torch.tensor(widths)
-
-        def per_row(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).repeat_interleave(repeats).to(self.proposer.device)
-
-        attempts = [a.segment.attempts + i for a, width in zip(answers, widths, strict=True) for i in range(width)]
-        return Rows(
-            prompt=per_row(active),
-            attempt=torch.tensor(attempts, dtype=torch.int64, device=self.proposer.device),
-            key=per_row([answer.key for answer in answers]),
-            position=per_row([len(answer.tokens) for answer in answers]),
+    def _rows(self, active: list[int], widths: list[int]) -> tuple[Rows, Tensor]:
+        """The rows of a round, and how many tokens each has room for [R]."""
+        owners = [p for p, width in zip(active, widths, strict=True) for _ in range(width)]
+        answers = [self.answers[p] for p in owners]
+        columns = (
+            owners,
+            [self.answers[p].segment.attempts + i for p, n in zip(active, widths, strict=True) for i in range(n)],
+            [answer.key for answer in answers],
+            [len(answer.tokens) for answer in answers],
+            [answer.room for answer in answers],
         )
+        *rows, room = to_device(columns, self.proposer.device)
+        return Rows(owners, *rows), room
 
-    def _lengths(self, rows: Rows, tokens: Tensor, eos: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[int, Exception]]:
+    def _lengths(self, rows: Rows, tokens: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[int, Exception]]:
         """The candidates' true lengths [R] (to EOS, stop or limit), whether each is broken [R] and stopped [R], errors.
 
         Broken is one that holds a -1, or on which `find_stop` fails: these rows' errors are returned too.
         """
         errors: dict[int, Exception] = {}
         size = tokens.shape[1]
-        owners = rows.prompt.tolist()
-        room = [self.answers[p].room for p in owners]
-        ends = torch.isin(tokens, eos)
+        ends = torch.isin(tokens, self._eos)
         ended = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size)
-        lengths = ended.clamp(max=torch.tensor(room, device=tokens.device))
+        lengths = ended.clamp(max=room)
         stopped = torch.zeros_like(lengths, dtype=torch.bool)
         if any(answer.find_stop is not None for answer in self.answers):
-            cut = lengths.tolist()
-            for r, (p, candidate) in enumerate(zip(owners, tokens.tolist(), strict=True)):
+            cut, candidates = to_host((lengths, tokens))
+            for r, (p, candidate) in enumerate(zip(rows.owners, candidates, strict=True)):
                 accepted, find_stop = self.answers[p].tokens, self.answers[p].find_stop
                 if find_stop is not None:
                     usable = itertools.takewhile(lambda token: token >= 0, candidate[: cut[r]])
@@ -266,7 +266,7 @@ class Loop:
                         errors[r], stop = error, None
                     if stop is not None:
                         cut[r], stopped[r] = stop - len(accepted), True
-            lengths = torch.tensor(cut, device=tokens.device)
+            (lengths,) = to_device([cut], tokens.device)
         inside = torch.arange(size, device=tokens.device) < lengths[:, None]
         broken = ((tokens < 0) & inside).any(dim=1)
         if errors:
@@ -275,42 +275,36 @@ class Loop:
 
     def _judge(
         self, active: list[int], widths: list[int], rows: Rows, lengths: Tensor, rewards: Tensor
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """The threshold of each row [R]; outcome and chosen column of each prompt."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The threshold of each row [R]; outcome and chosen column of each prompt [C]."""
         config, device = self.config, rewards.device
         target, beta = config.reward_threshold, config.beta
         assert target is not None
+        segments = [self.answers[p].segment for p in active]
         r0 = [start_reward(a.prompt_reward, target, config.alpha) for a in self.answers]
-        start = torch.tensor(r0, dtype=torch.float64, device=device)[rows.prompt]
-        thresholds = threshold((rows.position + lengths).double(), start, target, config.max_new_tokens)
+        best = [s.rewards[s.chosen] if s.attempts else -math.inf for s in segments]  # of the rejected so far
+        start, best_reward = floats_to_device([r0, best], device)
+        count, best_attempt = to_device([widths, [s.chosen for s in segments]], device)
+        thresholds = threshold((rows.position + lengths).double(), start[rows.prompt], target, config.max_new_tokens)
 
-        count = torch.tensor(widths, device=device)
-        valid = torch.arange(max(widths), device=device) < count[:, None]  # [C, W]
-        grid = torch.zeros(2, *valid.shape, dtype=torch.float64, device=device)
-        grid[0][valid], grid[1][valid] = rewards, thresholds  # rows are grouped by prompt, as the grid is
-        head = count.cumsum(0) - count  # the first row of each prompt
+        column = torch.arange(max(widths), device=device)  # [W]
+        valid = column < count[:, None]  # [C, W]
+        head = count.cumsum(0) - count  # [C] the first row of each prompt: rows are grouped by prompt
+        row = (head[:, None] + column).clamp(max=len(rows) - 1)  # [C, W]
         chosen, outcome = accept(
-            grid[0],
+            rewards[row],
             valid,
-            grid[1],
+            thresholds[row],
             rows.key[head],
             rows.position[head],
             rows.attempt[head],
-            *self._best(active, device),
+            best_reward,
+            best_attempt,
             max_attempts=config.max_attempts,
             beta=1.0 if beta is None else beta,  # hard acceptance needs none
             hard=config.accept == "hard",
         )
-        return thresholds, outcome.tolist(), chosen.tolist()
-
-    def _best(self, active: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The best rejected attempt so far of each prompt's segment, as `accept` wants it."""
-        segments = [self.answers[p].segment for p in active]
-        rewards = [s.rewards[s.chosen] if s.attempts else -math.inf for s in segments]
-        return (
-            torch.tensor(rewards, dtype=torch.float64, device=device),
-            torch.tensor([s.chosen for s in segments], dtype=torch.int64, device=device),
-        )
+        return thresholds, outcome, chosen
 
     def _book(self, answer: Answer, trial: _Trial, history: AcceptanceHistory) -> None:
         """Write a prompt's part of the round on its answer."""

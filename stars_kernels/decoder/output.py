@@ -111,7 +111,8 @@ class StarsOutput:
     prompt_reward: r(x), the reward of the empty answer.
     segments: the trace, a `Segment` each.
     counts: the work done for this prompt, a `Counts`.
-    seconds: wall seconds by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
+    seconds: wall seconds of the host by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
+        A GPU's work shows where the host waits for it: at the end of a round, in "accept".
     calibration: a `Calibration`; None where r* and beta were given.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
         were asked ("processors").

@@ -34,6 +34,9 @@ def together(settles: Sequence[Settle]) -> Settle:
 class Rows:
     """The rows of a round, grouped by prompt; every tensor is [R] int64."""
 
+    owners: Sequence[int]
+    """`prompt` on the host, where nothing has to wait for it."""
+
     prompt: Tensor
     attempt: Tensor
     key: Tensor
@@ -43,10 +46,17 @@ class Rows:
     def __len__(self) -> int:
         return self.prompt.shape[0]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same rows, each tensor changed; `owners` stay."""
+        return Rows(self.owners, *(change(t) for t in (self.prompt, self.attempt, self.key, self.position)))
+
 
 @dataclass(frozen=True)
 class Commit:
     """What a round decided, for each of its prompts; every tensor is [C]."""
+
+    host: Sequence[tuple[int, int, int, bool]]
+    """(prompt, row, length, advance) of each, on the host."""
 
     prompt: Tensor
     row: Tensor

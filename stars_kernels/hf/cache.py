@@ -23,10 +23,11 @@ from transformers.cache_utils import Cache
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Settle
+from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.hf.attention import Mask, answered_by, check_options
 from stars_kernels.hf.layout import Layout, layout_of
 from stars_kernels.hf.states import States
-from stars_kernels.hf.storage import BoundLayer, Group, Place, Span, Suffix
+from stars_kernels.hf.storage import BoundLayer, Group, Packed, Place, Suffix
 from stars_kernels.ops._registry import call_op
 
 
@@ -148,23 +149,22 @@ class ForkCache(Cache):
     @contextmanager
     def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
         """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields the forward's arguments."""
+        if len(set(prompts)) < len(prompts):
+            raise ValueError(f"a forward of prompts {prompts}, expected each once")
         if len(prompts) > 1 and not self.packs:
             raise ValueError(f"a forward of {len(prompts)} prompts, expected one: this model's prompts are not packed")
-        device, starts, offsets = self.lengths.device, self.lengths.tolist(), self.offsets.tolist()
-        spans, positions, end = [], [], 0
-        for p, count in zip(prompts, counts, strict=True):
-            slot, begin, end = offsets[p] + starts[p], end, end + count
-            one, length = torch.tensor([p], device=device), torch.tensor([count], device=device)
-            spans.append(Span(slice(begin, end), slice(slot, slot + count), one, length))
-            positions.append(torch.arange(starts[p], starts[p] + count, device=device))
+        starts, offsets = to_host((self.lengths, self.offsets))
+        starts, offsets = [starts[p] for p in prompts], [offsets[p] for p in prompts]
+        owners, added = to_device((prompts, counts), self.device)
         self._send()
         if self.states is not None:
-            self.states.start(prompts[0], starts[prompts[0]])
-        with self._forward(spans):
-            yield self._arguments(torch.cat(positions)[None])
+            self.states.start(prompts[0], starts[0])
+        plan = Packed.of(starts, counts, offsets, self.device)
+        with self._forward(plan):
+            yield self._arguments(plan.positions[None])
         if self.states is not None:
             self.states.keep(prompts[0])
-        self.lengths[prompts] += torch.tensor(counts, device=device)
+        self.lengths.index_add_(0, owners, added)
 
     @contextmanager
     def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[dict[str, Any]]:
@@ -190,7 +190,7 @@ class ForkCache(Cache):
         return arguments | {"position_ids": positions} if self.layout.positions else arguments
 
     @contextmanager
-    def _forward(self, plan: list[Span] | Suffix) -> Iterator[None]:
+    def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
         self._asked = 0
         for place in self._places.values():
             place.plan = plan if place.device == self.device else _moved(plan, place.device)
@@ -228,17 +228,16 @@ class ForkCache(Cache):
         if plan is None:
             raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
         check_options(mask, options)
-        out = query.new_empty(*query.shape[:3], value.shape[-1])  # [1, N, Hq, Dv]
-        for span in plan:
-            new = span.tokens
-            out[:, new] = ops.fork_attention(
-                query[:, new], key[:, new], value[:, new], span.count, span.count, layer.arena_keys,
-                layer.arena_values, place.offsets, place.lengths, span.prompt, scale=scale, window=mask.window,
-                softcap=layer.softcap, sinks=layer.sinks,
-            )  # fmt: skip
-            if layer.stores:
-                layer.arena_keys[span.slots], layer.arena_values[span.slots] = key[0, new], value[0, new]
-        return out
+        if layer.stores:  # first: a row's prefix may be new itself
+            layer.arena_keys[plan.slots], layer.arena_values[plan.slots] = key[0], value[0]
+        # One call for all prompts, and copies into rows for it. A CPU, to which calls cost little, takes it too: the
+        # copies are less than a hundredth of a forward's work, and what they cost a call a prompt would cost again.
+        query, key, value = (plan.in_rows(tokens[0]) for tokens in (query, key, value))
+        attended = ops.fork_attention(
+            query, key, value, plan.counts, plan.counts, layer.arena_keys, layer.arena_values, plan.offsets,
+            plan.lengths, plan.rows, scale=scale, window=mask.window, softcap=layer.softcap, sinks=layer.sinks,
+        )  # fmt: skip
+        return plan.end_to_end(attended)[None]
 
     def _place(self, device: torch.device) -> Place:
         return Place(device, self.offsets.to(device), self.lengths.to(device), self.prompt.to(device))
@@ -289,17 +288,16 @@ class GatheredCache(ForkCache):
     """
 
     @contextmanager
-    def _forward(self, plan: list[Span] | Suffix) -> Iterator[None]:
+    def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
         """Before it: which slots [R, T] each row's keys come from, and which of them are real."""
         if isinstance(plan, Suffix):
             lengths, offsets = self.lengths[self.prompt], self.offsets[self.prompt]
             self._past, new = int(lengths.max()) + plan.slots.start, plan.slots.stop - plan.slots.start
             prefix = self._past - plan.slots.start
         else:
-            (span,) = plan
-            lengths, offsets = self.lengths[span.prompt], self.offsets[span.prompt]
+            lengths, offsets = plan.lengths[:1], plan.offsets[:1]  # of one prompt's first row
             prefix = self._past = int(lengths)
-            new = span.slots.stop - span.slots.start
+            new = len(plan.slots)
         # Of what is longer than the context, the beginning goes: padding, or what a row past its end would read.
         beyond = max(0, self._past + new - self.layout.limit)
         self._past -= beyond
@@ -325,7 +323,7 @@ class GatheredCache(ForkCache):
             new = layer.keys[:, : plan.slots.stop], layer.values[:, : plan.slots.stop]
         elif plan is not None:
             for arena, tokens in zip(arenas, new, strict=True):
-                arena[plan[0].slots] = tokens[0]
+                arena[plan.slots] = tokens[0]
         gathered = (torch.cat([a[slots], tokens], dim=1) for a, tokens in zip(arenas, new, strict=True))
         return tuple(tensor.transpose(1, 2).contiguous() for tensor in gathered)
 
@@ -344,10 +342,10 @@ def close_cache_of(owner: object) -> None:
     vars(owner).clear()
 
 
-def _moved(plan: list[Span] | Suffix, device: torch.device) -> list[Span] | Suffix:
+def _moved(plan: Packed | Suffix, device: torch.device) -> Packed | Suffix:
     if isinstance(plan, Suffix):
         return replace(plan, query_len=plan.query_len.to(device), suffix_len=plan.suffix_len.to(device))
-    return [replace(span, prompt=span.prompt.to(device), count=span.count.to(device)) for span in plan]
+    return Packed(**{name: tensor.to(device) for name, tensor in vars(plan).items()})
 
 
 def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:

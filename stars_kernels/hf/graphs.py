@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def bucket_of(rows: int) -> int:
 def padded(rows: Rows, count: int) -> Rows:
     """`rows` with its last one repeated up to `count`; still grouped by prompt."""
     index = torch.arange(count, device=rows.prompt.device).clamp(max=len(rows) - 1)
-    return Rows(*(getattr(rows, field.name)[index] for field in fields(Rows)))
+    return rows.map(lambda column: column[index])
 
 
 @functools.cache
@@ -119,11 +118,11 @@ class SegmentGraphs:
             self._seen.add(key)
             return segment(rows)
         if key not in self._captured:
-            static = Rows(*(getattr(rows, field.name).clone() for field in fields(Rows)))
+            static = rows.map(torch.clone)
             self._captured[key] = static, self._capture(lambda: segment(static))
         static, replay = self._captured[key]
-        for field in fields(Rows):
-            getattr(static, field.name).copy_(getattr(rows, field.name))
+        for name in ("prompt", "attempt", "key", "position"):
+            getattr(static, name).copy_(getattr(rows, name))
         self.replays += 1
         return replay().clone()
 

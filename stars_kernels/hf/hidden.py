@@ -87,10 +87,10 @@ class HiddenStates:
 
         It shows once the result is called.
         """
-        found = commit.row >= 0
-        best = self.best_logits.index_put((commit.prompt[found],), self.logits[commit.row[found]])
-        grown = commit.prompt[commit.advance]
-        after = logits.index_put((grown,), best[grown])
+        here = (commit.prompt,)
+        new = self.logits[commit.row.clamp(min=0)].where(commit.row[:, None] >= 0, self.best_logits[here])
+        best = self.best_logits.index_put(here, new)
+        after = logits.index_put(here, new.where(commit.advance[:, None], logits[here]))
 
         def settle() -> None:
             self.best_logits = best

@@ -180,8 +180,8 @@ class BatchProcessors:
         that nothing is asked about, as in `model.generate`, which would have stopped.
         """
         scores = logits.to(torch.float32, copy=True)
-        owners, done = rows.prompt.tolist(), ended.tolist()
-        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=owners.__getitem__):
+        done = ended.tolist()
+        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=rows.owners.__getitem__):
             index = list(group)
             scores[index] = self._process(prompt, index, suffix[index], logits[index]).to(scores)
         return scores
@@ -213,9 +213,8 @@ class BatchProcessors:
 
     def commit(self, commit: Commit, candidates: Tensor) -> Settle:
         """candidates [R, S] int64: the round's tokens, as proposed. It shows once the result is called."""
-        columns = (commit.prompt, commit.row, commit.length, commit.advance)
         tail, accepted = self.tail.copy(), self.accepted.copy()
-        for p, row, length, advance in zip(*(column.tolist() for column in columns), strict=True):
+        for p, row, length, advance in commit.host:
             if row >= 0:
                 tail[p] = candidates[row, :length].to(self.device)
             if advance:

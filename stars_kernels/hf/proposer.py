@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Settle, together
+from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.hf.head import hidden_of, logits_of
@@ -21,6 +22,8 @@ from stars_kernels.hf.processors import BatchProcessors
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
+PREFILL_PIECES = 64
+"""Prompts of one packed forward: attention pads each to rows of as many queries."""
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -38,7 +41,7 @@ class Chunk:
 
 
 def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterator[Chunk]:
-    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS, as far as `cache` allows.
+    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS and PREFILL_PIECES, as far as `cache` allows.
 
     A prompt is cut by its own length alone, so that its rounding does not depend on what it is packed with.
     """
@@ -47,7 +50,8 @@ def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterato
         size = PREFILL_TOKENS if cache.cuts else len(prompt)
         for begin in range(0, len(prompt), size):
             piece = prompt[begin : begin + size]
-            if chunk.ids and (not cache.packs or len(chunk.ids) + len(piece) > PREFILL_TOKENS):
+            full = len(chunk.ids) + len(piece) > PREFILL_TOKENS or len(chunk.owners) == PREFILL_PIECES
+            if chunk.ids and (full or not cache.packs):
                 yield chunk
                 chunk = Chunk()
             chunk.owners.append(p)
@@ -94,15 +98,16 @@ class ModelProposer:
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
-        self.pending = torch.full((len(prompts),), -1, device=self.device)  # [P] last accepted token, not yet read
+        self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the accepted answer
+        self.unread: frozenset[int] = frozenset()  # the prompts whose last token is not in the cache yet
         states = []
         for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
-            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
+            ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
-                logits = self._logits(torch.tensor([chunk.ids], device=self.device), inputs, last)[0]
+                logits = self._logits(ids[None], inputs, last)[0]
             if i == 0:
                 self.logits = logits.new_empty(len(prompts), logits.shape[1])  # [P, V] what follows each prefix
-            self.logits[chunk.finished] = logits
+            self.logits[finished] = logits
             if self.hidden is not None:
                 read = self.hidden.last[0]
                 states.append(read if len(read) == len(last) else read[last])  # all, where it takes no logits_to_keep
@@ -110,7 +115,7 @@ class ModelProposer:
             self.hidden.begin(torch.cat(states), self.logits, segment_size)
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
-        self._read_pending(rows.prompt.unique_consecutive())
+        self._read_last([p for p in dict.fromkeys(rows.owners) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
         wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
@@ -171,10 +176,12 @@ class ModelProposer:
         if self.hidden is not None:
             settles.append(self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance))
             settles.append(self.hidden.commit(commit, self.logits))
-            pending = self.pending
+            last_token, unread = self.last_token, self.unread
         else:  # a candidate's last token was not read, so its keys and values are not among the suffix's
             settles.append(self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance))
-            pending = self.pending.index_put((commit.prompt[commit.advance],), commit.last_token[commit.advance])
+            last = commit.last_token.where(commit.advance, self.last_token[commit.prompt])
+            last_token = self.last_token.index_put((commit.prompt,), last)
+            unread = self.unread.union(p for p, _, _, advance in commit.host if advance)
         if self.processors is not None:
             settles.append(self.processors.commit(commit, self.candidates))
 
@@ -182,7 +189,7 @@ class ModelProposer:
 
         def settle() -> None:
             settle_parts()
-            self.pending = pending
+            self.last_token, self.unread = last_token, unread
 
         return settle
 
@@ -202,19 +209,19 @@ class ModelProposer:
             self.hidden.close()
         close_cache_of(self)
 
-    def _read_pending(self, prompts: Tensor) -> None:
-        """Feed the last accepted token of each prompt that has one: one row a prompt."""
-        prompts = prompts[self.pending[prompts] >= 0]
-        if prompts.numel() == 0:
+    def _read_last(self, owners: list[int]) -> None:
+        """Feed the last accepted token of these prompts: one row a prompt."""
+        if not owners:
             return
+        (prompts,) = to_device([owners], self.device)
         self.cache.fork(prompts)
         with self.cache.extend(1) as inputs:
-            self.logits[prompts] = self._logits(self.pending[prompts, None], inputs, 1)[:, 0]
+            self.logits[prompts] = self._logits(self.last_token[prompts, None], inputs, 1)[:, 0]
         one, rows = torch.ones_like(prompts), torch.arange(len(prompts), device=self.device)
         settle = self.cache.commit(prompts, rows, one, one.bool())
-        pending = self.pending.index_fill(0, prompts, -1)
+        unread = self.unread.difference(owners)
         settle()  # the two go together: with one of them alone, tokens would be fed twice, or not at all
-        self.pending = pending
+        self.unread = unread
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
         with nullcontext() if self.hidden is None else self.hidden.catch():

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.layout import Plane
+
+PREFILL_ROW = 64
+"""Queries of a row of a packed forward, at most. As many keys are one tile of the CPU's attention, so a prompt that is
+read from its start on gets the bits that it would get as one row."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """A part of a packed forward: the next tokens of one prompt, and where they go."""
+class Packed:
+    """A forward of N tokens, the next ones of several prompts end to end, cut in R rows of S queries for attention.
 
-    tokens: slice
-    slots: slice
-    prompt: Tensor  # [1]
-    count: Tensor  # [1]
+    A row has its prompt's tokens before it as a prefix of its own, read from the arena, and its own tokens as suffix.
+    """
+
+    positions: Tensor  # [N] of the tokens in their prompts
+    slots: Tensor  # [N] of the arena, where their keys and values go
+    tokens: Tensor  # [R * S] which token each query is; padding repeats a row's first
+    queries: Tensor  # [N] which query each token is
+    offsets: Tensor  # [R]
+    lengths: Tensor  # [R]
+    counts: Tensor  # [R] queries that are no padding
+    rows: Tensor  # [R] 0, 1, ...: the prefix of each row
+
+    @staticmethod
+    def of(starts: Sequence[int], counts: Sequence[int], offsets: Sequence[int], device: torch.device) -> Packed:
+        """Read counts[i] tokens of a prompt that has starts[i] already, in the arena from offsets[i] on."""
+        size = min(PREFILL_ROW, max(counts))
+        positions: list[int] = []
+        slots: list[int] = []
+        tokens: list[int] = []
+        queries: list[int] = []
+        rows: list[tuple[int, int, int]] = []
+        for start, count, offset in zip(starts, counts, offsets, strict=True):
+            for done in range(0, count, size):
+                n, first, before = min(size, count - done), len(positions), start + done
+                queries += range(len(tokens), len(tokens) + n)
+                tokens += [*range(first, first + n), *[first] * (size - n)]
+                positions += range(before, before + n)
+                slots += range(offset + before, offset + before + n)
+                rows.append((offset, before, n))
+        columns = (positions, slots, tokens, queries, *zip(*rows, strict=True), range(len(rows)))
+        return Packed(*to_device(columns, device))
+
+    def in_rows(self, packed: Tensor) -> Tensor:
+        """[N, H, D] -> [R, S, H, D]"""
+        return packed.index_select(0, self.tokens).unflatten(0, (len(self.rows), -1))
+
+    def end_to_end(self, rows: Tensor) -> Tensor:
+        """[R, S, H, D] -> [N, H, D]"""
+        return rows.flatten(0, 1).index_select(0, self.queries)
 
 
 @dataclass(frozen=True)
@@ -37,7 +78,7 @@ class Place:
     offsets: Tensor  # [P]
     lengths: Tensor  # [P]
     prompt: Tensor  # [R]
-    plan: list[Span] | Suffix | None = None
+    plan: Packed | Suffix | None = None
 
 
 @dataclass(slots=True)

@@ -26,14 +26,15 @@ def check_rewards(model, tolerance=1e-6):
     for lengths in ([2, 6, 4, 6, 6, 3], [1, 3, 2, 6, 5, 4]):
         tokens = torch.randint(0, 250, (len(ROWS), 6), generator=generator)
         zeros = torch.zeros(len(ROWS), dtype=torch.int64)
-        rows = Rows(torch.tensor(ROWS), zeros, zeros, zeros)
+        rows = Rows(ROWS, torch.tensor(ROWS), zeros, zeros, zeros)
         found += scorer.score(rows, tokens, torch.tensor(lengths)).rewards.tolist()
         candidates = [t[:n] for t, n in zip(tokens.tolist(), lengths, strict=True)]
         expected += [own(prompts[p] + candidate) for p, candidate in zip(ROWS, candidates, strict=True)]
         chosen = torch.tensor([1, 3, 4])  # a row of each prompt; those of a model with states end at the last token
         kept = [candidates[row] for row in chosen]
         length, last = torch.tensor([len(c) for c in kept]), torch.tensor([c[-1] for c in kept])
-        scorer.commit(Commit(torch.arange(3), chosen, length, torch.ones(3, dtype=torch.bool), last))()
+        host = [(p, row, len(c), True) for p, (row, c) in enumerate(zip(chosen.tolist(), kept, strict=True))]
+        scorer.commit(Commit(host, torch.arange(3), chosen, length, torch.ones(3, dtype=torch.bool), last))()
         prompts = [prompt + candidate for prompt, candidate in zip(prompts, kept, strict=True)]
     found, expected = (torch.tensor(values, dtype=torch.float64) for values in (found, expected))
     worst = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

@@ -68,7 +68,7 @@ def test_calibration_and_early_ends_too(lm, rm, graphs, monkeypatch):
 
 def rows_of(count, first=0):
     index = torch.arange(first, first + count)
-    return Rows(prompt=index // 4, attempt=index, key=index + 100, position=index * 0 + 7)
+    return Rows(owners=(index // 4).tolist(), prompt=index // 4, attempt=index, key=index + 100, position=index * 0 + 7)
 
 
 def test_padded_rows_repeat_the_last():

@@ -379,7 +379,7 @@ class ShortOfMemory(TorchDispatchMode):
 
 
 SIDES = {
-    "proposer": (ModelProposer, ("_read_pending", "commit")),
+    "proposer": (ModelProposer, ("_read_last", "commit")),
     "classifier": (ClassifierScorer, ("commit",)),
     "likelihood": (LikelihoodScorer, ("commit",)),
     "text": (TextClassifierScorer, ("commit",)),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
+from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.models import score_head
 from stars_kernels.hf.proposer import packed_chunks
@@ -36,10 +37,10 @@ class ClassifierScorer:
         self.cache = open_cache(self.backbone, capacities, segment_size)
         rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
         for chunk in packed_chunks(prompts, self.cache):
-            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
+            ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
-                hidden = self._hidden(torch.tensor([chunk.ids], device=self.device), inputs)
-            rewards[chunk.finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
+                hidden = self._hidden(ids[None], inputs)
+            rewards[finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:

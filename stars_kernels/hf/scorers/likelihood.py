@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
+from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.head import logits_of
 from stars_kernels.hf.layout import vocabulary
@@ -78,9 +79,9 @@ class _Likelihood:
         self.cache = open_cache(self.model, capacities, segment_size)
         logits = []
         for chunk in packed_chunks(prompts, self.cache):
-            last = torch.tensor(chunk.last, dtype=torch.int64, device=self.device)
+            ids, last = to_device([chunk.ids, chunk.last], self.device)
             with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
-                logits.append(logits_of(self.model, torch.tensor([chunk.ids], device=self.device), inputs, last)[0])
+                logits.append(logits_of(self.model, ids[None], inputs, last)[0])
         self.best_logits = torch.cat(logits)
         self.next_log_probs = self.best_logits.log_softmax(-1, self.dtype)
         self.total = torch.zeros(len(prompts), dtype=torch.float64, device=self.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
+from stars_kernels.decoder.transfer import to_host
 from stars_kernels.hf.layout import context_limit
 from stars_kernels.hf.scorers.chunks import Chunks
 from stars_kernels.hf.scorers.classifier import reward_output
@@ -34,15 +35,13 @@ class TextScorer(ABC, Generic[Input]):
         return self._scores(list(range(len(prompts))), self.accepted)
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        self.rows = [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        owners = rows.prompt.tolist()
-        return self._scores(owners, [self.accepted[p] + c for p, c in zip(owners, self.rows, strict=True)])
+        self.rows = [t[:n] for t, n in zip(*to_host((tokens, lengths)), strict=True)]
+        answers = [self.accepted[p] + c for p, c in zip(rows.owners, self.rows, strict=True)]
+        return self._scores(list(rows.owners), answers)
 
     def commit(self, commit: Commit) -> Settle:
-        columns = zip(commit.prompt.tolist(), commit.row.tolist(), commit.advance.tolist(), strict=True)
-
         def settle() -> None:
-            for p, row, advance in columns:
+            for p, row, _, advance in commit.host:
                 if row >= 0:
                     self.tail[p] = self.rows[row]
                 if advance:
@@ -102,7 +101,7 @@ class ReaderScorer(TextScorer[Input]):
         return scores
 
     def commit(self, commit: Commit) -> Settle:
-        chosen = [row for row, go in zip(commit.row.tolist(), commit.advance.tolist(), strict=True) if go and row >= 0]
+        chosen = [row for _, row, _, advance in commit.host if advance and row >= 0]
         return together([super().commit(commit), self.reader.keep([self.ready.index(row) for row in chosen])])
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ class SumScorer:
         weights = [weight for _, weight in self.parts]
         home = scores[0].rewards.device
         rewards = torch.stack([weight * s.rewards.to(home) for weight, s in zip(weights, scores, strict=True)]).sum(0)
-        read = [s.tokens.cpu() for s in scores if s.tokens is not None]
+        read = [s.tokens.to(home) for s in scores if s.tokens is not None]
         errors: dict[int, Exception] = {}
         for s in reversed(scores):  # of a row with several errors, the first part's
             errors |= s.errors
