@@ -3,9 +3,9 @@
 # has never run on one.
 #   bench/gpu.sh [--device cuda|cpu] [--full] [--time SECONDS] [FOLDER]
 # Its parts run in order, each under a time limit of its own, and none stops the next. FOLDER (default build/gpu) gets
-# PART.log, PART.xml of its tests, what `bench first` writes, and, written anew after each part, table.txt, report.md and
-# not_reached.txt. Exit code 1: a part failed; 2: a bad argument or no device.
-#   --device cpu      the rehearsal: the same parts without a GPU; not_reached.txt names what it could not reach, and why
+# PART.log, PART.xml of its tests, what `bench first` writes, and, written anew after each part, table.txt, report.md
+# and not_reached.txt. Exit code 1: a part failed; 2: a bad argument or no device; 143: it was stopped.
+#   --device cpu      the rehearsal: the same parts without a GPU; not_reached.txt names what it cannot reach, and why
 #   --full            also the suites ops and decode, the rival on vLLM, and compute-sanitizer on all kernel tests
 #   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 1500 on a CPU)
 # PYTHON: of an environment with torch, transformers, ninja and pytest (default python3), used as it is. Wheels in
