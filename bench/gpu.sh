@@ -9,8 +9,8 @@
 #   --full            also the suites ops and decode, the rival on vLLM, and compute-sanitizer on all kernel tests
 #   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 1500 on a CPU)
 # PYTHON: of an environment with torch, transformers, ninja and pytest (default python3), used as it is. Wheels in
-# wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON). STARS_COMMIT: the commit,
-# where there is no .git.
+# wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON). STARS_COMMIT: the
+# commit, where there is no .git.
 set -uo pipefail
 usage() {
     echo "bench/gpu.sh: $1; expected bench/gpu.sh [--device cuda|cpu] [--full] [--time SECONDS] [FOLDER]" >&2

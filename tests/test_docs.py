@@ -80,7 +80,12 @@ BY_CI = {
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""
-BY_TEST_GPU_COMMAND = {"PYTHON=python3 bench/gpu.sh", "bench/gpu.sh --full", "bench/gpu.sh --device cpu"}
+BY_TEST_GPU_COMMAND = {
+    "bench/gpu.sh",
+    "PYTHON=python3 bench/gpu.sh",
+    "bench/gpu.sh --full",
+    "bench/gpu.sh --device cpu",
+}
 """Run by tests/test_gpu_command.py, with a stand-in for python."""
 BY_MAKE_BUILD = {
     "pip install -c constraints.txt torch setuptools wheel ninja",
@@ -109,7 +114,7 @@ def blocks(language: str, documents: list[Path]) -> list[tuple[str, str]]:
 
 def commands() -> list[tuple[str, str]]:
     """Every command line in a sh block, or in an indented or inline one that starts like a command."""
-    starts = r"(?:PYTHON=\S+ )?(?:make|python -m|pip install|\.ci/run|bench/gpu\.sh|pytest)\b[^`\n#]*"
+    starts = r"(?:make|python -m|pip install|\.ci/run|(?:PYTHON=\S+ )?bench/gpu\.sh|pytest)\b[^`\n#]*"
     found = []
     for document in DOCUMENTS:
         name, text = str(document.relative_to(ROOT)), document.read_text()
