@@ -20,15 +20,16 @@ MISSING = "missing"
 
 def versions() -> dict[str, str]:
     """Return name: version, "missing" where there is none, and what torch says of the devices."""
-    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}")
+    toolkit = f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    nvcc, sanitizer = (shutil.which(name, path=toolkit) or name for name in ("nvcc", "compute-sanitizer"))
     return {
         "commit": os.environ.get("STARS_COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "python": f"{platform.python_version()} ({sys.executable})",
         **{name: package(name) for name in PACKAGES},
         **devices(),
         "driver": first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
-        "nvcc": MISSING if nvcc is None else last_line(nvcc, "--version"),
-        "compute-sanitizer": last_line("compute-sanitizer", "--version"),
+        "nvcc": last_line(nvcc, "--version"),
+        "compute-sanitizer": last_line(sanitizer, "--version"),
         "c++": first_line(os.environ.get("CXX", "c++"), "--version"),
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
