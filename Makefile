@@ -7,7 +7,7 @@ BUILT = $(VENV)/built-$(STARS_BUILD_EXT)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test asan sanitize gpu-build cuda-ext gpu lint bench clean
+.PHONY: help build demo test asan sanitize gpu-build rehearsal gpu lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -48,18 +48,11 @@ gpu-build: build  ## the GPU kernels compiled for four GPUs by two Tritons, and 
 		else echo 'NOT RUN: Triton 3.6, no Python 3.12'; fi
 	$(BIN)/python -m pytest --quiet -s tests/ops/test_accept_cuda.py
 
-CUDA := build/cuda
-cuda-ext: export HF_HUB_OFFLINE := 1
-cuda-ext:  ## the extension built with CUDA (nvcc, Python >= 3.12), imported, installed and tested on the CPU
-	STARS_BUILD_EXT=1 .ci/env torch-2.14 python setup.py --quiet build --build-base $(CUDA) --build-lib $(CUDA)/lib
-	STARS_EXPECT_CUDA=1 .ci/env torch-2.14 python -m pytest --quiet -s -p no:cacheprovider -o pythonpath="$(CUDA)/lib ." \
-		tests/ops/test_accept_cuda.py tests/ops/test_accept.py tests/ops/test_backends.py
-	@echo "== installs with CUDA, and where its compiler fails"
-	STARS_EXPECT_CUDA=1 .ci/env torch-2.14 python -m pytest --quiet -p no:cacheprovider tests/test_build.py \
-		-k "cuda or nvcc or test_1_installs"
+rehearsal:  ## what `make gpu` meets on a bare GPU machine, on the CPU; nvcc builds, where it is (Python 3.12)
+	.ci/rehearsal $(ARGS)
 
-gpu: build  ## on a machine with a GPU: build with CUDA, test, time, one report in build/gpu
-	PYTHON=$(BIN)/python bench/gpu.sh
+gpu:  ## on a machine with a GPU, with $(PYTHON) as it is: build, test, time, one report in build/gpu (ARGS=...)
+	PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)
 
 lint: build  ## ruff, mypy and the house's own bans
 	$(BIN)/ruff check .

@@ -1,9 +1,6 @@
 """`--device cuda` of the benchmarks without a GPU: the refusal, and the whole way with the CPU in its place."""
 
-import os
-import subprocess
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from bench import common, decode, machine, ops, ours, report
 from stars_kernels.hf.graphs import SegmentGraphs
 from tests.hf.test_graphs import rerun
 
-ROOT = Path(__file__).parents[1]
 RATES = machine.Rates(1e10, 1e11)
 
 
@@ -184,51 +180,3 @@ def test_the_gpu_is_named(monkeypatch):
 def test_a_command_that_is_not_there():
     assert machine._output("no-such-command-anywhere") is None
     assert machine._output("echo", "here") == "here"
-
-
-STUB = """#!/bin/sh
-echo "$@" >> "$CALLS"
-case "$*" in
-  *"import vllm"*) exit ${VLLM:-1} ;;
-  *"bench decode"*) exit ${DECODE:-0} ;;
-esac
-"""
-
-
-def run_script(folder, **environment):
-    """bench/gpu.sh with a stand-in for python: its result, the commands, the report."""
-    folder.mkdir(exist_ok=True)
-    stub = folder / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    out, calls = folder / "out", folder / "calls"
-    environment = {**os.environ, "PYTHON": str(stub), "CALLS": str(calls), **environment}
-    done = subprocess.run([ROOT / "bench/gpu.sh", out], env=environment, capture_output=True, text=True, timeout=60)
-    return done, calls.read_text(), (out / "report.txt").read_text()
-
-
-def test_one_command_for_all(tmp_path):
-    done, calls, written = run_script(tmp_path, DECODE="3")
-    out = tmp_path / "out"
-    wanted = [
-        "setup.py --quiet build_ext --inplace",
-        "-m pytest -m gpu",
-        f"-m bench ops --device cuda --quick --json {out}/ops.json",
-        f"-m bench decode --device cuda --quick --json {out}/decode.json",
-    ]
-    places = [calls.index(command) for command in wanted]
-    assert places == sorted(places) and "rival_vllm" not in calls
-    assert done.returncode == 1 and "FAILED with 3" in written
-    assert "vllm is not installed" in written and "commit" in written
-
-
-def test_one_command_with_vllm(tmp_path):
-    _, calls, written = run_script(tmp_path, VLLM="0")
-    assert "-m bench.rival_vllm --quick --json" in calls and "not installed" not in written
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the command takes minutes")
-def test_one_command_without_a_gpu(tmp_path):
-    done = subprocess.run([ROOT / "bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr
-    assert not (tmp_path / "report.txt").exists()

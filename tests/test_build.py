@@ -186,7 +186,12 @@ def test_1_installs_the_extension(install):
     assert info["cuda"] or not os.environ.get("STARS_EXPECT_CUDA"), info["cuda_reason"]
     if torch.version.cuda is None:
         assert info["cuda_reason"] == f"torch {torch.__version__} has no CUDA"
-    code = "import stars_kernels as s; from stars_kernels import _C; print(s.__file__, s.backends()['accept']['cpu'])"
+    code = (
+        "import stars_kernels as s; from stars_kernels import _C; "
+        "print(s.__file__, s.backends()['accept']['cpu'], ';'.join(_C.build_info()['cuda_archs']))"
+    )
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     run = subprocess.run([sys.executable, "-c", code], env=env, cwd=package.parent, capture_output=True, text=True)
-    assert run.stdout.split() == [str(package / "__init__.py"), "cpp"], run.stderr
+    file, served, *archs = run.stdout.split()
+    assert (file, served) == (str(package / "__init__.py"), "cpp"), run.stderr
+    assert "STARS_EXPECT_CUDA" not in os.environ or archs == [os.environ["STARS_EXPECT_CUDA"]]

