@@ -7,7 +7,7 @@ BUILT = $(VENV)/built-$(STARS_BUILD_EXT)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test asan sanitize gpu-build rehearsal gpu lint bench clean
+.PHONY: help build demo test asan sanitize gpu-build rehearsal wheels matrix gpu lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,12 @@ gpu-build: build  ## the GPU kernels compiled for four GPUs by two Tritons, and 
 
 rehearsal:  ## what `make gpu` meets on a bare GPU machine, on the CPU; nvcc builds, where it is (Python 3.12)
 	.ci/rehearsal $(ARGS)
+
+wheels:  ## a wheel per set of versions in .ci/pins, compiled against its torch (SETS="torch-2.12 ..."; dist/SET)
+	.ci/wheel $(SETS)
+
+matrix:  ## the tests that versions matter to, with each set of versions in .ci/pins (SETS="--quick torch-2.12 ...")
+	.ci/matrix $(SETS)
 
 gpu:  ## on a machine with a GPU, with $(PYTHON) as it is: build, test, time, one report in build/gpu (ARGS=...)
 	PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)

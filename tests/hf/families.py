@@ -275,6 +275,8 @@ def finished(model):
     model = randomized(model.to(dtype)).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the default has no float64
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # "sdpa", the default of older transformers, leaves the cap out
     return model
 
 
