@@ -93,6 +93,8 @@ BY_TEST_BUILD = {
     "pip install --force-reinstall --no-deps .",
 }
 """Run by tests/test_build.py, isolated as pip does it."""
+BY_HASH = {"make gpu-build-oldest"}
+"""Minutes of compiling, after a change of a kernel: tests/test_gpu_build.py holds its table to the kernels' sources."""
 BY_MATRIX = {"make wheels"}
 """What .ci/matrix does for each set."""
 BY_TEST_GPU_COMMAND = {
@@ -140,7 +142,9 @@ def commands() -> list[tuple[str, str]]:
 
 
 def known(command: str) -> bool:
-    elsewhere = SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_MATRIX | BY_TEST_GPU_COMMAND | BY_MAKE_BUILD | NEEDS_A_GPU
+    elsewhere = (
+        SAME_ENTRY | BY_CI | BY_TEST_BUILD | BY_HASH | BY_MATRIX | BY_TEST_GPU_COMMAND | BY_MAKE_BUILD | NEEDS_A_GPU
+    )
     return command in SMALL or command in elsewhere
 
 

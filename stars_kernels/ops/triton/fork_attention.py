@@ -7,8 +7,8 @@ output is written; with several, each leaves (sum, maximum, accumulator) and a s
 Nothing on the host depends on a length.
 
 A kernel is compiled again for each constant and, where Triton specialises an argument, for each kind of value. What
-changes from round to round (rows, steps, splits) is therefore neither, but for the block of queries and whether there
-are splits: tests/test_gpu_variants.py counts.
+changes from round to round (rows up to 2,048, steps, splits) is therefore neither, but for the block of queries and
+whether there are splits: tests/test_gpu_variants.py counts.
 
 So the prefix is read once per prompt where its queries fit one block, as those of a decoding step do: 128 in half
 precision up to head size 128, which is 32 rows of a group of 4. Scoring whole segments takes more, and then reads it
@@ -33,7 +33,7 @@ TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100
 SPLIT_KEYS = 256  # an average share of a prompt's arena slots below which a split does not pay
 
 PART_M = tl.constexpr(16)  # queries that share a tile where values are not finite
-SCAN = tl.constexpr(256)  # rows at a time in the search for those of a prompt
+USUAL_ROWS = 2048  # up to which a kernel serves any number of rows
 MERGE_WARPS = 1
 
 
@@ -100,7 +100,7 @@ def fork_attention_triton(
             *query.stride()[:3], *suffix_key.stride()[:3], *suffix_value.stride()[:3],
             *arena_key.stride()[:2], *arena_value.stride()[:2],
             GROUP=group, DK=key_size, DV=value_size, SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0,
-            BLOCK_M=block_m, BLOCK_N=use["block_n"],
+            ROWS=max(USUAL_ROWS, triton.next_power_of_2(rows)), BLOCK_M=block_m, BLOCK_N=use["block_n"],
             BLOCK_DK=max(16, triton.next_power_of_2(key_size)), BLOCK_DV=max(16, triton.next_power_of_2(value_size)),
             num_warps=use["num_warps"], num_stages=use["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def _fork_attention(
     query_row, query_step, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
     prefix_key_slot, prefix_key_head, prefix_value_slot, prefix_value_head,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0) // row_blocks
@@ -132,14 +132,10 @@ def _fork_attention(
 
     # The rows of a prompt that lie side by side share their programs: the first ones take a block of queries each.
     owner = tl.load(prompt + place)
-    after = tl.zeros([SCAN], tl.int32)  # rows of other prompts end there, before this one
-    until = tl.zeros([SCAN], tl.int32) + rows  # and begin again
-    for start in range(0, rows, SCAN):
-        other = start + tl.arange(0, SCAN)
-        apart = tl.load(prompt + other, mask=other < rows, other=-1) != owner
-        after = tl.where(apart & (other < place), other + 1, after)
-        until = tl.where(apart & (other > place), tl.minimum(until, other), until)
-    run_begin, run_end = tl.max(after), tl.min(until)
+    other = tl.arange(0, ROWS)
+    foreign = tl.load(prompt + other, mask=other < rows, other=-1) != owner
+    run_begin = tl.max(tl.where(foreign & (other < place), other + 1, 0))
+    run_end = tl.min(tl.where(foreign & (other > place), other, rows))
     per_row = steps * GROUP
     queries = (run_end - run_begin) * per_row
     first = ((place - run_begin) * row_blocks + tl.program_id(0) % row_blocks) * BLOCK_M
