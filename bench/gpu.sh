@@ -7,7 +7,7 @@
 # and not_reached.txt. Exit code 1: a part failed; 2: a bad argument or no device; 143: it was stopped.
 #   --device cpu      the rehearsal: the same parts without a GPU; not_reached.txt names what it cannot reach, and why
 #   --full            also the suites ops and decode, the rival on vLLM, and compute-sanitizer on all kernel tests
-#   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 1500 on a CPU)
+#   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 3600 on a CPU)
 # PYTHON: of an environment with torch, transformers, ninja and pytest (default python3), used as it is. Wheels in
 # wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON). STARS_COMMIT: the
 # commit, where there is no .git.
@@ -108,7 +108,7 @@ print("" if find_spec("vllm") else "vllm is not installed for its python: VLLM_P
     part vllm 300 "$reason" "$vllm_python" -m bench.rival_vllm --quick --json "$out/vllm.json"
 fi
 
-if [ "$device" = cpu ]; then default=1500; elif [ -n "$full" ]; then default=3000; else default=535; fi
+if [ "$device" = cpu ]; then default=3600; elif [ -n "$full" ]; then default=3000; else default=535; fi
 all=0
 for share in "${shares[@]}"; do all=$((all + share)); done
 for i in "${!names[@]}"; do

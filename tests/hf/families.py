@@ -270,6 +270,10 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
+SINCE = {"cohere_compass_text": "5.23", "moshi": "5.20"}
+"""The first release of transformers known to work: older ones fail to build a tiny model, or pass it no cache."""
+
+
 def finished(model):
     dtype = torch.float32 if model.config.model_type in FLOAT32 else torch.float64
     model = randomized(model.to(dtype)).eval()
