@@ -93,7 +93,7 @@ BY_TEST_BUILD = {
 }
 """Run by tests/test_build.py, isolated as pip does it."""
 BY_HASH = {"make gpu-build", "make gpu-build-oldest"}
-"""Minutes of compiling, after a change of a kernel: tests/test_gpu_build.py holds the tables to the kernels' sources."""
+"""Minutes of compiling, after a change of a kernel: tests/test_gpu_build.py holds tables to kernels by a hash."""
 BY_MATRIX = {"make wheels"}
 """What .ci/matrix does for each set."""
 BY_TEST_GPU_COMMAND = {
