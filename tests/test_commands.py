@@ -48,7 +48,7 @@ import pytest
             )
             for name, high in (("prompts", 10_000), ("prompt-tokens", 1_000_000))
         ],
-        ("bench.__main__ roofline --gpu h200", "argument --gpu: invalid choice: 'h200' (choose from"),
+        ("bench.__main__ roofline --gpu h999", "argument --gpu: invalid choice: 'h999' (choose from"),
         ("bench.__main__ roofline --model gpt-2", "argument --model: invalid choice: 'gpt-2' (choose from"),
     ],
 )
