@@ -81,7 +81,6 @@ BY_CI = {
     "make asan",
     "make sanitize",
     "make rehearsal",
-    "make matrix",
     ".ci/run",
 }
 """Run by .ci/run itself (make builds in every target)."""
@@ -94,8 +93,8 @@ BY_TEST_BUILD = {
 """Run by tests/test_build.py, isolated as pip does it."""
 BY_HASH = {"make gpu-build", "make gpu-build-oldest"}
 """Minutes of compiling, after a change of a kernel: tests/test_gpu_build.py holds tables to kernels by a hash."""
-BY_MATRIX = {"make wheels"}
-"""What .ci/matrix does for each set."""
+BY_MATRIX = {"make matrix", "make wheels"}
+"""Half an hour and more: run by hand before a change of versions lands."""
 BY_TEST_GPU_COMMAND = {
     "bench/gpu.sh",
     "PYTHON=python3 bench/gpu.sh",
