@@ -17,6 +17,7 @@ from bench.first import command, decodes, figures, launches, setting
 from bench.kernels import GPUS, MODELS, Model, smooth_max
 from bench.report import CheckError
 from tests.hf.test_graphs import rerun
+from tests.test_bench_gpu import FakeEvent
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -264,20 +265,6 @@ class FakeGraph:
 
     def replay(self):
         FakeGraph.replays += 1
-
-
-class FakeEvent:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 20.0
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bench import costs, kernels, rivals, roofline, schedule, variants
@@ -31,6 +29,7 @@ from stars_kernels.ops.triton import lm_head_sample as lm_head
 from stars_kernels.ops.triton import segment_sample as sampling
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
+from tests.launch_count import Launches, llama_view
 from tests.ops.test_fork_attention import make_case
 
 ROOT = Path(__file__).parents[1]
@@ -78,26 +77,12 @@ def test_parameters_and_kv_are_those_of_the_model_in_transformers(name):
 
 def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
     def count(layers):
-        seen = Counter()
-
-        class Count(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                out = function(*args, **(kwargs or {}))
-                views = isinstance(out, torch.Tensor) and function.is_view
-                if not views and not function._schema.name.startswith(("aten::empty", "aten::unbind", "aten::_unsafe")):
-                    seen[function._schema.name.split("::")[1].rstrip("_")] += 1
-                return out
-
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64,
-        )  # fmt: skip
-        view = view_of(LlamaForCausalLM(config).bfloat16())
+        view = llama_view(layers)
         cache = open_cache(view, [8], 4)
         cache.fork(torch.tensor([0, 0]))
-        with torch.no_grad(), Count(), cache.extend(1) as inputs:
+        with torch.no_grad(), Launches() as launched, cache.extend(1) as inputs:
             view(input_ids=torch.ones(2, 1, dtype=torch.long), **inputs)
-        return seen
+        return launched.seen
 
     one, two = count(1), count(2)
     layer = two - one

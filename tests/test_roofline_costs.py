@@ -1,13 +1,10 @@
 """Floors, launches, graphs and bands of `python -m bench roofline`, against counts by hand and by the code itself."""
 
 import math
-from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import assumptions, costs, kernels, rivals, roofline, variants
 from bench.assumptions import ASSUMPTIONS, ENDS, Values, perfect, values
@@ -16,8 +13,8 @@ from bench.schedule import Job, Round, best_width
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
-from stars_kernels.hf.models import view_of
 from stars_kernels.ops.triton import fork_attention
+from tests.launch_count import Launches, llama_view
 from tests.ops.test_fork_attention import make_case
 
 TINY = Model("tiny", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=5000)
@@ -95,27 +92,11 @@ def test_no_launch_is_shorter_than_the_smallest_kernel_nor_a_search():
 
 def launched(layers, prompts):
     """Launches by op of a prefill of so many prompts, by a Llama of so many layers; no views, no empty tensors."""
-    seen = Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            name = function._schema.name
-            if not (isinstance(out, torch.Tensor) and function.is_view) and not name.startswith(
-                ("aten::empty", "aten::new_empty", "aten::unbind", "aten::_unsafe")
-            ):
-                seen[name.split("::")[1].rstrip("_")] += 1
-            return out
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    view = view_of(LlamaForCausalLM(config).bfloat16())
+    view = llama_view(layers)
     cache = open_cache(view, [8] * prompts, 4)
-    with torch.no_grad(), Count(), cache.prefill(list(range(prompts)), [3] * prompts) as inputs:
+    with torch.no_grad(), Launches() as count, cache.prefill(list(range(prompts)), [3] * prompts) as inputs:
         view(input_ids=torch.ones(1, 3 * prompts, dtype=torch.long), logits_to_keep=1, **inputs)
-    return seen
+    return count.seen
 
 
 def test_launches_of_a_prefill_are_those_of_the_cache():

@@ -75,7 +75,8 @@ def kernels(model: Model, shape: Shape, *, filtered: bool = True, fused: bool = 
     """
     found: dict[str, Kernel] = {}
     for kernel in _round(model, shape, filtered=filtered, fused_head=fused):
-        name = kernel.name.removesuffix(" " + kernel.name.split(": ")[1].partition(" ")[2])  # "step: fork_attention"
+        phase, launched = kernel.name.split(": ")
+        name = f"{phase}: {launched.split()[0]}"  # of "step: segment_sample draw" its op
         one = found.get(name)
         found[name] = kernel._replace(name=name) if one is None else one._replace(
             bytes=one.bytes + kernel.bytes, flops=one.flops + kernel.flops,
