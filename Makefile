@@ -19,12 +19,13 @@ demo: build  ## align a small model at decode time and show what changed
 	$(BIN)/python -m demo
 
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: build  ## all tests that this machine can run; skips print their reasons
 	$(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadfile
 
 # The sanitizers' own copy of the package; gcc's runtimes come first, as python itself is built without them.
 ASAN := build/asan
-ASAN_PYTEST := --quiet --ignore tests/ops/triton -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
+ASAN_PYTEST := --quiet -n auto --maxprocesses 4 --ignore tests/ops/triton -p no:cacheprovider -o pythonpath="$(ASAN)/lib ."
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 STARS_EXPECT_SANITIZED=1
 asan: build  ## the op tests on an extension built with AddressSanitizer and UBSan
@@ -39,7 +40,7 @@ asan: build  ## the op tests on an extension built with AddressSanitizer and UBS
 # .ci/env runs a command in the environment of .ci/pins/SET.txt, outside the clone. No .venv is needed.
 sanitize: export HF_HUB_OFFLINE := 1
 sanitize: export TRITON_CACHE_DIR := $(CURDIR)/build/sanitize
-sanitize:  ## the Triton kernels on the CPU: out-of-bounds accesses, races (Python >= 3.12)
+sanitize:  ## the Triton kernels on the CPU: out-of-bounds accesses, races (Python 3.13)
 	.ci/env torch-2.14 python -m pytest -p tests.ops.triton.sanitize --quiet -n auto --maxprocesses 4 tests/ops/triton
 
 gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with docs/gpu_build.md
@@ -49,14 +50,14 @@ gpu-build: build  ## the GPU kernels compiled for four GPUs, and compared with d
 gpu-build-oldest:  ## the same with the oldest Triton, against docs/gpu_build_triton_3.6.md
 	.ci/env torch-2.11 python -m bench.gpu_build --check
 
-rehearsal:  ## what `make gpu` meets on a bare GPU machine, on the CPU; nvcc builds, where it is (Python 3.12)
+rehearsal:  ## what `make gpu` meets on a bare GPU machine, on the CPU; with nvcc it compiles for CUDA (Python 3.12)
 	.ci/rehearsal $(ARGS)
 
 wheels:  ## a wheel per set of versions in .ci/pins, compiled against its torch (SETS="torch-2.12 ..."; dist/SET)
 	.ci/wheel $(SETS)
 
-matrix:  ## the tests that versions matter to, with each set of versions in .ci/pins (SETS="--quick torch-2.12 ...")
-	.ci/matrix $(SETS)
+matrix:  ## the tests that versions matter to, with each set of versions in .ci/pins (ARGS="--quick torch-2.12 ...")
+	.ci/matrix $(ARGS)
 
 gpu:  ## on a machine with a GPU, with $(PYTHON) as it is: build, test, time, one report in build/gpu (ARGS=...)
 	PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)

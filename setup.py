@@ -37,8 +37,8 @@ except ImportError as error:
     torch, BuildExtension = None, build_ext
     NO_TORCH = (
         f"stars-kernels compiles against the torch of the environment that it is installed to, and found none "
-        f"({error}). Run: pip install torch, and then: pip install --no-build-isolation stars-kernels, or . in its "
-        "folder. Without the compiled kernels: STARS_BUILD_EXT=0 pip install ..."
+        f"({error}). Run: pip install torch, and then: pip install stars-kernels, or . in its folder. "
+        "Without the compiled kernels: STARS_BUILD_EXT=0 pip install ..."
     )
 
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # A100, H100, B100 and their kin
@@ -76,7 +76,7 @@ def architectures(nvcc):
 
 def extension(cuda):
     if torch is None:
-        return Extension("stars_kernels._C", sources=[])  # a name to have no build of
+        return Extension("stars_kernels._C", sources=[])  # never built
     sources = [*sorted(glob("csrc/*.cpp")), "python/bindings.cpp"]
     macros = [("STARS_TORCH_VERSION", f'"{torch.__version__}"')]
     if cuda:

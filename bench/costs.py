@@ -1,9 +1,9 @@
 """What a round of the engine costs on a GPU: its phases' kernels and launches, and the seconds of these, by formula.
 
-A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases, at whose ends the host waits: a
-step for the last token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their
-first tokens from stored logits; the reward model's pass over all rows, decisions and commits. A CUDA graph holds the
-second one alone.
+A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases: a step for the last
+token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from
+stored logits; the reward model's pass over all rows, decisions and commits. The model lets the host wait after each
+phase, where the engine waits once a round. A CUDA graph holds the second phase alone.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def launches(kernels: Sequence[Kernel], graph: bool = False) -> float:
 
 
 def issued_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool, given: Values) -> float:
-    """The host issues launches while the GPU works, and waits for it at the end of a phase."""
+    """The host issues launches while the GPU works, and is modelled as waiting for it at the end of a phase."""
     seconds = 0.0
     for name in {k.phase: None for k in kernels}:
         phase = [k for k in kernels if k.phase == name]

@@ -7,7 +7,7 @@
 # and not_reached.txt. Exit code 1: a part failed; 2: a bad argument or no device; 143: it was stopped.
 #   --device cpu      the rehearsal: the same parts without a GPU; not_reached.txt names what it cannot reach, and why
 #   --full            also the suites ops and decode, the rival on vLLM, and compute-sanitizer on all kernel tests
-#   --time SECONDS    the sum of all limits (default 535; 3000 with --full; 3600 on a CPU)
+#   --time SECONDS    the sum of all limits (default 500; 3000 with --full; 3600 on a CPU)
 # PYTHON: of an environment with torch, transformers, ninja and pytest (default python3), used as it is. Wheels in
 # wheels/ come before what is installed there. VLLM_PYTHON: of one with vllm (default $PYTHON). STARS_COMMIT: the
 # commit, where there is no .git.
@@ -37,9 +37,9 @@ export STARS_BUILD_EXT=1 HF_HUB_OFFLINE=1
 # The architecture to build for: the device's own, as each one costs minutes.
 if [ "$device" = cuda ]; then
     capability='import torch; print("%d.%d" % torch.cuda.get_device_capability())'
-    arch=$(timeout 30 "$python" -c "$capability" 2>"$out/device.log")
+    arch=$(timeout 60 "$python" -c "$capability" 2>"$out/device.log")
     if [ -z "$arch" ]; then
-        echo "no CUDA device: $python finds none, or not within 30 s; $(tail -n 1 "$out/device.log")" >&2
+        echo "no CUDA device: $python finds none, or not within 60 s; $(tail -n 1 "$out/device.log")" >&2
         exit 2
     fi
 else
@@ -111,7 +111,7 @@ print("" if find_spec("vllm") else "vllm is not installed for its python: VLLM_P
     part vllm 300 "$reason" "$vllm_python" -m bench.rival_vllm --quick --json "$out/vllm.json"
 fi
 
-if [ "$device" = cpu ]; then default=3600; elif [ -n "$full" ]; then default=3000; else default=535; fi
+if [ "$device" = cpu ]; then default=3600; elif [ -n "$full" ]; then default=3000; else default=500; fi
 all=0
 for share in "${shares[@]}"; do all=$((all + share)); done
 for i in "${!names[@]}"; do
@@ -130,8 +130,8 @@ write() {  # write: the table and the report, whole or not at all, as another li
 }
 session=
 end() {  # end SESSION: all that runs in it, whatever its process group: ninja gives each compiler one of its own
-    local stat fields alive=1
-    while [ -n "$alive" ]; do
+    local stat fields alive=1 tries=50
+    while [ -n "$alive" ] && ((tries-- > 0)); do  # one that waits for a driver that hangs cannot be killed
         alive=
         for stat in /proc/[0-9]*/stat; do
             read -r -d '' fields 2>/dev/null <"$stat" || [ -n "${fields:-}" ] || continue
@@ -141,7 +141,9 @@ end() {  # end SESSION: all that runs in it, whatever its process group: ninja g
                 kill -KILL "${stat%/stat}" 2>/dev/null && alive=1
             fi
         done
+        [ -z "$alive" ] || sleep 0.1
     done
+    [ -z "$alive" ] || echo "part ${names[at]}: some of its processes do not end" >>"$out/not_run.txt"
 }
 stopped() {  # from outside: nothing goes on running
     [ -z "$session" ] || end "$session"

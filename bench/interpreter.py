@@ -1,7 +1,9 @@
-"""Triton's interpreter, mended for tests: Triton 3.6 with NumPy 2.4.
+"""Triton's interpreter, mended for tests: it takes NumPy 2.4, and calls functions without patching Triton again.
 
-A scalar of a kernel is an array of one element there. As a bound of `range` it becomes an int by `int(array)`, which
-NumPy refuses since 2.4 for arrays of a dimension; later Tritons squeeze it first.
+- With Triton 3.6, a scalar of a kernel is an array of one element. As a bound of `range` it becomes an int by
+  `int(array)`, which NumPy refuses since 2.4 for arrays of a dimension; later Tritons squeeze it first.
+- A launch replaces the functions of `triton.language` by interpreted ones, and so does every call of a function in it:
+  about 3 ms each, most of the time of a kernel with small tiles. Here once a launch, for each module of functions.
 """
 
 from __future__ import annotations
@@ -10,13 +12,32 @@ from typing import Any
 
 
 def mend() -> None:
-    """Let a scalar tensor be an index in the interpreter. Kernels on a GPU are not touched."""
+    """Mend the interpreter of this process. Kernels on a GPU are not touched."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    if hasattr(interpreter, "stars_mended"):
+        return
+    interpreter.stars_mended = True
+    patch_tensor, patch, launch = (
+        interpreter._patch_lang_tensor,
+        interpreter._patch_lang,
+        interpreter.GridExecutor.__call__,
+    )
+    patched: set[int] = set()  # by the globals of the functions that see the replaced ones
 
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+    def tensor_patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patched
+    def patched_once(function: Any) -> Any:
+        if id(function.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = tensor_patched, patched_once
+    interpreter.GridExecutor.__call__ = launched

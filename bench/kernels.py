@@ -104,7 +104,7 @@ class Kernel(NamedTuple):
     launches: int = 1  # a call, alike
     searches: int = 0  # serial bisections of a call
     attention: bool = False  # runs at `attention_share`
-    phase: str = ""  # the host waits at its end
+    phase: str = ""  # modelled as if the host waited at its end
     graphed: bool = False  # part of a CUDA graph, where there are any
 
     def limits(self, gpu: Gpu, given: Values) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.versions import commit, first_line
 
 READ_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # far beyond any cache
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -83,7 +84,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -107,7 +108,7 @@ def _gpu() -> dict[str, Any]:
         "gpu": device.name,
         "gpu_gb": round(device.total_memory / 1e9, 1),
         "compute_capability": f"{device.major}.{device.minor}",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "gemm_dtype": str(GEMM_DTYPE["cuda"]).removeprefix("torch."),
@@ -119,16 +120,3 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    return _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, None where there is no such command or nothing."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None

@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
     toolkit = f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
     nvcc, sanitizer = (shutil.which(name, path=toolkit) or name for name in ("nvcc", "compute-sanitizer"))
     return {
-        "commit": os.environ.get("STARS_COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "commit": commit(),
         "python": f"{platform.python_version()} ({sys.executable})",
         **{name: package(name) for name in PACKAGES},
         **devices(),
@@ -34,6 +34,11 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
     }
+
+
+def commit() -> str:
+    """The commit of this tree; where there is no .git, what STARS_COMMIT says."""
+    return os.environ.get("STARS_COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
 
 
 def package(name: str) -> str:

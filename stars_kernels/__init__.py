@@ -6,7 +6,7 @@ print(output.text, output.reward)
 
 from stars_kernels import versions
 
-versions.check()  # before anything of theirs is used
+versions.check()  # before torch and transformers are imported
 
 # isort: split
 from stars_kernels.decoder.config import StarsConfig

@@ -1,4 +1,4 @@
-"""The versions that stars_kernels is made for, and all that it does otherwise for one of them than for another."""
+"""The versions that stars_kernels is made for, and every condition on one of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check() -> None:
             raise ImportError(f"stars_kernels needs {name} {first} to {last}, found {found}: {remedy}")
         if release(found) > Version(last):
             warnings.warn(
-                f"stars_kernels is made for {name} {first} to {last}, found {found}, which may work as well",
+                f"stars_kernels is made for {name} {first} to {last}, found {found}, which is not tested",
                 RuntimeWarning,
                 stacklevel=3,
             )

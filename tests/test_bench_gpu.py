@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import common, decode, machine, ops, ours, report
+from bench import common, decode, machine, ops, ours, report, versions
 from stars_kernels.hf.graphs import SegmentGraphs
 from tests.hf.test_graphs import rerun
 
@@ -170,7 +170,7 @@ def test_ops_on_a_gpu(monkeypatch):
 def test_the_gpu_is_named(monkeypatch):
     device = Namespace(name="NVIDIA X", total_memory=80e9, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(machine, "_output", lambda *command: "580.1" if command[0] == "nvidia-smi" else "abc")
+    monkeypatch.setattr(machine, "first_line", lambda *command: "580.1")
     facts = machine.describe(RATES, "cuda")
     assert {"gpu", "driver", "torch", "triton", "date", "cuda", "gemm_dtype"} <= set(facts)
     assert (facts["gpu"], facts["driver"], facts["compute_capability"]) == ("NVIDIA X", "580.1", "9.0")
@@ -178,5 +178,5 @@ def test_the_gpu_is_named(monkeypatch):
 
 
 def test_a_command_that_is_not_there():
-    assert machine._output("no-such-command-anywhere") is None
-    assert machine._output("echo", "here") == "here"
+    assert versions.first_line("no-such-command-anywhere") == versions.MISSING
+    assert versions.first_line("echo", "here") == "here"

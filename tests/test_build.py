@@ -127,7 +127,7 @@ def test_without_torch_it_says_what_to_run(install, no_torch, mode):
     assert done.returncode != 0
     assert not package.exists()
     said = done.stdout + done.stderr
-    assert "found none (no torch here). Run: pip install torch, and then: pip install --no-build-isolation" in said
+    assert "found none (no torch here). Run: pip install torch, and then: pip install stars-kernels, or ." in said
 
 
 def test_0_needs_no_torch(install, no_torch):

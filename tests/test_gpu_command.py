@@ -107,7 +107,7 @@ def test_all_parts_in_order(run):
     assert [next(part for part in PARTS if COMMANDS[part] in call) for call in steps] == PARTS
     assert all(call.startswith("9.0 9.0 ") for call in steps)  # one architecture; and no build without CUDA passes
     (first,) = [call for call in steps if "-m bench first" in call]
-    assert f"--out {run.out} --device cuda --model llama-3-8b qwen2.5-0.5b --seconds 88" in first
+    assert f"--out {run.out} --device cuda --model llama-3-8b qwen2.5-0.5b --seconds 81" in first
     selected = ("tests/ops -m not gpu", "tests/ops -m gpu", "tests/hf -m gpu", "tests/ops -m gpu -k test_on_a_gpu")
     assert all(arguments in call for arguments, call in zip(selected, [*steps[2:5], steps[6]], strict=True))
     assert "-n " in steps[2] and "--timeout 90" in steps[2] and f"--junitxml {run.out}/ops.xml" in steps[2]
@@ -119,7 +119,7 @@ def test_the_limits_leave_room_in_ten_minutes(run):
         run(*arguments)
         return [int(row[3]) for row in gpu_report.rows((run.out / "table.txt").read_text())]
 
-    assert sum(limits()) + 30 < 570  # and the search for a device
+    assert sum(limits()) + 60 < 570  # and the search for a device
     assert sum(limits("--time", "1070")) == 1070
     assert len(limits("--full")) == len(PARTS) + 3
 

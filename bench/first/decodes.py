@@ -176,12 +176,18 @@ def check_answers(setting: Setting, name: str, answers: list[Answer]) -> float:
 
 
 def check_modes(setting: Setting, name: str, shape: Shape, how: str, tokens: list[list[int]]) -> None:
-    """Raise CheckError where graphs and eager segments of the same rows, never padded, give other tokens."""
+    """Raise CheckError where graphs and eager segments of the same rows, never padded, give other tokens.
+
+    Eager rounds run again where this process has none: they failed, or ran before `--resume`.
+    """
     key = (name, str(shape))
     if how == "eager":
         setting.answers[key] = tokens
         return
-    for p, (found, expected) in enumerate(zip(tokens, setting.answers.get(key, []), strict=False)):
+    if key not in setting.answers:
+        for _ in rounds(setting, name, shape, "eager"):
+            pass
+    for p, (found, expected) in enumerate(zip(tokens, setting.answers[key], strict=True)):
         shared = min(len(found), len(expected))
         if found[:shared] != expected[:shared]:
             raise CheckError(f"{name}, {shape}, prompt {p}: graphs give {found[:shared]}, eager {expected[:shared]}")

@@ -27,8 +27,6 @@ GAP_KERNELS = (100, 1000)
 HELD = SEGMENT // 2 + 1
 """Tokens of a row in the middle step of a segment, its own included."""
 KEY = 2**40
-NOT_TRITON = ("accept",)
-"""Of OPS, on a GPU there only where the extension was built with CUDA."""
 OPS = ("fork_attention", "segment_sample", "lm_head_sample", "reward_head", "kv_commit", "accept")
 
 
@@ -102,7 +100,7 @@ def kernel(setting: Setting, name: str, op: str) -> Iterator[Figure]:
     """Check, then time, one op at the shapes of a round: launched by the host, in a graph, and its bytes a second."""
     served = stars_kernels.backends()[op][setting.kind]
     if served.startswith("definition"):
-        missing = setting.kind == "cuda" and op not in NOT_TRITON
+        missing = setting.kind == "cuda"
         raise (CheckError if missing else LeftOut)(f"{op} is served by its {served}; definitions are not timed")
     copied = setting.rates.get("copy")
     for case in CASES[op](setting, name):

@@ -24,7 +24,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import Segment
 from stars_kernels.decoder.protocols import Commit, Proposer, Rows, Scorer, Settle, together
 from stars_kernels.decoder.threshold import start_reward, threshold
-from stars_kernels.decoder.transfer import floats_to_device, to_device, to_host
+from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
 from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
@@ -283,7 +283,7 @@ class Loop:
         segments = [self.answers[p].segment for p in active]
         r0 = [start_reward(a.prompt_reward, target, config.alpha) for a in self.answers]
         best = [s.rewards[s.chosen] if s.attempts else -math.inf for s in segments]  # of the rejected so far
-        start, best_reward = floats_to_device([r0, best], device)
+        start, best_reward = to_device([r0, best], device, torch.float64)
         count, best_attempt = to_device([widths, [s.chosen for s in segments]], device)
         thresholds = threshold((rows.position + lengths).double(), start[rows.prompt], target, config.max_new_tokens)
 

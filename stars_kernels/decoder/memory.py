@@ -14,7 +14,7 @@ from stars_kernels.decoder.errors import causes, message_of
 _WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
 """Of the plain RuntimeErrors of torch's CPU allocator, of C++, of CUDA and of its libraries (cuBLAS, cuDNN)."""
 
-ALLOCATOR = threading.Lock()
+ALLOCATOR_LOCK = threading.Lock()
 """Held while a CUDA graph is captured (torch allows one capture a process at a time), and while unused blocks are
 handed back: asked for that in the middle of another thread's capture, torch's allocator fails an assertion."""
 
@@ -34,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Hand torch's unused blocks back to the GPUs, so that they can be cut anew; waits for a capture to end."""
     if torch.cuda.is_initialized():
-        with ALLOCATOR:
+        with ALLOCATOR_LOCK:
             torch.cuda.empty_cache()
 
 

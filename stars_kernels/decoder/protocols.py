@@ -46,9 +46,13 @@ class Rows:
     def __len__(self) -> int:
         return self.prompt.shape[0]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The same rows, each tensor changed; `owners` stay."""
-        return Rows(self.owners, *(change(t) for t in (self.prompt, self.attempt, self.key, self.position)))
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.prompt, self.attempt, self.key, self.position
+
+    def map(self, change: Callable[[Tensor], Tensor], owners: Sequence[int]) -> Rows:
+        """Return rows of these owners, with every tensor changed."""
+        return Rows(owners, *map(change, self.columns))
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 
-def to_device(columns: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Upload lists of integers as int64 tensors [len(column)] that share their memory."""
-    return _uploaded(columns, torch.int64, device)
-
-
-def floats_to_device(columns: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
-    """Upload lists of numbers as float64 tensors [len(column)] that share their memory."""
-    return _uploaded(columns, torch.float64, device)
-
-
-def _uploaded(columns: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def to_device(
+    columns: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> tuple[Tensor, ...]:
+    """Upload lists of numbers as tensors [len(column)] of `dtype` that share their memory."""
     numbers = torch.tensor(list(chain.from_iterable(columns)), dtype=dtype)
     if device.type == "cuda":  # a copy from memory that is not pinned waits for all work before it
         numbers = numbers.pin_memory()

@@ -11,7 +11,8 @@ CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 HOST_SECONDS = 2e-3  # a round's bookkeeping
-ISSUE_SECONDS, LAUNCH_SECONDS = 18e-6, 2.8e-6  # of a launch: on the host, unless in a CUDA graph; at least, on the GPU
+ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
+LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
 LAYER_LAUNCHES, STEP_LAUNCHES = 41, 35  # of a forward, in each layer and outside: transformers' Llama
 L2_BYTES = 40e6  # activations that fit cost no bandwidth
@@ -47,7 +48,9 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class GpuCost:
-    """Seconds of a round on a GPU, modelled from each forward's bytes, operations and launches; as `bench roofline`.
+    """Seconds of a round on a GPU, modelled from each forward's bytes, operations and launches.
+
+    A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
     operations a second. graphs: whether segments run as CUDA graphs.

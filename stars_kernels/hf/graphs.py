@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.memory import ALLOCATOR
+from stars_kernels.decoder.memory import ALLOCATOR_LOCK
 from stars_kernels.decoder.protocols import Rows
 
 Segment = Callable[[Rows], Tensor]
@@ -32,7 +32,8 @@ def bucket_of(rows: int) -> int:
 def padded(rows: Rows, count: int) -> Rows:
     """`rows` with its last one repeated up to `count`; still grouped by prompt."""
     index = torch.arange(count, device=rows.prompt.device).clamp(max=len(rows) - 1)
-    return rows.map(lambda column: column[index])
+    owners = [*rows.owners, *[rows.owners[-1]] * (count - len(rows))]
+    return rows.map(lambda column: column[index], owners)
 
 
 @functools.cache
@@ -59,7 +60,7 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with ALLOCATOR, torch.cuda.device(self._device):
+        with ALLOCATOR_LOCK, torch.cuda.device(self._device):
             own, replays = streams_of(self._device)
             capture = torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
             result = captured(run, capture)
@@ -118,11 +119,11 @@ class SegmentGraphs:
             self._seen.add(key)
             return segment(rows)
         if key not in self._captured:
-            static = rows.map(torch.clone)
+            static = rows.map(torch.clone, owners=())  # which change from round to round: a segment reads none
             self._captured[key] = static, self._capture(lambda: segment(static))
         static, replay = self._captured[key]
-        for name in ("prompt", "attempt", "key", "position"):
-            getattr(static, name).copy_(getattr(rows, name))
+        for place, column in zip(static.columns, rows.columns, strict=True):
+            place.copy_(column)
         self.replays += 1
         return replay().clone()
 

@@ -127,7 +127,7 @@ def context_limit(model: PreTrainedModel) -> int:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the forward calls its cache."""
+    """What the forward calls its cache; past_key_values where only **kwargs could take it."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in parameters), "past_key_values")
 

@@ -168,8 +168,7 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """`eval_copy` with our attention; a class without the attention hook keeps its own."""
     view = eval_copy(model)
     if has_hook(view):
-        view.set_attn_implementation(ATTENTION)
-        for part in view.modules():  # transformers 5.17 leaves out those with a config of their own of the same class
+        for part in view.modules():  # transformers 5.17 leaves out inner models whose config is of the outer's class
             if isinstance(part, PreTrainedModel) and type(part.config) is type(view.config):
                 part.set_attn_implementation(ATTENTION)
     for parent in list(view.modules()):

@@ -23,7 +23,7 @@ from stars_kernels.hf.processors import BatchProcessors
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
 PREFILL_PIECES = 64
-"""Prompts of one packed forward: attention pads each to rows of as many queries."""
+"""Prompts of one packed forward, at most: attention pads each to rows of as many queries as it reads at once."""
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 

@@ -6,6 +6,7 @@ can ask about one.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ MEMORY_SHARE = 0.8
 """Of the free memory, for what prompts and rows keep; the rest is for a forward's activations."""
 HALF_FLOPS = {(8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (9, 4): 2048, (10, 0): 8192, (12, 0): 1024}
 """Operations a clock of a multiprocessor in half precision, dense, from this compute capability on; gfx942 is 9.4."""
-FLOAT_FLOPS = 256
-"""In fp32."""
+FLOAT_FLOPS = {(8, 0): 128, (8, 6): 256}
+"""The same in fp32."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def gpu_of(device: torch.device, dtype: torch.dtype) -> Gpu:
     """Return the figures of a GPU for products in `dtype`, from its clocks; no clock is read."""
     found = torch.cuda.get_device_properties(device)
     capability = (found.major, found.minor)
-    known = max((c for c in HALF_FLOPS if c <= capability), default=min(HALF_FLOPS))
-    per_clock = HALF_FLOPS[known] if dtype.itemsize == 2 else FLOAT_FLOPS
+    table = HALF_FLOPS if dtype.itemsize == 2 else FLOAT_FLOPS
+    per_clock = table[max((c for c in table if c <= capability), default=min(table))]
     return Gpu(
         bandwidth=2 * 1e3 * found.memory_clock_rate * found.memory_bus_width / 8,  # two transfers a clock, in kHz
         flops=1e3 * found.clock_rate * found.multi_processor_count * per_clock,
@@ -51,7 +52,12 @@ def gpu_of(device: torch.device, dtype: torch.dtype) -> Gpu:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Return the bytes that may still be taken on a GPU: free ones, and those that torch holds unused."""
+    """Return the bytes that may still be taken on a GPU: free ones, and those that torch holds unused.
+
+    The memory of other devices (a CPU's, for a reward model there) is not asked for and counts as unbounded.
+    """
+    if device.type != "cuda":
+        return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -130,7 +136,10 @@ def auto_batch_size(
 def prompt_bytes(
     model: PreTrainedModel, rewards: Sequence[PreTrainedModel], tokens: int, width: int, segment_size: int
 ) -> Mapping[torch.device, int]:
-    """Return the bytes that one prompt and its rows keep on each device; see `auto_batch_size`."""
+    """Return the bytes that one prompt and its rows keep on each device; see `auto_batch_size`.
+
+    Keys, values and the language model's logits; not the logits that a `Likelihood` keeps for each prompt.
+    """
     needs: Counter[torch.device] = Counter()
     for view in (model, *rewards):
         for plane in _planes(view):

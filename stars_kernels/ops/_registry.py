@@ -27,7 +27,7 @@ DEVICES = ("cpu", "cuda")
 CUDA_OPS = ("accept",)
 """What the extension has for a GPU where it is built with CUDA. Triton has it too, for where it is not."""
 
-REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation stars-kernels, or . in its folder"
+REBUILD = "pip install --force-reinstall --no-deps stars-kernels, or . in its folder"
 """What compiles the extension for the torch that is installed."""
 
 _definitions: dict[str, Callable[..., Any]] = {}

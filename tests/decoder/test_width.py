@@ -1,13 +1,16 @@
 """width="auto": what a round costs on each device, and the width that follows."""
 
 from dataclasses import replace
+from math import log
 
 import pytest
 
+from bench import kernels
 from bench.assumptions import values
 from bench.costs import ours, round_seconds
 from bench.kernels import GPUS, MODELS
 from bench.schedule import Job, auto_width
+from stars_kernels.decoder import width as module
 from stars_kernels.decoder.width import CHOICES, AcceptanceHistory, GpuCost, ModelSize, cpu_cost
 
 MAX_ATTEMPTS = 20
@@ -35,6 +38,16 @@ def test_on_a_gpu_a_round_is_nearly_the_rooflines_best(gpu, model, segment, prom
         return round_seconds(job.gpu, kernels, True, values()) / job.decided(width)
 
     assert seconds(auto_width(job)(prompts, job.middle)) <= 1.05 * min(map(seconds, job.widths))
+
+
+def test_the_constants_are_the_rooflines():
+    given = values()
+    shares = (module.BANDWIDTH_SHARE, module.FLOPS_SHARE)
+    assert shares == (given.bandwidth_share, given.flops_share)
+    assert (module.HOST_SECONDS, module.ISSUE_SECONDS) == (given.host_seconds, given.issue_seconds)
+    assert module.LAUNCH_SECONDS == pytest.approx(given.gap_seconds + given.small_kernel_seconds)
+    assert pytest.approx(log(2) / log(given.ridge), rel=0.01) == module.RIDGE
+    assert (module.STEP_LAUNCHES, module.L2_BYTES) == (kernels.STEP_LAUNCHES, kernels.L2_BYTES)
 
 
 def test_the_cpus_cost_would_not_do_on_a_gpu():

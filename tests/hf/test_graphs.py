@@ -10,7 +10,7 @@ import torch
 
 import stars_kernels
 from stars_kernels import ops
-from stars_kernels.decoder.memory import ALLOCATOR, free_memory
+from stars_kernels.decoder.memory import ALLOCATOR_LOCK, free_memory
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf import engine
 from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
@@ -163,7 +163,7 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert ALLOCATOR.locked()
+        assert ALLOCATOR_LOCK.locked()
         self.captures.append((graph, pool, stream))
         yield
 
@@ -243,5 +243,5 @@ def test_a_capture_that_fails_lets_the_next_begin(cuda):
     capture = CudaCapture(torch.device("cuda:0"))
     with pytest.raises(ValueError, match="no"):
         capture(fail)
-    assert not ALLOCATOR.locked()
+    assert not ALLOCATOR_LOCK.locked()
     assert capture(lambda: torch.tensor(3.0))() == 3

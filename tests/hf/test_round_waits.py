@@ -107,7 +107,7 @@ def test_reads_and_uploads_keep_every_bit():
     assert read[3] == [0.0, float("-inf")] and read[4] == []
     first, empty, last = transfer.to_device([ints.tolist(), [], [1]], torch.device("cpu"))
     assert first.equal(ints) and empty.shape == (0,) and last.tolist() == [1]
-    (column,) = transfer.floats_to_device([[1, 0.1, float("-inf")]], torch.device("cpu"))
+    (column,) = transfer.to_device([[1, 0.1, float("-inf")]], torch.device("cpu"), torch.float64)
     assert column.dtype == torch.float64 and column.tolist() == [1.0, 0.1, float("-inf")]
     with pytest.raises(TypeError, match=r"a tensor of torch\.float32, expected float64, int64 or bool"):
         transfer.to_host([torch.ones(2)])
