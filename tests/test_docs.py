@@ -85,7 +85,7 @@ BY_CI = {
     "make matrix",
     ".ci/run",
 }
-"""Run by .ci/run itself (make builds in every target, and demos by python -m demo); make matrix with two of its sets, and fewer tests."""
+"""Run by .ci/run itself: make builds in every target and demos by python -m demo; two sets of the matrix, in short."""
 NOT_RUN = {
     "pip install .",
     "pip install '.[gguf]'",
