@@ -21,7 +21,7 @@ from bench.common import (
     tail,
 )
 from stars_kernels import StarsConfig
-from stars_kernels.hf.layout import cache_argument
+from stars_kernels.hf.view.layout import cache_argument
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bench.common import Decision, Judge, Result, append, cached_rewards, check_plain, prefill, sampler, tail
 from stars_kernels import StarsConfig
-from stars_kernels.hf.layout import cache_argument
+from stars_kernels.hf.view.layout import cache_argument
 
 
 @torch.inference_mode()

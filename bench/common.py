@@ -22,7 +22,7 @@ from transformers import (
 
 from bench.report import CheckError
 from stars_kernels import StarsConfig, backends
-from stars_kernels.hf.layout import cache_argument
+from stars_kernels.hf.view.layout import cache_argument
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import accept_uniform
 

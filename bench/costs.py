@@ -29,7 +29,7 @@ from bench.kernels import (
 from bench.schedule import Job, bucket_of
 
 ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths, thresholds, grids
-PREFILL_TOKENS, PREFILL_PIECES = 1024, 64  # tokens and prompts of one forward: stars_kernels/hf/proposer.py
+PREFILL_TOKENS, PREFILL_PIECES = 1024, 64  # tokens and prompts of one forward: stars_kernels/hf/proposing/proposer.py
 
 
 def ours(
@@ -86,7 +86,7 @@ def splits(job: Job, rows: float, tokens: int) -> int:
 
 
 def prefill(job: Job, fused: bool = False) -> list[Kernel]:
-    """Both models read the prompts, packed: one attention call a layer (stars_kernels/hf/cache.py)."""
+    """Both models read the prompts, packed: one attention call a layer (stars_kernels/hf/cache/fork.py)."""
     m, n = job.model, job.prompt_tokens
     pieces = math.ceil(n / PREFILL_TOKENS)
     together = min(PREFILL_PIECES, PREFILL_TOKENS // n) if pieces == 1 else 1

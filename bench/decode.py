@@ -22,7 +22,7 @@ from bench.naive import naive_decode
 from bench.ours import ours_decode, segment_graphs
 from bench.report import CheckError, Row
 from stars_kernels import StarsConfig, decode
-from stars_kernels.hf.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.ops.philox import request_key
 
 SEGMENT = 15

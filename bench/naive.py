@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench.common import Decision, Judge, Result, Sampler, generate_options, sampler
 from stars_kernels import StarsConfig
-from stars_kernels.hf.models import eos_ids
+from stars_kernels.hf.loading.language_model import eos_ids
 
 
 class _Seeded(LogitsProcessor):

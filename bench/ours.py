@@ -16,12 +16,12 @@ from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
-from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import pack_linears
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import ClassifierScorer
+from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import ClassifierScorer
 from stars_kernels.hf.sizing import round_cost
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 
 
 class _Judged:
@@ -78,7 +78,7 @@ def ours_decode(
         _count_forwards(lm_view, lm_view.model.layers, lm_view.lm_head, forwards)
         _count_forwards(rm_view.model, rm_view.model.layers, None, forwards)
     for body in (lm_view, rm_view.base_model):
-        pack_linears(body)  # as `decode` does by default
+        pack(body)  # as `decode` does by default
     scorer: Scorer = ClassifierScorer(rm_view, label=0)
     if judges is not None:
         scorer = _Judged(scorer, judges, config.segment_size)

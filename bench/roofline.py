@@ -48,7 +48,7 @@ CONSTANTS = (  # (module, names, source)
     (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
     (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),
     (costs, ("ROUND_LAUNCHES",), f"{ESTIMATE}: of a round outside forwards and ops"),
-    (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposer.py"),
+    (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposing/proposer.py"),
     (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
     (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
     (schedule, ("MAX_BATCH", "BATCH_SHARE"), f"{CODE}: hf/sizing.py"),

@@ -151,7 +151,7 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
 
 
 def bucket_of(rows: float) -> int:
-    """Rows of a graph, padding included: stars_kernels/hf/graphs.py, which would import torch."""
+    """Rows of a graph, padding included: stars_kernels/hf/proposing/graphs.py, which would import torch."""
     whole = math.ceil(rows)
     step = max(1, 1 << max(whole.bit_length() - 3, 0))
     return -(-whole // step) * step

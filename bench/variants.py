@@ -135,7 +135,7 @@ class Batch:
 
 
 def as_built(job: Job, rounds: list[Round]) -> Batch:
-    """A batch that begins without a graph, as stars_kernels/hf/graphs.py does it.
+    """A batch that begins without a graph, as stars_kernels/hf/proposing/graphs.py does it.
 
     The first segment of a bucket runs eagerly, the second is captured and replayed; a larger bucket than any before
     moves the buffers, and all graphs are lost.

@@ -9,12 +9,12 @@ from stars_kernels import versions
 versions.check()  # before torch and transformers are imported
 
 # isort: split
+from stars_kernels.api import decode, stream
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
-from stars_kernels.hf.api import decode, stream
 from stars_kernels.hf.generate import StarsGenerateOutput, generate
-from stars_kernels.hf.rewards import Likelihood, RewardModel
+from stars_kernels.hf.scoring.rewards import Likelihood, RewardModel
 from stars_kernels.ops import backends, reference
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 `cache_params`. Of those that a forward takes the first counts."""
 
 ROPE_BY_MATMUL = "5.18"
-"""The last release of transformers whose rotary phases are a matrix product, which TF32 would round (`hf.rope`)."""
+"""The last release of transformers whose rotary phases are a matrix product, which TF32 would round."""
 
 
 def check() -> None:

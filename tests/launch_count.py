@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stars_kernels.hf.models import view_of
+from stars_kernels.hf.view.copying import view_of
 
 
 class Launches(TorchDispatchMode):

@@ -101,10 +101,10 @@ def test_the_whole_command_on_a_cpu(tmp_path):
 
 def test_a_wrong_kernel_is_a_failure_and_is_not_timed(monkeypatch, tmp_path, capsys):
     module = sys.modules["stars_kernels.ops.reward_head"]
-    real, registry = module.call_op, sys.modules["stars_kernels.ops._registry"]
+    real, registry = module.call_op, sys.modules["stars_kernels.ops.registry"]
 
     def wrong(name, *args):
-        return real(name, *args) + (0.0 if registry._force_definitions.get() else 0.01)
+        return real(name, *args) + (0.0 if registry.is_forced() else 0.01)
 
     monkeypatch.setattr(module, "call_op", wrong)
     only(monkeypatch, "tiny: reward_head", "tiny: kv_commit")
@@ -127,21 +127,21 @@ def changed(result):
 @pytest.mark.parametrize("op", [op for op in OPS if op != "kv_commit"])
 def test_each_case_finds_a_wrong_result(monkeypatch, place, op):
     module = sys.modules[f"stars_kernels.ops.{op}"]
-    registry, real = sys.modules["stars_kernels.ops._registry"], module.call_op
+    registry, real = sys.modules["stars_kernels.ops.registry"], module.call_op
     cases = list(launches.CASES[op](place, "tiny"))
     assert cases
     for case in cases:
         case.check(0)
 
     def wrong(*args):
-        return real(*args) if registry._force_definitions.get() else changed(real(*args))
+        return real(*args) if registry.is_forced() else changed(real(*args))
 
     monkeypatch.setattr(module, "call_op", wrong)
     if op == "lm_head_sample":  # a few draws may differ: all of them
         monkeypatch.setattr(
             module,
             "call_op",
-            lambda *a: real(*a) if registry._force_definitions.get() else (real(*a)[0] + 1, real(*a)[1]),
+            lambda *a: real(*a) if registry.is_forced() else (real(*a)[0] + 1, real(*a)[1]),
         )
     for case in cases:
         with pytest.raises((CheckError, AssertionError)):
@@ -150,10 +150,10 @@ def test_each_case_finds_a_wrong_result(monkeypatch, place, op):
 
 def test_the_case_of_kv_commit_finds_a_commit_that_is_not_made(monkeypatch, place):
     module = sys.modules["stars_kernels.ops.kv_commit"]
-    registry, real = sys.modules["stars_kernels.ops._registry"], module.call_op
+    registry, real = sys.modules["stars_kernels.ops.registry"], module.call_op
     (case, _) = launches.commit_cases(place, "tiny")
     case.check(0)
-    monkeypatch.setattr(module, "call_op", lambda *a: real(*a) if registry._force_definitions.get() else None)
+    monkeypatch.setattr(module, "call_op", lambda *a: real(*a) if registry.is_forced() else None)
     with pytest.raises(CheckError, match="not the definition's"):
         case.check(0)
 

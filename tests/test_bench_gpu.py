@@ -7,7 +7,7 @@ import torch
 
 from bench import __main__ as command
 from bench import common, decode, machine, ops, ours, report, versions
-from stars_kernels.hf.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from tests.hf.test_graphs import rerun
 
 RATES = machine.Rates(1e10, 1e11)

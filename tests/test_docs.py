@@ -17,7 +17,7 @@ from bench import rival_vllm
 from stars_kernels import Calibration, Counts, Segment, StarsConfig, StarsEvent, StarsOutput
 from stars_kernels.decoder.output import FinishReason
 from stars_kernels.hf.families import CLASSIFIERS, WORKS
-from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS
+from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))

@@ -20,10 +20,11 @@ from bench.kernels import GPUS, MODELS
 from bench.schedule import Job
 from stars_kernels import StarsConfig
 from stars_kernels.decoder import width as decoder_width
-from stars_kernels.hf import graphs, proposer, sizing
+from stars_kernels.hf import sizing
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.models import view_of
+from stars_kernels.hf.proposing import graphs, proposer
 from stars_kernels.hf.sizing import Gpu, round_cost
+from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops.triton import fork_attention
 from stars_kernels.ops.triton import lm_head_sample as lm_head
 from stars_kernels.ops.triton import segment_sample as sampling

@@ -12,7 +12,7 @@ from bench.kernels import GPUS, MODELS, Kernel, Model, smooth_max
 from bench.schedule import Job, Round, best_width
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of, padded
 from stars_kernels.ops.triton import fork_attention
 from tests.launch_count import Launches, llama_view
 from tests.ops.test_fork_attention import make_case

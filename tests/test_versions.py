@@ -11,7 +11,7 @@ import pytest
 
 import stars_kernels
 from stars_kernels import versions
-from stars_kernels.ops import _registry
+from stars_kernels.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_a_decode_uses_nothing_deprecated(lm, rm):
 )
 def test_without_a_triton_that_works_the_ops_say_so(monkeypatch, version, reason):
     found(monkeypatch, triton=version)
-    assert _registry.load_triton.__wrapped__() == reason
+    assert dispatch.load_triton.__wrapped__() == reason
 
 
 def test_the_lower_bounds_are_those_of_the_package():

@@ -21,10 +21,10 @@ from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import ClassifierScorer
+from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
 

@@ -22,28 +22,28 @@ from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
-from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs
-from stars_kernels.hf.head import why_unfused
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import context_limit, layout_of, vocabulary
-from stars_kernels.hf.models import (
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
-    RMSNorm,
     check_path,
     check_tokenizer,
     eos_ids,
     load_language_model,
-    view_of,
 )
 from stars_kernels.hf.modes import run_without_autocast
-from stars_kernels.hf.packing import pack_linears
-from stars_kernels.hf.processors import TokenRules
 from stars_kernels.hf.progress import Progress
-from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.proposer import ModelProposer, is_unfiltered
+from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.output_layer import why_unfused
+from stars_kernels.hf.proposing.processors import TokenRules
+from stars_kernels.hf.proposing.proposer import ModelProposer, is_unfiltered
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
-from stars_kernels.hf.rewards import Reward, Rewarder, check_reward
+from stars_kernels.hf.scoring.rewards import Reward, Rewarder, check_reward
 from stars_kernels.hf.sizing import auto_batch_size, models_in, round_cost
+from stars_kernels.hf.text.prompts import Codec, Prompt
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.layout import context_limit, layout_of, vocabulary
+from stars_kernels.hf.view.rewrites import pack
+from stars_kernels.hf.view.rewrites.norm import RMSNorm
 from stars_kernels.ops import backends
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
 
@@ -79,7 +79,7 @@ class Engine:
         self.packed_bytes = 0
         if config.pack:
             dtype = torch.bfloat16 if config.pack == "bfloat16" else torch.float32
-            self.packed_bytes = sum(pack_linears(body, dtype) for body in self.bodies)
+            self.packed_bytes = sum(pack(body, dtype) for body in self.bodies)
         self.eager = self._why_eager()
         self.unfused = self._why_unfused()
         self.backends = self._backends()

@@ -23,12 +23,12 @@ from transformers.generation.streamers import BaseStreamer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.output import StarsOutput
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.models import unwrapped
-from stars_kernels.hf.processors import TokenRules, lift_criteria, lift_processors
-from stars_kernels.hf.prompts import Prompt
+from stars_kernels.hf.loading.language_model import unwrapped
+from stars_kernels.hf.loading.reward_model import TokenizerMissing
+from stars_kernels.hf.proposing.processors import TokenRules, lift_criteria, lift_processors
 from stars_kernels.hf.requests import Results, carrying, collect, number_requests
-from stars_kernels.hf.reward_models import TokenizerMissing
-from stars_kernels.hf.rewards import Reward
+from stars_kernels.hf.scoring.rewards import Reward
+from stars_kernels.hf.text.prompts import Prompt
 from stars_kernels.versions import CACHE_ARGUMENTS
 
 OF_TRANSFORMERS = frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample", "eos_token_id"})

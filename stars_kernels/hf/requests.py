@@ -14,7 +14,7 @@ from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import SEED_BITS, shown
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
-from stars_kernels.hf.prompts import Codec, Prompt
+from stars_kernels.hf.text.prompts import Codec, Prompt
 
 Result = StarsOutput | Exception
 """What a prompt comes to: its output, or what ended it."""

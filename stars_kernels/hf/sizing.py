@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.width import Cost, GpuCost, ModelSize, cpu_cost
-from stars_kernels.hf.layout import Layout, Plane, layout_of, text_config, vocabulary
-from stars_kernels.hf.reward_models import ENCODERS
+from stars_kernels.hf.loading.reward_model import ENCODERS
+from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, vocabulary
 
 CPU_BATCH = 8
 """Prompts of a batch on a CPU, and where not all that a row keeps is known."""

@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_dtype, check_shape
+from stars_kernels.ops.dispatch import call_op
 from stars_kernels.ops.philox import MAX_ATTEMPTS, accept_uniform
+from stars_kernels.ops.registry import define_op
+from stars_kernels.ops.validate import check_device, check_dtype, check_shape
 
 RETRY, ACCEPTED, FALLBACK, NAN = 0, 1, 2, 3
 

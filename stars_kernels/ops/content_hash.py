@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
+from stars_kernels.ops.dispatch import call_op
+from stars_kernels.ops.registry import define_op
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed integer, as all constants here
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))

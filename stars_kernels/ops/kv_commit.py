@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_dtype, check_range, check_shape
+from stars_kernels.ops.dispatch import call_op
+from stars_kernels.ops.registry import define_op
+from stars_kernels.ops.validate import check_device, check_dtype, check_range, check_shape
 
 
 def kv_commit(

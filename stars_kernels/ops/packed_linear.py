@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_dtype, check_shape
+from stars_kernels.ops.dispatch import call_op
+from stars_kernels.ops.registry import define_op
+from stars_kernels.ops.validate import check_device, check_dtype, check_shape
 
 PANEL = 16
 """Outputs side by side in packed weights: a cache line of fp32, as in csrc/packed_linear.h."""

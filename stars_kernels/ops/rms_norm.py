@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_shape
+from stars_kernels.ops.dispatch import call_op
+from stars_kernels.ops.registry import define_op
+from stars_kernels.ops.validate import check_device, check_shape
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stars_kernels.ops._registry import call_op, define_op
-from stars_kernels.ops._validate import check_device, check_dtype, check_shape
+from stars_kernels.ops.dispatch import call_op
 from stars_kernels.ops.philox import STREAM_SAMPLE, token_bits
+from stars_kernels.ops.registry import define_op
+from stars_kernels.ops.validate import check_device, check_dtype, check_shape
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # in fp32, neither these nor their reciprocals overflow
 

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
 
 import stars_kernels
 from stars_kernels.hf.families import CLASSIFIERS
-from stars_kernels.hf.layout import text_config
-from stars_kernels.hf.packing import Elementwise
+from stars_kernels.hf.view.layout import text_config
+from stars_kernels.hf.view.rewrites.activation import Elementwise
 from tests.hf import families
 
 PROMPTS = [[1, 2, 3], list(range(40, 52)), [7]]

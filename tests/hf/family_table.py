@@ -19,12 +19,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import stars_kernels.hf.cache
-from stars_kernels.hf.attention import FULL
 from stars_kernels.hf.cache import ForkCache, GatheredCache
+from stars_kernels.hf.cache.recurrent import States
 from stars_kernels.hf.families import CLASSIFIERS, REFUSED, STATES, STEPS, WORKS
-from stars_kernels.hf.layout import Layout, context_limit, layout_of, text_config
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.states import States
+from stars_kernels.hf.view.attention import FULL
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.layout import Layout, context_limit, layout_of, text_config
 from tests.hf import bits_check, families
 from tests.hf.fork_check import check_logits
 

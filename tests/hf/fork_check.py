@@ -4,9 +4,9 @@ import torch
 
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.layout import text_config
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import packed_chunks
+from stars_kernels.hf.proposing.proposer import packed_chunks
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.layout import text_config
 from tests.sequential import sequential_decode
 from tests.tiny import tiny_reward_model
 

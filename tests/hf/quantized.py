@@ -4,8 +4,8 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import stars_kernels
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import pack_linears
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 torch.set_num_threads(1)
@@ -14,7 +14,7 @@ for model in (lm, rm):
     quantize_(model, Int8WeightOnlyConfig())
     assert type(model.model.layers[0].mlp.up_proj.weight).__module__.startswith("torchao")
 view = view_of(lm)
-assert pack_linears(view) == 0, "a quantized weight was packed"
+assert pack(view) == 0, "a quantized weight was packed"
 assert view.lm_head.weight is lm.lm_head.weight, "a quantized weight was copied"
 
 settings = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=12, segment_size=4, request_ids=["a"])

@@ -3,8 +3,8 @@
 import torch
 
 from stars_kernels.decoder.protocols import Commit, Rows
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.scorers import ClassifierScorer
+from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.view.copying import view_of
 from tests.hf.fork_check import PROMPTS, ROWS
 
 

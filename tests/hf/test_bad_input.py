@@ -456,7 +456,7 @@ def test_no_pickle_is_loaded(tmp_path, lm, rm):
 
 
 def test_remote_code_runs_only_when_asked(monkeypatch, lm, rm):
-    from stars_kernels.hf import models
+    from stars_kernels.hf.loading import language_model as models
 
     asked = []
 

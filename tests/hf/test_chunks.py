@@ -9,8 +9,8 @@ import torch
 
 import stars_kernels
 from stars_kernels import Likelihood, RewardModel
-from stars_kernels.hf import rewards
-from stars_kernels.hf.scorers import Chunks, chunks, likelihood
+from stars_kernels.hf.scoring import rewards
+from stars_kernels.hf.scoring.scorers import Chunks, chunks, likelihood
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_process_rewards import process_model
 from tests.hf.test_text_rewards import MERGING

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, TextClassificationPipeline
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
-from stars_kernels.hf.reward_models import ENCODERS
+from stars_kernels.hf.loading.reward_model import ENCODERS
 from tests.hf.loops import decode_as_the_sequential_loop
 from tests.hf.test_text_rewards import text_of
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 import stars_kernels
 from stars_kernels.hf.families import CLASSIFIERS, REFUSED, WORKS
-from stars_kernels.hf.layout import layout_of, takes
-from stars_kernels.hf.models import view_of
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.layout import layout_of, takes
 from tests.hf import bits_check, families
 from tests.hf.family_table import DOCUMENT, measured, table
 from tests.hf.fork_check import check_decode, check_logits

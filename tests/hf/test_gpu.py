@@ -11,8 +11,8 @@ import torch
 import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.hf import engine
-from stars_kernels.hf.graphs import SegmentGraphs, bucket_of
-from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of
+from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_exactness import CONFIGS, EOS_IDS, IDS, PROMPTS
 from tests.hf.test_process_rewards import process_model

@@ -13,8 +13,8 @@ from stars_kernels import ops
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK, free_memory
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf import engine
-from stars_kernels.hf.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
-from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
+from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.tiny import EOS
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]

@@ -12,9 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.families import WORKS
-from stars_kernels.hf.head import hidden_of, logits_of, why_unfused
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import pack_linears
+from stars_kernels.hf.proposing.output_layer import hidden_of, logits_of, why_unfused
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 from tests.hf import families
 from tests.tiny import tiny_language_model
 
@@ -254,7 +254,7 @@ def test_nothing_is_left_behind(monkeypatch, fails):
 
 def test_a_packed_output_layer():
     view = view_of(tiny_language_model(torch.float32))
-    if not pack_linears(view):
+    if not pack(view):
         pytest.skip("needs the compiled extension")
     assert why_unfused(view).startswith("the output layer of LlamaForCausalLM is a PackedLinear, expected")
 

@@ -33,12 +33,12 @@ from transformers.masking_utils import (
 )
 
 import stars_kernels
-from stars_kernels.hf import layout as layout_module
-from stars_kernels.hf.attention import FULL, Mask, UnsupportedModel, check_options, pattern_of
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.layout import layout_of
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import packed_chunks
+from stars_kernels.hf.proposing.proposer import packed_chunks
+from stars_kernels.hf.view import layout as layout_module
+from stars_kernels.hf.view.attention import FULL, Mask, UnsupportedModel, check_options, pattern_of
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.layout import layout_of
 from tests.hf.fork_check import PROMPTS, ROWS, check_decode, check_logits
 from tests.tiny import VOCABULARY, tiny_reward_model
 

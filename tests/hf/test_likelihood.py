@@ -6,10 +6,10 @@ import torch
 import stars_kernels
 from stars_kernels import Likelihood, RewardModel
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import pack_linears
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import LikelihoodScorer, likelihood
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import LikelihoodScorer, likelihood
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 from tests.hf import families
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
@@ -137,7 +137,7 @@ def test_fp32_rewards_are_bit_equal_whatever_the_width(monkeypatch, limit):
     rewards = []
     for loop in loops:
         for model in (loop.proposer.model, *(side.model for side in loop.scorer.sides)):
-            assert pack_linears(model) > 0
+            assert pack(model) > 0
         decided(loop)
         rewards.append([segment.rewards for answer in loop.answers for segment in answer.segments])
     assert rewards == rewards[:1] * 4

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import stars_kernels
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.packing import PackedLinear
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites.packed import PackedLinear
 from tests.hf.fork_check import check_decode, check_logits
 from tests.tiny import VOCABULARY, byte_tokenizer, tiny_language_model, tiny_reward_model
 
@@ -140,7 +140,7 @@ def write_gguf(file):
 
 def test_a_gguf_file_without_its_package(tmp_path, rm, monkeypatch):
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(stars_kernels.hf.models, "find_spec", lambda name: None)
+    monkeypatch.setattr(stars_kernels.hf.loading.language_model, "find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"tiny.gguf' needs the package gguf, .*: pip install 'stars-kernels\[gguf\]'"
     ):
@@ -193,6 +193,6 @@ def test_packing_leaves_other_tensors_alone():
     lm = tiny_language_model(torch.float32)
     lm.lm_head.weight = nn.Parameter(lm.lm_head.weight.detach().as_subclass(Marked), requires_grad=False)
     view = view_of(lm)
-    stars_kernels.hf.packing.pack_linears(view)
+    stars_kernels.hf.view.packing.pack(view)
     assert type(view.lm_head) is nn.Linear and view.lm_head.weight is lm.lm_head.weight
     assert any(isinstance(module, PackedLinear) for module in view.modules())

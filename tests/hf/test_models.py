@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stars_kernels
-from stars_kernels.hf.models import eval_copy, view_of
+from stars_kernels.hf.view.copying import eval_copy, view_of
 from tests.tiny import tiny_language_model
 
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_size=4)

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stars_kernels
 from stars_kernels import StarsConfig, StarsError
 from stars_kernels.decoder.memory import is_out_of_memory
+from stars_kernels.hf.cache.storage import Group
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.graphs import captured
-from stars_kernels.hf.processors import TokenRules
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import ClassifierScorer, LikelihoodScorer, SumScorer, TextClassifierScorer
-from stars_kernels.hf.storage import Group
+from stars_kernels.hf.proposing.graphs import captured
+from stars_kernels.hf.proposing.processors import TokenRules
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import ClassifierScorer, LikelihoodScorer, SumScorer, TextClassifierScorer
 from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model
@@ -322,7 +322,7 @@ def test_a_failed_answer_holds_no_memory(kind, lm, rm, monkeypatch):
 
 def test_suffixes_are_given_back(lm, rm):
     from stars_kernels.hf.cache import open_cache
-    from stars_kernels.hf.models import view_of
+    from stars_kernels.hf.view.copying import view_of
 
     cache = open_cache(view_of(lm), [10, 10], 4)
     empty = cache.kv_tokens

@@ -9,11 +9,11 @@ import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf.graphs import SegmentGraphs
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import OwnHeadScorer
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import OwnHeadScorer
+from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_segment_waits import Watch

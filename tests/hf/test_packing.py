@@ -7,10 +7,13 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 import stars_kernels
-from stars_kernels.hf import packing
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.models import RMSNorm, view_of
-from stars_kernels.hf.packing import Elementwise, PackedLinear, PackedMLP, pack_linears
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
+from stars_kernels.hf.view.rewrites import packed as packing
+from stars_kernels.hf.view.rewrites.activation import Elementwise
+from stars_kernels.hf.view.rewrites.norm import RMSNorm
+from stars_kernels.hf.view.rewrites.packed import PackedLinear, PackedMLP
 from tests.hf import families
 from tests.tiny import tiny_language_model, tiny_reward_model
 
@@ -26,13 +29,13 @@ def wide_model(dtype=torch.float32):
 def test_equal_up_to_rounding_and_only_on_the_view():
     model = wide_model()
     view = view_of(model)
-    size = pack_linears(view)
+    size = pack(view)
     assert not [m for m in view.modules() if type(m) is nn.Linear], "one was left as it is"
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     outputs = {m.out_features for m in linears}
     assert {n % 16 for n in outputs} != {0}, "one layer is padded"
     assert size == sum(-(-m.out_features // 16) * 16 * m.in_features * 4 for m in linears)
-    assert size == 2 * pack_linears(view_of(model), torch.bfloat16)
+    assert size == 2 * pack(view_of(model), torch.bfloat16)
     ids = torch.arange(20)[None]
     view.set_attn_implementation("sdpa")
     torch.testing.assert_close(view(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -127,15 +130,15 @@ def test_an_activations_bits_do_not_depend_on_the_place(name, threads):
 def test_activations_are_elementwise_on_the_view_alone():
     model = families.tiny("gemma").float()
     view, hooked = view_of(model), model.model.layers[1].mlp.act_fn
-    pack_linears(view)
+    pack(view)
     assert [type(layer.mlp.act_fn) for layer in view.model.layers] == 2 * [Elementwise]
     assert type(model.model.layers[0].mlp.act_fn) is type(hooked)
     hooked.register_forward_hook(lambda *_: None)
     view = view_of(model)
-    pack_linears(view)
+    pack(view)
     assert [type(layer.mlp.act_fn) for layer in view.model.layers] == [Elementwise, type(hooked)]
     prelu, model = nn.PReLU(4), nn.Sequential(nn.PReLU(4), nn.Softmax(-1))
-    pack_linears(model)
+    pack(model)
     assert [type(child) for child in model] == [type(prelu), nn.Softmax], "neither works element by element"
 
 
@@ -147,7 +150,7 @@ def test_a_conv1d_is_packed_as_the_linear_layer_that_it_is():
     torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(packed(x), torch.cat([packed(row[None]) for row in x]))
     view = view_of(families.tiny("gpt2").float())
-    pack_linears(view)
+    pack(view)
     assert not [module for module in view.modules() if type(module) in (nn.Linear, Conv1D)]
 
 
@@ -159,7 +162,7 @@ def test_other_families_modules_that_work_as_llamas(family, mlp, norm):
     """A gated MLP with another activation, or a norm with 1 + weight, is none."""
     model = families.tiny(family).float()
     view = view_of(model)
-    pack_linears(view)
+    pack(view)
     kinds = {type(module) for module in view.modules()}
     assert (PackedMLP in kinds, RMSNorm in kinds) == (mlp, norm)
     ids = torch.arange(20)[None]
@@ -231,7 +234,7 @@ def test_a_weight_that_is_read_by_itself_is_the_original(dtype):
     """However its name is written."""
     mixer, x = Mixer(), torch.randn(3, 8)
     expected, weights = mixer(x), [mixer.gate.weight, mixer.out.weight]
-    assert pack_linears(mixer, dtype) > 0
+    assert pack(mixer, dtype) > 0
     assert [type(layer) for layer in (mixer.gate, mixer.out)] == 2 * [PackedLinear]
     assert mixer.gate.weight is weights[0] and mixer.out.weight is weights[1]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -244,7 +247,7 @@ def test_families_that_read_weights_by_themselves(family):
     """All their linear layers are packed, and their logits are those of the layers unpacked."""
     model = families.tiny(family).float()
     view, packed = view_of(model), view_of(model)
-    pack_linears(packed)
+    pack(packed)
     assert not [module for module in packed.modules() if type(module) is nn.Linear]
     expected, found = logits(view), logits(packed)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
@@ -279,12 +282,12 @@ def test_an_mlp_pruned_by_hand():
     for layer in model.model.layers:
         cut(layer.mlp.gate_proj, slice(40)), cut(layer.mlp.up_proj, slice(40))
         cut(layer.mlp.down_proj, columns=slice(40))
-    packed, plain = (stars_kernels.decode(model, rm, [1, 2], pack=pack, **SET) for pack in (True, False))
+    packed, plain = (stars_kernels.decode(model, rm, [1, 2], pack=packs, **SET) for packs in (True, False))
     assert packed.token_ids == plain.token_ids and packed.reward == pytest.approx(plain.reward, abs=1e-4)
     cut(model.model.layers[0].mlp.up_proj, slice(39))  # which no SwiGLU can be made of, packed or not
-    for pack in (True, False):
+    for packs in (True, False):
         with pytest.raises(RuntimeError, match="size of tensor"):
-            stars_kernels.decode(model, rm, [1, 2], pack=pack, **SET)
+            stars_kernels.decode(model, rm, [1, 2], pack=packs, **SET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

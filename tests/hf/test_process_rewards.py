@@ -9,7 +9,7 @@ from transformers import LlamaForTokenClassification
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig
-from stars_kernels.hf.reward_models import PROCESS_MODELS
+from stars_kernels.hf.loading.reward_model import PROCESS_MODELS
 from tests.hf import families
 from tests.hf.loops import decode_as_the_sequential_loop
 from tests.hf.test_text_rewards import CHAT, LM_TEMPLATE, MERGES, RM_TEMPLATE, THINKING, text_of

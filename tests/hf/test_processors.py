@@ -20,7 +20,7 @@ from transformers import (
 
 import stars_kernels
 from stars_kernels import StarsConfig, StarsError
-from stars_kernels.hf.processors import lift_criteria, lift_processors
+from stars_kernels.hf.proposing.processors import lift_criteria, lift_processors
 from tests.hf.test_generate import EOS_IDS, PROMPTS, generate, left_padded, padded
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, spelling_model

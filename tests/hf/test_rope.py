@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars_kernels
 from stars_kernels import versions
-from stars_kernels.hf import models
-from stars_kernels.hf.models import eval_copy, view_of
-from stars_kernels.hf.rope import OuterProducts, keep_phases_exact
+from stars_kernels.hf.view import copying
+from stars_kernels.hf.view.copying import eval_copy, view_of
+from stars_kernels.hf.view.rewrites.rope import OuterProducts, keep_phases_exact
 from tests.hf import families
 from tests.hf.test_encoder_rewards import encoder
 from tests.tiny import tiny_language_model
@@ -54,7 +54,7 @@ class MatmulRotary(nn.Module):
 @pytest.fixture
 def old(monkeypatch):
     """A Llama with the rotary module of transformers 5.17, in a process that believes in that version."""
-    monkeypatch.setattr(models, "rope_by_matmul", lambda: True)
+    monkeypatch.setattr(copying, "rope_by_matmul", lambda: True)
     model = tiny_language_model(torch.float32)
     model.model.rotary_emb = MatmulRotary(model.model.rotary_emb.inv_freq)
     return model

@@ -5,12 +5,12 @@ import torch
 
 from stars_kernels.decoder import loop, transfer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.hf import cache
-from stars_kernels.hf.graphs import SegmentGraphs
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import ModelProposer
-from stars_kernels.hf.scorers import ClassifierScorer, OwnHeadScorer, SumScorer
+from stars_kernels.hf.cache import fork as cache
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.scorers import ClassifierScorer, OwnHeadScorer, SumScorer
+from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import loop_of, stop_at
 from tests.hf.test_segment_waits import Watch
 from tests.tiny import tiny_language_model, tiny_reward_model

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf.models import view_of
-from stars_kernels.hf.proposer import ModelProposer
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.view.copying import view_of
 from tests.tiny import tiny_language_model
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}

@@ -12,8 +12,8 @@ from stars_kernels.decoder.width import AcceptanceHistory, GpuCost, cpu_cost
 from stars_kernels.hf import sizing
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.models import view_of
 from stars_kernels.hf.sizing import Gpu, auto_batch_size, gpu_of, models_in, prompt_bytes, round_cost, size_of
+from stars_kernels.hf.view.copying import view_of
 from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels.hf import packing
-from stars_kernels.hf.models import view_of
+from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
+from stars_kernels.hf.view.rewrites import packed as packing
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10]]
@@ -31,7 +32,7 @@ def test_decodes_side_by_side(dtype):
 
 def test_weights_are_packed_once(monkeypatch):
     """Threads that pack one model at the same time share the copy."""
-    if not packing.pack_linears(tiny_language_model(torch.float32, seed=8)):
+    if not pack(tiny_language_model(torch.float32, seed=8)):
         pytest.skip("packed_linear has no compiled version here")
     lm = tiny_language_model(torch.float32, seed=9)
     packed, real = [], packing.ops.pack_linear
@@ -43,6 +44,6 @@ def test_weights_are_packed_once(monkeypatch):
 
     monkeypatch.setattr(packing.ops, "pack_linear", slow)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        sizes = set(pool.map(lambda _: packing.pack_linears(view_of(lm)), range(8)))
+        sizes = set(pool.map(lambda _: pack(view_of(lm)), range(8)))
     linears = sum(type(module) is torch.nn.Linear for module in lm.modules())
     assert len(sizes) == 1 and len(packed) == linears

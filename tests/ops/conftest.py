@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels.ops._registry import load_extension
+from stars_kernels.ops.dispatch import load_extension
 
 
 @pytest.fixture(params=["definition", "dispatched"])

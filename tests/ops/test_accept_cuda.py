@@ -15,8 +15,8 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 import stars_kernels
 from stars_kernels.ops import accept, backends
-from stars_kernels.ops._registry import load_extension
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN, RETRY, accept_ref
+from stars_kernels.ops.dispatch import load_extension
 from tests.ops.helpers import dtype_name, generator, moved, strided
 from tests.ops.test_accept import BY_HAND, hard_case, make_case
 

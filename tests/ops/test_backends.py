@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import stars_kernels
-from stars_kernels.ops._registry import build_info, load_extension
+from stars_kernels.ops.dispatch import build_info, load_extension
 
 OPS = {
     "accept", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "packed_linear", "packed_swiglu",
@@ -42,13 +42,13 @@ def test_what_serves_each_op():
 
 WITH_CUDA = """
 import torch
-from stars_kernels.ops import _registry
+from stars_kernels.ops import dispatch
 
-_registry.load_extension()
-if not _registry.has_kernel("accept", "cuda"):
+dispatch.load_extension()
+if not dispatch.has_kernel("accept", "cuda"):
     library = torch.library.Library("stars", "IMPL")  # stands for the extension
     library.impl("accept", lambda *args: None, "CUDA")
-print(_registry.backend("accept", "cuda"), _registry.backend("kv_commit", "cuda"))
+print(dispatch.backend("accept", "cuda"), dispatch.backend("kv_commit", "cuda"))
 """
 
 
@@ -58,11 +58,11 @@ def test_the_extensions_cuda_kernels_come_before_tritons():
 
 
 def test_a_gpu_without_triton_and_cuda_says_both(monkeypatch):
-    from stars_kernels.ops import _registry
+    from stars_kernels.ops import dispatch
 
     for name, result in (("load_extension", None), ("load_triton", "no triton"), ("has_kernel", False)):
-        monkeypatch.setattr(_registry, name, lambda *args, result=result: result)
-    monkeypatch.setattr(_registry, "build_info", lambda: {"cuda_reason": "no nvcc"})
+        monkeypatch.setattr(dispatch, name, lambda *args, result=result: result)
+    monkeypatch.setattr(dispatch, "build_info", lambda: {"cuda_reason": "no nvcc"})
     reasons = "no Triton kernels (no triton); the extension was built without CUDA (no nvcc)"
     assert stars_kernels.backends()["accept"]["cuda"] == f"definition: {reasons}"
     assert stars_kernels.backends()["kv_commit"]["cuda"] == "definition: no Triton kernels (no triton)"
@@ -108,9 +108,9 @@ def test_reference_calls_no_operator(monkeypatch):
     """Inside reference() an op is its Python definition, outside it goes through the dispatcher."""
     import torch
 
-    from stars_kernels.ops import _registry
+    from stars_kernels.ops import dispatch
 
-    monkeypatch.setitem(_registry._definitions, "accept", lambda *args: "definition")
+    monkeypatch.setitem(dispatch.definitions, "accept", lambda *args: "definition")
     arguments = [torch.zeros(1, 1), torch.zeros(1, 1).bool(), torch.zeros(1, 1).double()]
     arguments += [torch.zeros(1).long()] * 3 + [torch.zeros(1).double(), torch.zeros(1).long()]
     call = lambda: stars_kernels.ops.accept(*arguments, max_attempts=1, beta=1.0)  # noqa: E731
@@ -124,8 +124,8 @@ def test_an_extension_that_does_not_load(monkeypatch, tmp_path):
         raise ImportError(f"{name}: undefined symbol: _ZN2at")
 
     # A place without _build_info.json.
-    monkeypatch.setattr("stars_kernels.ops._registry.__file__", str(tmp_path / "ops" / "_registry.py"))
-    monkeypatch.setattr("stars_kernels.ops._registry.importlib.import_module", fail)
+    monkeypatch.setattr("stars_kernels.ops.dispatch.__file__", str(tmp_path / "ops" / "dispatch.py"))
+    monkeypatch.setattr("stars_kernels.ops.dispatch.importlib.import_module", fail)
     assert load_extension.__wrapped__() == "stars_kernels._C: undefined symbol: _ZN2at"
 
 

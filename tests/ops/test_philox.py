@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stars_kernels.ops._registry import load_extension
+from stars_kernels.ops.dispatch import load_extension
 from stars_kernels.ops.philox import (
     STREAM_ACCEPT,
     STREAM_CALIBRATE,

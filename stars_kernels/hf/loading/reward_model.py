@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from stars_kernels.hf.families import CLASSIFIERS
-from stars_kernels.hf.layout import vocabulary
-from stars_kernels.hf.models import check_model, has_tokenizer, name_of, unwrapped
+from stars_kernels.hf.loading.language_model import check_model, has_tokenizer, name_of, unwrapped
+from stars_kernels.hf.view.layout import vocabulary
 
 PROCESS_MODELS = tuple(
     f"{family}ForTokenClassification"

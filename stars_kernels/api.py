@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from stars_kernels.decoder.config import StarsConfig, resolve_config
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.models import ModelOrPath
-from stars_kernels.hf.prompts import split_prompts
+from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.requests import Results, carrying, collect
-from stars_kernels.hf.rewards import Reward
+from stars_kernels.hf.scoring.rewards import Reward
+from stars_kernels.hf.text.prompts import split_prompts
 
 
 def decode(
@@ -32,7 +32,7 @@ def decode(
     Args:
         model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name. It
             is decoded in its own dtype, whatever `torch.autocast` says around the call, and on a copy of its modules
-            (`hf.models.eval_copy`), so its hooks are called with that copy's.
+            (`hf.view.copying.eval_copy`), so its hooks are called with that copy's.
         rm: a reward model, its folder or hub name, a `RewardModel` that says more of it, or a list of these, whose
             weighted sum is the reward; docs/reward_models.md has the kinds. Or a function rm(prompts, answers) -> one
             float each, called with texts: prompts as given (a chat as its template renders it, special tokens

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scorers.text import TextScorer
-from stars_kernels.hf.texts import TextPrompt
+from stars_kernels.hf.scoring.scorers.text import TextScorer
+from stars_kernels.hf.text.templates import TextPrompt
 
 RewardFunction = Callable[[list[str], list[str]], Any]
 """rm(prompts, answers) -> one float each; answers come without special tokens."""

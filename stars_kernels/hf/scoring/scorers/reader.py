@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Settle
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
-from stars_kernels.hf.layout import layout_of
-from stars_kernels.hf.models import name_of
-from stars_kernels.hf.proposer import packed_chunks
-from stars_kernels.hf.scorers.chunks import Chunks
-from stars_kernels.hf.texts import shared_length
+from stars_kernels.hf.loading.language_model import name_of
+from stars_kernels.hf.proposing.proposer import packed_chunks
+from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.text.templates import shared_length
+from stars_kernels.hf.view.layout import layout_of
 
 SPARE_TOKENS = 32
 """More than twice what the language model writes, of the reader's tokens: room for templates and for finer tokens."""

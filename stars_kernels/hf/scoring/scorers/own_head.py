@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.packing import is_plain
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.view.rewrites.matching import is_plain
 
 
 class OwnHeadScorer:

@@ -15,10 +15,10 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Settle, together
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
-from stars_kernels.hf.graphs import SegmentGraphs, bucket_of, padded
-from stars_kernels.hf.head import hidden_of, logits_of
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.processors import BatchProcessors
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.proposing.output_layer import hidden_of, logits_of
+from stars_kernels.hf.proposing.processors import BatchProcessors
 
 PREFILL_TOKENS = 1024
 """Prompt tokens of one packed forward."""
@@ -64,7 +64,7 @@ def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterato
 
 
 class ModelProposer:
-    """`model` is a view with the stars attention (`hf.models.view_of`).
+    """`model` is a view (`hf.view.copying.view_of`).
 
     A candidate's last token is not read, as nothing is drawn behind it, until it is accepted: by a forward of one row a
     prompt. Where hidden states are wanted it is read as the others are, and leaves the logits for the next segment.
@@ -79,7 +79,7 @@ class ModelProposer:
         processors: BatchProcessors | None = None,
     ) -> None:
         """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only for
-        a model that `hf.head.why_unfused` has nothing against.
+        a model that `hf.proposing.output_layer.why_unfused` has nothing against.
 
         hidden: where to keep the hidden states of prompts and candidates; None = they are not wanted.
         processors: asked for the logits of every token; with them, neither graphs nor fuse.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stars_kernels.decoder.transfer import to_device
-from stars_kernels.hf.layout import Plane
+from stars_kernels.hf.view.layout import Plane
 
 PREFILL_ROW = 64
 """Queries of a row of a packed forward, at most. As many keys are one tile of the CPU's attention, so a prompt that is

@@ -15,21 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.config import finite, shown
 from stars_kernels.decoder.protocols import Scorer
-from stars_kernels.hf.hidden import HiddenStates
-from stars_kernels.hf.layout import context_limit, layout_of, text_config
-from stars_kernels.hf.models import (
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
     check_path,
     check_tokenizer,
-    eval_copy,
     load_language_model,
     score_head,
-    view_of,
 )
+from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.modes import in_callers_mode, without_autocast
-from stars_kernels.hf.prompts import Codec, Prompt
-from stars_kernels.hf.reward_models import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
-from stars_kernels.hf.scorers import (
+from stars_kernels.hf.scoring.scorers import (
     REDUCE,
     CallableScorer,
     Chunks,
@@ -45,7 +41,10 @@ from stars_kernels.hf.scorers import (
     head_rewards,
     likelihood_chunks,
 )
-from stars_kernels.hf.texts import Template, TextPrompt, check_template
+from stars_kernels.hf.text.prompts import Codec, Prompt
+from stars_kernels.hf.text.templates import Template, TextPrompt, check_template
+from stars_kernels.hf.view.copying import eval_copy, view_of
+from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
 
 
 @dataclass(frozen=True)

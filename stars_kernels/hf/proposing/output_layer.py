@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.layout import layout_of
 from stars_kernels.hf.modes import without_autocast
-from stars_kernels.hf.packing import has_hooks, is_plain
+from stars_kernels.hf.view.layout import layout_of
+from stars_kernels.hf.view.rewrites.matching import has_hooks, is_plain
 
 PLANTED_ROWS = 8
 """Rows of the probe, each of values ten or more times as large as those of the row before."""

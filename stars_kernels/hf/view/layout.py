@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
-from stars_kernels.hf.attention import Mask, UnsupportedModel, answered_by, check_options
 from stars_kernels.hf.families import STEPS, WORKS
 from stars_kernels.hf.modes import without_autocast
+from stars_kernels.hf.view.attention import Mask, UnsupportedModel, answered_by, check_options
 from stars_kernels.versions import CACHE_ARGUMENTS
 
 Plane = tuple[int, int, torch.dtype, torch.device]
@@ -74,7 +74,7 @@ class Layout:
 
 
 def layout_of(view: PreTrainedModel) -> Layout:
-    """The layout of a view (`hf.models.view_of`), found at its first call."""
+    """The layout of a view, found at its first call."""
     found: Layout | None = getattr(view, "_stars_layout", None)
     if found is None:
         found = _probe(view)

@@ -1,66 +1,39 @@
-"""How an op gets its versions: one schema, a definition that runs anywhere, and the dispatcher between them.
+"""What serves each op: loads the compiled kernels at the first call, runs ops, and says which version runs and why.
 
-Every op is defined in Python, because it must exist without a compiler. Its PyTorch definition is registered for all
-devices; the compiled extension takes the CPU key of the ops it implements (and the CUDA key of those it has in CUDA),
-the Triton launchers take the CUDA key of theirs where that is free. Nothing falls back in silence: `backends()` says
-what serves each op and why, and what is missing warns at the first op call.
+The compiled extension takes the CPU key of the ops it implements (and the CUDA key of those it has in CUDA), the Triton
+launchers take the CUDA key of theirs where that is free. Nothing falls back in silence: `backends()` says what serves
+each op, and what is missing warns at the first op call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stars_kernels.ops.registry import DEVICES, LIBRARY, definitions, is_forced
 from stars_kernels.versions import why_no_triton
 
-LIBRARY = torch.library.Library("stars", "DEF")
-DEVICES = ("cpu", "cuda")
 CUDA_OPS = ("accept",)
 """What the extension has for a GPU where it is built with CUDA. Triton has it too, for where it is not."""
 
 REBUILD = "pip install --force-reinstall --no-deps stars-kernels, or . in its folder"
 """What compiles the extension for the torch that is installed."""
 
-_definitions: dict[str, Callable[..., Any]] = {}
 _launched: set[str] = set()  # the ops whose CUDA key holds a Triton launcher
-_force_definitions = contextvars.ContextVar("stars_force_definitions", default=False)
-
-
-def define_op(schema: str, definition: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """Register op `schema` with its PyTorch `definition` (every device) and its `fake`; returns the op's name."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stars::{name}", fake, lib=LIBRARY)
-    _definitions[name] = definition
-    return name
 
 
 def call_op(name: str, *args: Any) -> Any:
     """Run op `name` through the dispatcher, or its definition inside `reference()`."""
-    if _force_definitions.get():
-        return _definitions[name](*args)
+    if is_forced():
+        return definitions[name](*args)
     _load()
     return getattr(torch.ops.stars, name).default(*args)
-
-
-@contextlib.contextmanager
-def reference() -> Iterator[None]:
-    """Within this block every op runs its PyTorch definition, whatever is compiled."""
-    token = _force_definitions.set(True)
-    try:
-        yield
-    finally:
-        _force_definitions.reset(token)
 
 
 @lru_cache(maxsize=1)
@@ -130,7 +103,7 @@ def _load() -> None:
 def backend(name: str, device: str) -> str:
     """Which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp" | "cuda" | "triton", or
     "definition: <why>"."""
-    if _force_definitions.get():
+    if is_forced():
         return "definition: forced by stars_kernels.reference()"
     extension, triton = load_extension(), load_triton()
     if has_kernel(name, device):
@@ -148,4 +121,4 @@ def backend(name: str, device: str) -> str:
 
 def backends() -> dict[str, dict[str, str]]:
     """For each op and device, the implementation that serves it, and why not a better one."""
-    return {name: {device: backend(name, device) for device in DEVICES} for name in _definitions}
+    return {name: {device: backend(name, device) for device in DEVICES} for name in definitions}

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.hf.prompts import Codec, Prompt, text_ids
+from stars_kernels.hf.text.prompts import Codec, Prompt, text_ids
 
 Messages = list[Mapping[str, Any]]
 Template = str | Callable[[str | Messages, str], str]

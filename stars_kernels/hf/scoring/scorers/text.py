@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_host
-from stars_kernels.hf.layout import context_limit
-from stars_kernels.hf.scorers.chunks import Chunks
-from stars_kernels.hf.scorers.classifier import reward_output
-from stars_kernels.hf.scorers.reader import RowReader
-from stars_kernels.hf.texts import Template, TextPrompt, whole_ids
+from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.scoring.scorers.classifier import reward_output
+from stars_kernels.hf.scoring.scorers.reader import RowReader
+from stars_kernels.hf.text.templates import Template, TextPrompt, whole_ids
+from stars_kernels.hf.view.layout import context_limit
 
 Input = TypeVar("Input")
 

@@ -1,45 +1,29 @@
-"""Which models the engine takes, how it loads them, and the view it works on."""
+"""Language models: which classes are taken, how they are loaded and checked."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import os
 import sys
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stars_kernels import ops
-from stars_kernels.hf.attention import ATTENTION
 from stars_kernels.hf.families import REFUSED, WORKS
-from stars_kernels.hf.layout import has_hook, text_config
-from stars_kernels.hf.packing import works_as
-from stars_kernels.hf.rope import keep_phases_exact
-from stars_kernels.ops._registry import call_op
-from stars_kernels.versions import rope_by_matmul
+from stars_kernels.hf.view.layout import text_config
 
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE variants whose frequencies depend on the longest row of the batch, so batch-mates would change an answer."""
 
-PLAIN = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
-"""What a class overrides whose modules are not copied by their __dict__."""
-HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-"""Where torch keeps a module's hooks."""
-
-Model = TypeVar("Model", bound=nn.Module)
 ModelOrPath = PreTrainedModel | str | os.PathLike[str]
 
 
@@ -110,86 +94,6 @@ def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise ValueError(f"{argument} {name_of(model)} has a {kind} as its head, expected a torch.nn.Linear")
     return head
-
-
-def eval_copy(model: Model) -> Model:
-    """A module in eval mode that shares every parameter and buffer with `model` but has its own config and modules.
-
-    The user's model is left alone, so other threads may go on using it: what a forward may write on a module, such as
-    a list or a dict, is the copy's own. What cannot be copied (a lock, an open file, a generator) is shared, and so is
-    an object that holds such a thing. Hooks are the user's: they are called with the copy's module, and one that is a
-    bound method runs on the object it was bound to, be it `model` itself.
-    """
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-    # Empty modules first: the copying of what one holds then ends at the next, and fails for no fault of another.
-    modules = [module for module in model.modules() if not _copies_itself(type(module))]
-    for module in modules:
-        memo[id(module)] = type(module).__new__(type(module))
-    for module in modules:
-        state = {
-            name: copy.copy(value) if name in HOOKS else _copied(value, memo)
-            for name, value in module.__getstate__().items()
-        }
-        memo[id(module)].__setstate__(state)
-    twin: Model = _copied(model, memo)
-    if isinstance(twin, PreTrainedModel) and rope_by_matmul():
-        keep_phases_exact(twin)
-    return twin.eval()
-
-
-def _copies_itself(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are more than a dict of their state, as TorchScript's are."""
-    own = any(getattr(kind, name) is not getattr(nn.Module, name) for name in PLAIN)
-    return own or hasattr(kind, "__deepcopy__")
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy`, but that what cannot be copied is shared; of a list and a dict, those parts that cannot."""
-    known = len(memo)
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception as error:  # whatever the things that a model holds raise
-        if isinstance(value, nn.Module):  # shared, it would be the user's that the view's layers are swapped on
-            raise ValueError(f"a module {type(value).__name__} cannot be copied for its view: {error}") from error
-    while len(memo) > known:  # half-made copies
-        memo.popitem()
-    if not isinstance(value, dict | list | PreTrainedConfig):
-        return value
-    parts = memo[id(value)] = copy.copy(value)
-    if isinstance(value, PreTrainedConfig):  # never shared: the view's has our attention written on it
-        vars(parts).update({name: _copied(part, memo) for name, part in vars(value).items()})
-        return parts
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-        parts[key] = _copied(part, memo)
-    return parts
-
-
-def view_of(model: PreTrainedModel) -> PreTrainedModel:
-    """`eval_copy` with our attention; a class without the attention hook keeps its own."""
-    view = eval_copy(model)
-    if has_hook(view):
-        for part in view.modules():  # transformers 5.17 leaves out inner models whose config is of the outer's class
-            if isinstance(part, PreTrainedModel) and type(part.config) is type(view.config):
-                part.set_attn_implementation(ATTENTION)
-    for parent in list(view.modules()):
-        for name, child in list(parent.named_children()):
-            if works_as(child, LlamaRMSNorm) and child.weight.dtype == torch.float32:
-                setattr(parent, name, RMSNorm(child))
-    return view
-
-
-class RMSNorm(nn.Module):
-    """LlamaRMSNorm, or another family's that does the same, in one op.
-
-    (In float64 and half precision it rounds otherwise than LlamaRMSNorm, which stays.)
-    """
-
-    def __init__(self, norm: LlamaRMSNorm) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return call_op("rms_norm", x, self.weight, self.eps)
 
 
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:

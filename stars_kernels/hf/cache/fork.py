@@ -5,8 +5,8 @@
 
 `fork` opens rows on their prompts' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
 behind the prefixes. The model is never patched: its attention calls reach the cache of the forward that runs in their
-thread (`hf.attention`). Keys and values are stored there, not in `update()`, which latent attention calls before it
-expands them. Layers whose keys and values are of one shape, dtype and device share an arena and a suffix (`Group`).
+thread (`hf.view.attention`). Keys and values are stored there, not in `update()`, which latent attention calls before
+it expands them. Layers whose keys and values are of one shape, dtype and device share an arena and a suffix (`Group`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Settle
 from stars_kernels.decoder.transfer import to_device, to_host
-from stars_kernels.hf.attention import Mask, answered_by, check_options
-from stars_kernels.hf.layout import Layout, layout_of
-from stars_kernels.hf.states import States
-from stars_kernels.hf.storage import BoundLayer, Group, Packed, Place, Suffix
-from stars_kernels.ops._registry import call_op
+from stars_kernels.hf.cache.recurrent import States
+from stars_kernels.hf.cache.storage import BoundLayer, Group, Packed, Place, Suffix
+from stars_kernels.hf.view.attention import Mask, answered_by, check_options
+from stars_kernels.hf.view.layout import Layout
 
 
 class ForkCache(Cache):
@@ -220,7 +218,7 @@ class ForkCache(Cache):
         if isinstance(plan, Suffix):
             if layer.stores:
                 layer.keys[:, plan.slots], layer.values[:, plan.slots] = key, value
-            return call_op(  # its arguments are right by construction, and this runs thousands of times a second
+            return ops.call_op(  # its arguments are right by construction, and this runs thousands of times a second
                 "fork_attention", query, layer.keys, layer.values, plan.suffix_len, plan.query_len, layer.arena_keys,
                 layer.arena_values, place.offsets, place.lengths, place.prompt, scale, mask.window, layer.softcap,
                 layer.sinks,
@@ -279,79 +277,7 @@ class ForkCache(Cache):
         return False
 
 
-class GatheredCache(ForkCache):
-    """The cache of models without the attention hook, which get copies of whole rows.
-
-    `update()` stores a layer's new keys and values and returns those of every row's prefix and suffix, padded on the
-    left; the model's own attention does the rest, with a 2-D mask. It is exact, and gives up what forking saves: each
-    layer copies each row's prefix.
-    """
-
-    @contextmanager
-    def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
-        """Before it: which slots [R, T] each row's keys come from, and which of them are real."""
-        if isinstance(plan, Suffix):
-            lengths, offsets = self.lengths[self.prompt], self.offsets[self.prompt]
-            self._past, new = int(lengths.max()) + plan.slots.start, plan.slots.stop - plan.slots.start
-            prefix = self._past - plan.slots.start
-        else:
-            lengths, offsets = plan.lengths[:1], plan.offsets[:1]  # of one prompt's first row
-            prefix = self._past = int(lengths)
-            new = len(plan.slots)
-        # Of what is longer than the context, the beginning goes: padding, or what a row past its end would read.
-        beyond = max(0, self._past + new - self.layout.limit)
-        self._past -= beyond
-        place = torch.arange(beyond, prefix, device=self.device) - prefix + lengths[:, None]  # [R, T] negative: padding
-        self._slots = offsets[:, None] + place.clamp(min=0)  # padding reads a finite key, which the mask hides
-        self._mask = torch.nn.functional.pad((place >= 0).long(), (0, self._past + new - place.shape[1]), value=1)
-        with super()._forward(plan):
-            yield
-
-    def _arguments(self, positions: Tensor) -> dict[str, Any]:
-        return super()._arguments(positions) | {"attention_mask": self._mask}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """[B, Hkv, S, D] of the new tokens -> [B, Hkv, T + S, D] of all."""
-        layer = self._layers[self._asked]
-        self._asked += 1
-        plan, slots = layer.place.plan, self._slots.to(layer.place.device)
-        new = key_states.transpose(1, 2), value_states.transpose(1, 2)  # [B, S, Hkv, D]
-        arenas, suffixes = (layer.arena_keys, layer.arena_values), (layer.keys, layer.values)
-        if isinstance(plan, Suffix):
-            for suffix, tokens in zip(suffixes, new, strict=True):
-                suffix[:, plan.slots] = tokens
-            new = layer.keys[:, : plan.slots.stop], layer.values[:, : plan.slots.stop]
-        elif plan is not None:
-            for arena, tokens in zip(arenas, new, strict=True):
-                arena[plan.slots] = tokens[0]
-        gathered = (torch.cat([a[slots], tokens], dim=1) for a, tokens in zip(arenas, new, strict=True))
-        return tuple(tensor.transpose(1, 2).contiguous() for tensor in gathered)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._past
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._past + query_length, 0
-
-
-def close_cache_of(owner: object) -> None:
-    """Free the `cache` of an object, where it has one, and whatever else it holds."""
-    cache = vars(owner).get("cache")
-    if cache is not None:
-        cache.close()
-    vars(owner).clear()
-
-
 def _moved(plan: Packed | Suffix, device: torch.device) -> Packed | Suffix:
     if isinstance(plan, Suffix):
         return replace(plan, query_len=plan.query_len.to(device), suffix_len=plan.suffix_len.to(device))
     return Packed(**{name: tensor.to(device) for name, tensor in vars(plan).items()})
-
-
-def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:
-    """An empty cache for prompts of up to `capacities` tokens each; `model` is a view (`hf.models.view_of`)."""
-    layout = layout_of(model)
-    kind = ForkCache if layout.mode == "hook" else GatheredCache
-    states = States(model.config, len(capacities)) if layout.states else None
-    device = layout.layers[0].key[3] if layout.layers else model.device
-    return kind(layout, capacities, segment_size, device, states)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scorers.chunks import Chunks
-from stars_kernels.hf.scorers.text import TextScorer, check_length
-from stars_kernels.hf.texts import Template, TextPrompt, filled
+from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.scoring.scorers.text import TextScorer, check_length
+from stars_kernels.hf.text.templates import Template, TextPrompt, filled
 
 Encoding = Mapping[str, list[int]]
 """What the tokenizer returns for one text: input_ids, attention_mask, maybe token_type_ids."""
