@@ -18,7 +18,7 @@ from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.sizing import round_cost
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.rewrites import pack

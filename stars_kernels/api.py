@@ -12,7 +12,7 @@ from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.requests import Results, carrying, collect
-from stars_kernels.hf.scoring.rewards import Reward
+from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.text.prompts import split_prompts
 
 

@@ -23,7 +23,7 @@ from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key

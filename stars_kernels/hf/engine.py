@@ -37,7 +37,8 @@ from stars_kernels.hf.proposing.output_layer import why_unfused
 from stars_kernels.hf.proposing.processors import TokenRules
 from stars_kernels.hf.proposing.proposer import ModelProposer, is_unfiltered
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
-from stars_kernels.hf.scoring.rewards import Reward, Rewarder, check_reward
+from stars_kernels.hf.scoring.reward_model import Reward, check_reward
+from stars_kernels.hf.scoring.rewarder import Rewarder
 from stars_kernels.hf.sizing import auto_batch_size, models_in, round_cost
 from stars_kernels.hf.text.prompts import Codec, Prompt
 from stars_kernels.hf.view.copying import view_of

@@ -27,7 +27,7 @@ from stars_kernels.hf.loading.language_model import unwrapped
 from stars_kernels.hf.loading.reward_model import TokenizerMissing
 from stars_kernels.hf.proposing.processors import TokenRules, lift_criteria, lift_processors
 from stars_kernels.hf.requests import Results, carrying, collect, number_requests
-from stars_kernels.hf.scoring.rewards import Reward
+from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.text.prompts import Prompt
 from stars_kernels.versions import CACHE_ARGUMENTS
 

@@ -4,7 +4,7 @@ import torch
 
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposing.proposer import packed_chunks
+from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.layout import text_config
 from tests.sequential import sequential_decode

@@ -3,7 +3,7 @@
 import torch
 
 from stars_kernels.decoder.protocols import Commit, Rows
-from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.fork_check import PROMPTS, ROWS
 

@@ -167,7 +167,7 @@ def test_reward_is_read_at_eos_even_if_it_is_the_pad_token(width):
 @pytest.mark.parametrize("width", [1, 3])
 def test_the_rm_reads_a_token_once(lm, rm, width, monkeypatch):
     """Beyond prompt and judged candidates the reward model reads nothing: no accepted token twice."""
-    from stars_kernels.hf.scoring.scorers import ClassifierScorer
+    from stars_kernels.hf.scoring.classifier import ClassifierScorer
 
     read = []
     real = ClassifierScorer._hidden

@@ -7,8 +7,9 @@ from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.loop import Loop
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposing.proposer import PREFILL_TOKENS, ModelProposer, packed_chunks
-from stars_kernels.hf.scoring.scorers import ClassifierScorer
+from stars_kernels.hf.cache.prefill import PREFILL_TOKENS, packed_chunks
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops.philox import request_key
 from tests.tiny import tiny_language_model, tiny_reward_model

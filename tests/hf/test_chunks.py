@@ -9,8 +9,9 @@ import torch
 
 import stars_kernels
 from stars_kernels import Likelihood, RewardModel
-from stars_kernels.hf.scoring import rewards
-from stars_kernels.hf.scoring.scorers import Chunks, chunks, likelihood
+from stars_kernels.hf.scoring import chunks, likelihood
+from stars_kernels.hf.scoring import rewarder as rewards
+from stars_kernels.hf.scoring.chunks import Chunks
 from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.test_process_rewards import process_model
 from tests.hf.test_text_rewards import MERGING

@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.families import WORKS
-from stars_kernels.hf.proposing.output_layer import hidden_of, logits_of, why_unfused
+from stars_kernels.hf.proposing.output_layer import hidden_of, why_unfused
 from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.logits import logits_of
 from stars_kernels.hf.view.rewrites import pack
 from tests.hf import families
 from tests.tiny import tiny_language_model

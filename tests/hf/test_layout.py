@@ -34,7 +34,7 @@ from transformers.masking_utils import (
 
 import stars_kernels
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposing.proposer import packed_chunks
+from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.view import layout as layout_module
 from stars_kernels.hf.view.attention import FULL, Mask, UnsupportedModel, check_options, pattern_of
 from stars_kernels.hf.view.copying import view_of

@@ -7,7 +7,8 @@ import stars_kernels
 from stars_kernels import Likelihood, RewardModel
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import LikelihoodScorer, likelihood
+from stars_kernels.hf.scoring import likelihood
+from stars_kernels.hf.scoring.likelihood import LikelihoodScorer
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.rewrites import pack
 from tests.hf import families

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import stars_kernels
 from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 from stars_kernels.hf.view.rewrites.packed import PackedLinear
 from tests.hf.fork_check import check_decode, check_logits
 from tests.tiny import VOCABULARY, byte_tokenizer, tiny_language_model, tiny_reward_model
@@ -193,6 +194,6 @@ def test_packing_leaves_other_tensors_alone():
     lm = tiny_language_model(torch.float32)
     lm.lm_head.weight = nn.Parameter(lm.lm_head.weight.detach().as_subclass(Marked), requires_grad=False)
     view = view_of(lm)
-    stars_kernels.hf.view.packing.pack(view)
+    pack(view)
     assert type(view.lm_head) is nn.Linear and view.lm_head.weight is lm.lm_head.weight
     assert any(isinstance(module, PackedLinear) for module in view.modules())

@@ -21,7 +21,10 @@ from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.proposing.graphs import captured
 from stars_kernels.hf.proposing.processors import TokenRules
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import ClassifierScorer, LikelihoodScorer, SumScorer, TextClassifierScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
+from stars_kernels.hf.scoring.likelihood import LikelihoodScorer
+from stars_kernels.hf.scoring.text import TextClassifierScorer
+from stars_kernels.hf.scoring.total import SumScorer
 from tests.hf import families
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer, tiny_language_model, tiny_reward_model

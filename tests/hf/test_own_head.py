@@ -12,7 +12,7 @@ from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import OwnHeadScorer
+from stars_kernels.hf.scoring.own_head import OwnHeadScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS

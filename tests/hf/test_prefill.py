@@ -6,8 +6,9 @@ import torch
 import stars_kernels
 from stars_kernels import ops
 from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.cache.prefill import PREFILL_PIECES, PREFILL_TOKENS, packed_chunks
 from stars_kernels.hf.cache.storage import PREFILL_ROW, Packed
-from stars_kernels.hf.proposing.proposer import PREFILL_PIECES, PREFILL_TOKENS, ModelProposer, packed_chunks
+from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf import bits_check, families
 from tests.hf.test_segment_waits import Watch

@@ -9,7 +9,9 @@ from stars_kernels.hf.cache import fork as cache
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.scorers import ClassifierScorer, OwnHeadScorer, SumScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
+from stars_kernels.hf.scoring.own_head import OwnHeadScorer
+from stars_kernels.hf.scoring.total import SumScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import loop_of, stop_at
 from tests.hf.test_segment_waits import Watch

@@ -7,7 +7,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
-from stars_kernels.hf.scoring.scorers.reader import RowReader
+from stars_kernels.hf.scoring.reader import RowReader
 from tests.hf import families
 from tests.hf.loops import decode_as_the_sequential_loop
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text_model, tiny_config, tiny_reward_model

@@ -1,4 +1,4 @@
-"""The output layer: the logits behind chosen tokens, what it reads, and whether it can be fused with the draw.
+"""The output layer: what it reads at chosen tokens, and whether it can be fused with the draw.
 
 A draw needs no stored logits where these are what the output layer returns and nothing else: no soft-cap, no scale, no
 bias. That is asked of the model itself, by values planted into its forward, as every family and every release of
@@ -18,21 +18,13 @@ from transformers import PreTrainedModel
 
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.modes import without_autocast
-from stars_kernels.hf.view.layout import layout_of
+from stars_kernels.hf.view.logits import logits_of
 from stars_kernels.hf.view.rewrites.matching import has_hooks, is_plain
 
 PLANTED_ROWS = 8
 """Rows of the probe, each of values ten or more times as large as those of the row before."""
 SMALLEST = 1e-4
 """The size of the values in the first row; in the last it is a tenth of what the dtype can hold."""
-
-
-def logits_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
-    """Logits [B, K, V] after the last `keep` tokens, 0 = after all, or after those at the indices `keep` [K]."""
-    if layout_of(model).keeps_logits:
-        return model(input_ids=ids, logits_to_keep=keep, **inputs).logits
-    logits = model(input_ids=ids, **inputs).logits
-    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
 def hidden_of(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
-from stars_kernels.hf.scoring.scorers.text import TextScorer, check_length
+from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.text import TextScorer, check_length
 from stars_kernels.hf.text.templates import Template, TextPrompt, filled
 
 Encoding = Mapping[str, list[int]]

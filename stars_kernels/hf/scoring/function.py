@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.scorers.text import TextScorer
+from stars_kernels.hf.scoring.text import TextScorer
 from stars_kernels.hf.text.templates import TextPrompt
 
 RewardFunction = Callable[[list[str], list[str]], Any]

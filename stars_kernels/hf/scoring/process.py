@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
-from stars_kernels.hf.scoring.scorers.reader import RowReader
-from stars_kernels.hf.scoring.scorers.text import ReaderScorer, check_length
+from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.reader import RowReader
+from stars_kernels.hf.scoring.text import ReaderScorer, check_length
 from stars_kernels.hf.text.prompts import text_ids
 from stars_kernels.hf.text.templates import TextPrompt, turn_header
 from stars_kernels.hf.view.layout import context_limit

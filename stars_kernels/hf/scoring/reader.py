@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Settle
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
+from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import name_of
-from stars_kernels.hf.proposing.proposer import packed_chunks
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.text.templates import shared_length
 from stars_kernels.hf.view.layout import layout_of
 

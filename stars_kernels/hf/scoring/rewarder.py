@@ -1,131 +1,39 @@
-"""Reward models: what the user may pass as one, and the scorer it becomes."""
+"""The scorer that each kind of reward model becomes: the one place that tells the kinds apart."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from numbers import Integral
-from typing import TypeGuard, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_kernels.decoder.config import finite, shown
 from stars_kernels.decoder.protocols import Scorer
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
-    check_path,
-    check_tokenizer,
     load_language_model,
     score_head,
 )
 from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.modes import in_callers_mode, without_autocast
-from stars_kernels.hf.scoring.scorers import (
-    REDUCE,
-    CallableScorer,
-    Chunks,
-    ClassifierScorer,
-    EncoderScorer,
-    LikelihoodScorer,
-    OwnHeadScorer,
-    ProcessScorer,
-    Reduce,
-    RewardFunction,
-    SumScorer,
-    TextClassifierScorer,
-    head_rewards,
-    likelihood_chunks,
-)
+from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.classifier import ClassifierScorer
+from stars_kernels.hf.scoring.encoder import EncoderScorer
+from stars_kernels.hf.scoring.function import CallableScorer, RewardFunction
+from stars_kernels.hf.scoring.likelihood import LikelihoodScorer, likelihood_chunks
+from stars_kernels.hf.scoring.own_head import OwnHeadScorer, head_rewards
+from stars_kernels.hf.scoring.process import ProcessScorer
+from stars_kernels.hf.scoring.reward_model import Likelihood, Reward, RewardModel, is_function, reward_models
+from stars_kernels.hf.scoring.text import TextClassifierScorer
+from stars_kernels.hf.scoring.total import SumScorer
 from stars_kernels.hf.text.prompts import Codec, Prompt
-from stars_kernels.hf.text.templates import Template, TextPrompt, check_template
+from stars_kernels.hf.text.templates import Template, TextPrompt
 from stars_kernels.hf.view.copying import eval_copy, view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """As a reward: log p(answer | prompt) under `model`, less that under `reference`; 0 for the empty answer.
-
-    A sum over the answer's tokens, an EOS included, at temperature 1 and unfiltered. With the policy that DPO has
-    trained, the reference that it started from, and its beta as `weight` of the `RewardModel`, this is DPO's implicit
-    reward (arXiv 2305.18290), up to a constant of the prompt.
-
-    model, reference: causal language models that read the decoded model's token ids, their folders or hub names.
-    """
-
-    model: ModelOrPath
-    reference: ModelOrPath | None = None
-
-    def __post_init__(self) -> None:
-        for name, model in self.models.items():
-            if not isinstance(model, nn.Module | str | os.PathLike):
-                kind = type(model).__name__
-                raise TypeError(f"{name} is of type {kind}, expected a causal language model or a path to one")
-
-    @property
-    def models(self) -> dict[str, ModelOrPath]:
-        """What messages call them, the policy first."""
-        reference = {} if self.reference is None else {"the likelihood's reference": self.reference}
-        return {"the likelihood's model": self.model, **reference}
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """A reward model and what the engine needs to know of it; its kind follows from `model`.
-
-    model: a sequence classifier (a decoder or an encoder), a token classifier that scores steps, or a folder or hub
-        name of one; a `Likelihood`; a head on the language model's own hidden states, any other module that maps
-        [R, D] to [R, 1]; or a function rm(prompts, answers) -> floats on texts.
-    tokenizer: its tokenizer. A decoder with the language model's own reads token ids, any other reads text. (A model
-        that is loaded here brings its own; without one, vocabularies of one size are taken for the same.)
-    template: how prompt and answer become the text it reads: a format string with {prompt} and {answer}, or a function
-        (prompt: str or messages, answer) -> text. None = for a chat its tokenizer's chat template, where there is one,
-        with the answer as the last turn; else the answer behind the prompt (for an encoder: the pair of both).
-    weight: of its reward in a sum of several, or by itself.
-    label: the output that is the reward, for models with several.
-    step: what ends a step of an answer, for a token classifier.
-    reduce: the reward of the steps' probabilities: "min", "mean", "prod" or "last".
-    """
-
-    model: ModelOrPath | Likelihood | nn.Module | RewardFunction
-    tokenizer: PreTrainedTokenizerBase | None = None
-    template: Template | None = None
-    weight: float = 1.0
-    label: int | None = None
-    step: str = "\n\n"
-    reduce: Reduce = "min"
-
-    def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer)
-        check_template(self.template)
-        if finite(self.weight) is None:
-            raise TypeError(f"weight is {shown(self.weight)}, expected a finite number")
-        if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, Integral)):
-            raise TypeError(f"label is {self.label!r}, expected an integer or None")
-        if not isinstance(self.step, str) or not self.step:
-            raise TypeError(f"step is {self.step!r}, expected a non-empty string")
-        if self.reduce not in REDUCE:
-            raise ValueError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCE)}")
-
-    def takes_only(self, kind: str, *names: str) -> None:
-        """Refuse a setting that means nothing to this kind of reward model."""
-        for field in fields(self):
-            if field.default is not MISSING and field.name not in ("weight", *names):
-                value = getattr(self, field.name)
-                if value is not field.default and value != field.default:
-                    raise ValueError(
-                        f"{field.name} is given, but rm is {kind}, which takes none; expected no {field.name}="
-                    )
-
-
-OneReward = ModelOrPath | Likelihood | nn.Module | RewardModel | RewardFunction
-Reward = OneReward | Sequence[OneReward]
-"""What `decode` takes as its reward model: one, or several whose weighted sum is the reward."""
 
 
 @dataclass(frozen=True)
@@ -168,38 +76,6 @@ class Rewarder:
         if self.weights == [1.0]:
             return scorers[0]
         return SumScorer(list(zip(scorers, self.weights, strict=True)))
-
-
-def reward_models(rm: Reward) -> list[RewardModel]:
-    """One entry a part."""
-    several = isinstance(rm, list | tuple)
-    parts = list(cast(Sequence[OneReward], rm)) if several else [cast(OneReward, rm)]
-    if not parts:
-        raise ValueError("rm is an empty list, expected at least one reward model")
-    for i, part in enumerate(parts):
-        if not (isinstance(part, RewardModel | Likelihood | nn.Module | str | os.PathLike) or callable(part)):
-            raise TypeError(
-                f"{f'rm[{i}]' if several else 'rm'} is of type {type(part).__name__}, expected a reward model or "
-                "a path to one, RewardModel(..., weight=), a Likelihood, a head or a function of texts"
-            )
-    return [part if isinstance(part, RewardModel) else RewardModel(cast(ModelOrPath, part)) for part in parts]
-
-
-def check_reward(rm: Reward) -> None:
-    """What can be refused before anything is loaded."""
-    for part in reward_models(rm):
-        model = part.model
-        if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".gguf"):
-            raise ValueError(
-                f"rm is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
-                "expected a folder, a hub name or a function of texts"
-            )
-        for name, path in model.models.items() if isinstance(model, Likelihood) else [("rm", model)]:
-            check_path(name, path)
-
-
-def is_function(rm: object) -> TypeGuard[RewardFunction]:
-    return callable(rm) and not isinstance(rm, nn.Module)
 
 
 def _part(

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
-from stars_kernels.hf.proposing.output_layer import logits_of
-from stars_kernels.hf.proposing.proposer import packed_chunks
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.cache.prefill import packed_chunks
+from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.view.layout import vocabulary
+from stars_kernels.hf.view.logits import logits_of
 
 LOGITS = 1 << 25
 """Logits of one scoring forward, at most (or one token's), and as many log-probabilities beside them."""

@@ -13,9 +13,9 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import score_head
-from stars_kernels.hf.proposing.proposer import packed_chunks
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
+from stars_kernels.hf.scoring.chunks import Chunks
 
 
 class ClassifierScorer:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_host
-from stars_kernels.hf.scoring.scorers.chunks import Chunks
-from stars_kernels.hf.scoring.scorers.classifier import reward_output
-from stars_kernels.hf.scoring.scorers.reader import RowReader
+from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.classifier import reward_output
+from stars_kernels.hf.scoring.reader import RowReader
 from stars_kernels.hf.text.templates import Template, TextPrompt, whole_ids
 from stars_kernels.hf.view.layout import context_limit
 
