@@ -23,7 +23,7 @@ from demo.models import (
 )
 from demo.prompts import UNSEEN_PROMPTS, messages
 from stars_kernels import RewardModel
-from stars_kernels.decoder.threshold import UNREACHABLE
+from stars_kernels.decoder.rules import BestOf, Plain
 
 REWARDS = {
     "model": load_reward_model,
@@ -74,13 +74,10 @@ def main() -> None:
 
     stars = answers(args.seed)
     used = stars[0][0].config
-    # With a target that no reward meets, a segment is the best of its attempts: one attempt is plain sampling, and
-    # N attempts at one segment as long as the answer are best-of-N.
-    never = dict(reward_threshold=UNREACHABLE, accept="hard")
-    plain = [answers(args.seed + 1 + k, max_attempts=1, **never) for k in range(args.plain_samples)]
+    plain = [answers(args.seed + 1 + k, rule=Plain()) for k in range(args.plain_samples)]
     plain_tokens = sum(judged(p[0]) for p in plain) / len(plain)
     n = max(1, round(judged(stars[0]) / plain_tokens))
-    best = answers(args.seed, segment_size=args.tokens, max_attempts=n, **never)
+    best = answers(args.seed, rule=BestOf(n))
 
     plain_reward = torch.stack([p[1] for p in plain]).mean(dim=0)
     plain_mood = torch.stack([p[2] for p in plain]).mean(dim=0)

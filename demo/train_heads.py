@@ -29,7 +29,7 @@ from demo.models import (
 )
 from demo.prompts import TRAIN_PROMPTS, UNSEEN_PROMPTS, messages
 from demo.train_reward_model import Sample, correlations, prefix_labels
-from stars_kernels.decoder.threshold import UNREACHABLE
+from stars_kernels.decoder.rules import Plain
 
 PIECE = 40
 """Tokens of a piece of an answer, at most."""
@@ -47,7 +47,7 @@ def sample_answers(
         model, lambda prompts, answers: [0.0] * len(answers), [messages(prompts[p]) for p in owners],
         tokenizer=tokenizer, request_ids=[f"{name} {p} {i // len(prompts)}" for i, p in enumerate(owners)],
         seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=1.0, top_k=40, batch_size=48,
-        max_attempts=1, accept="hard", reward_threshold=UNREACHABLE,  # one attempt, taken: plain sampling
+        rule=Plain(),
     )  # fmt: skip
     samples = []
     for p, output in zip(owners, outputs, strict=True):

@@ -1,16 +1,33 @@
-"""One prompt's answer while it grows."""
+"""One prompt's answer while it grows: its tokens, its candidates, its books."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from stars_kernels.decoder.errors import message_of, with_cause
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
+from stars_kernels.decoder.rules import Plan, Verdict
 
 FindStop = Callable[[list[int], int], int | None]
 """(answer tokens, tokens accepted before) -> answer tokens up to the one that ends the answer, or None."""
+
+
+@dataclass
+class Candidate:
+    """An attempt at a segment, as a rule sees it.
+
+    tokens: of the segment, up to its end. reward: of the answer with them. uniform: the attempt's random number in
+    (0, 1), u(a). stopped: whether a stop string or criterion ends the answer with them. threshold: what a rule with a
+    threshold asked of it.
+    """
+
+    tokens: list[int]
+    reward: float
+    uniform: float
+    stopped: bool = False
+    threshold: float = math.nan
 
 
 @dataclass
@@ -22,17 +39,23 @@ class Answer:
     limit: int
     """Tokens the answer may have: the budget, or less where the context ends."""
     find_stop: FindStop | None = None
+    max_new_tokens: int = 0
+    """The budget; 0 = `limit`."""
     tokens: list[int] = field(default_factory=list)
     reward: float = math.nan
     prompt_reward: float = math.nan
     segments: list[Segment] = field(default_factory=list)
+    """Decided ones, and the one under decision as far as it has been judged."""
+    candidates: list[Candidate] = field(default_factory=list)
+    """Judged attempts at the segment under decision."""
+    chosen: int = -1
+    """Of the candidates, the one that is remembered; -1 = there is none yet."""
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
-    kept: list[int] = field(default_factory=list)
-    """Tokens of the attempt to keep so far: the winner, or the best of those rejected."""
-    kept_stops: bool = False
-    """Whether `find_stop` ends the answer with them."""
+
+    def __post_init__(self) -> None:
+        self.max_new_tokens = self.max_new_tokens or self.limit
 
     @property
     def active(self) -> bool:
@@ -44,15 +67,50 @@ class Answer:
         return self.limit - len(self.tokens)
 
     @property
-    def segment(self) -> Segment:
-        """The segment under decision."""
-        if not self.segments or self.segments[-1].outcome != "undecided":
+    def blocks(self) -> int:
+        """Segments that are decided."""
+        return len(self.segments) - bool(self.candidates)
+
+    def size(self, plan: Plan) -> int:
+        """Tokens that an attempt may have."""
+        return min(plan.size, self.room)
+
+    def add(self, candidates: Sequence[Candidate], verdict: Verdict, width: int) -> None:
+        """Write judged attempts, sampled `width` at a time, on the segment under decision."""
+        if not self.candidates:
             self.segments.append(Segment())
-        return self.segments[-1]
+        self.candidates += candidates
+        self.chosen = verdict.chosen
+        segment, counts = self.segments[-1], self.counts
+        segment.rewards += [candidate.reward for candidate in candidates]
+        segment.thresholds += [candidate.threshold for candidate in candidates]
+        segment.lengths += [len(candidate.tokens) for candidate in candidates]
+        segment.widths.append(width)
+        segment.chosen = verdict.chosen
+        counts.judged += sum(len(candidate.tokens) for candidate in candidates)
+        counts.attempts += len(candidates)
+
+    def take(self, verdict: Verdict, eos: Collection[int]) -> None:
+        """Make the chosen candidate a part of the answer, which it may end."""
+        assert verdict.outcome is not None
+        segment, counts, taken = self.segments[-1], self.counts, self.candidates[verdict.chosen]
+        segment.outcome = verdict.outcome
+        counts.accepted += verdict.outcome == "accepted"
+        counts.rejections += segment.attempts - 1
+        counts.rejected += sum(segment.lengths) - segment.length
+        self.tokens += taken.tokens
+        self.reward = taken.reward
+        self.candidates, self.chosen = [], -1
+        if taken.stopped:
+            self.finish_reason = "stop"
+        elif self.tokens[-1] in eos:
+            self.finish_reason = "eos"
+        elif self.room == 0:
+            self.finish_reason = "length" if self.limit == self.max_new_tokens else "context"
 
     def fail(self, what: str, cause: Exception | None = None, trace: str | None = None) -> None:
         """End the answer with an error; trace: as in `with_cause`."""
         why = "" if cause is None else f": {type(cause).__name__}: {message_of(cause)}"
-        self.error = RuntimeError(f"segment {max(len(self.segments) - 1, 0)}: {what}{why}")
+        self.error = RuntimeError(f"segment {self.blocks}: {what}{why}")
         if cause is not None:
             with_cause(self.error, cause, trace)

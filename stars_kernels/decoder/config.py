@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
+from stars_kernels.decoder.rules import Rule, Stars
 from stars_kernels.ops.philox import MAX_ATTEMPTS, MAX_POSITIONS
 from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
+RULE_SETTINGS = tuple(field.name for field in dataclasses.fields(Stars))
+"""Of `Stars`, which are keywords of their own."""
 SEED_BITS = 4096
 """Of the largest seed or request id: it is hashed as decimal digits, of which Python writes a few thousand at most."""
 
@@ -46,6 +49,7 @@ class StarsConfig:
     calibration_quantile: r* = this quantile of their rewards.
     calibration_acceptance: beta such that this share of them would be accepted at r*.
     progress: show a bar on runs longer than a few seconds.
+    rule: what decides; None = `Stars` of the settings above that it takes.
     """
 
     segment_size: int = 15
@@ -71,6 +75,7 @@ class StarsConfig:
     calibration_quantile: float = 0.9
     calibration_acceptance: float = 0.25
     progress: bool = True
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -104,6 +109,8 @@ class StarsConfig:
         )
         self._number("top_p", lambda x: 0 < x <= 1, "in (0, 1]", optional=True)
         self._number("min_p", lambda x: 0 <= x < 1, "in [0, 1)", optional=True)
+        if self.rule is not None:
+            self._check_rule()
         self._check("pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
         for name in ("graphs", "progress"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
@@ -120,6 +127,16 @@ class StarsConfig:
         for name in ("calibration_quantile", "calibration_acceptance"):
             self._number(name, lambda x: 0 < x < 1, "in (0, 1)")
 
+    def _check_rule(self) -> None:
+        self._check("rule", hasattr(self.rule, "plan") and hasattr(self.rule, "judge"), "a rule such as BestOf(8)")
+        given = [f.name for f in dataclasses.fields(Stars) if getattr(self, f.name) != f.default]
+        if given:
+            kind = type(self.rule).__name__
+            raise ValueError(
+                f"{given[0]} is given beside rule={kind}(...), which takes its settings itself; expected none of "
+                f"{', '.join(RULE_SETTINGS)}"
+            )
+
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise ValueError(f"{name} is {shown(getattr(self, name))}, expected {expected}")
@@ -132,6 +149,13 @@ class StarsConfig:
         number = finite(value)
         self._check(name, number is not None and valid(number), expected)
         object.__setattr__(self, name, number)
+
+    @property
+    def resolved_rule(self) -> Rule:
+        """The rule, with the settings of STARS where none is given."""
+        if self.rule is not None:
+            return self.rule
+        return Stars(**{name: getattr(self, name) for name in RULE_SETTINGS})
 
     @property
     def sampling(self) -> dict[str, Any]:

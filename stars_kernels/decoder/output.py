@@ -17,7 +17,8 @@ class Segment:
     rewards, thresholds, lengths: of each judged attempt, its threshold tau and its tokens.
     widths: attempts decoded side by side, a round each.
     chosen: the attempt that was taken.
-    outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken) or "undecided".
+    outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken), "best" (a rule that
+        takes the best) or "undecided".
     reward, threshold, length: of the chosen attempt. attempts: how many were judged.
     """
 
@@ -26,7 +27,7 @@ class Segment:
     lengths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     chosen: int = -1
-    outcome: Literal["accepted", "fallback", "undecided"] = "undecided"
+    outcome: Literal["accepted", "fallback", "best", "undecided"] = "undecided"
 
     @property
     def attempts(self) -> int:
@@ -112,7 +113,7 @@ class StarsOutput:
     segments: the trace, a `Segment` each.
     counts: the work done for this prompt, a `Counts`.
     seconds: wall seconds of the host by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
-        A GPU's work shows where the host waits for it: at the end of a round, in "accept".
+        A GPU's work shows where the host waits for it: at the end of a round, in "judge".
     calibration: a `Calibration`; None where r* and beta were given.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
         were asked ("processors").

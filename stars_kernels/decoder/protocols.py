@@ -1,6 +1,6 @@
-"""The two sides of the loop: a Proposer (the language model) and a Scorer (the reward model).
+"""The two sides of a round: a Proposer (the language model) and a Scorer (the reward model).
 
-The loop knows prompts by their index in the batch. A round is: propose -> score -> (the loop judges) -> commit. Any of
+A round knows prompts by their index in the batch. It is: propose -> score -> (the rule judges) -> commit. Any of
 these may run out of memory, so none changes what another attempt at the round would see: a commit shows only when the
 function that it returns is called.
 """
@@ -74,6 +74,17 @@ class Commit:
 
 
 @dataclass
+class Proposal:
+    """Candidates of a round's rows.
+
+    tokens: [R, <= size] int64, -1 where a row's logits were not usable. errors: why, where it was not for the logits.
+    """
+
+    tokens: Tensor
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+
+@dataclass
 class Scores:
     """Rewards [R] float64 (of the empty answers: [P])."""
 
@@ -83,21 +94,22 @@ class Scores:
     errors: dict[int, Exception] = field(default_factory=dict)
     """The rows the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
 
+    @property
+    def read(self) -> Tensor:
+        """`tokens`, 0 where there are none."""
+        return torch.zeros_like(self.rewards, dtype=torch.int64) if self.tokens is None else self.tokens
+
 
 class Proposer(Protocol):
     """Samples candidate segments from one shared prefix per prompt."""
 
     device: torch.device
 
-    @property
-    def errors(self) -> dict[int, Exception]:
-        """Why rows of the last `propose` hold a -1, where it was not for the model's logits."""
-
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         """Read the prompts' token ids; room for `max_new_tokens` more each, and for rows of up to `segment_size`."""
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
-        """[R, <= size] int64 tokens, -1 where a row's logits were not usable.
+    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
+        """Sample up to `size` tokens for every row, from the noise stream `noise`.
 
         Sampling may go on past a row's end of sequence, and may stop early once every row has ended.
         May be asked again before a commit, for other rows.

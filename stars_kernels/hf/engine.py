@@ -8,7 +8,8 @@ import secrets
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.config import StarsConfig, shown
 from stars_kernels.decoder.errors import like, message_of, with_cause
-from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
-from stars_kernels.decoder.threshold import UNREACHABLE, calibrate_beta, calibrate_target
+from stars_kernels.decoder.round import Round
+from stars_kernels.decoder.rules import BestOf, Plan, Rule, Stars
+from stars_kernels.decoder.scheduler import Run
+from stars_kernels.decoder.calibration import calibrate_beta, calibrate_target
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
@@ -105,8 +108,7 @@ class Engine:
     def _run(self, requests: list[Request], failed: list[StarsEvent]) -> Generator[StarsEvent, None, None]:
         with carrying(self.results):
             yield from self._failed(failed)
-            beta_needed = self.config.beta is None and self.config.accept == "soft"
-            if requests and (self.config.reward_threshold is None or beta_needed):
+            if requests and self._uncalibrated():
                 why = self._calibrate(requests)
                 if why is not None:
                     yield from self._failed(
@@ -117,6 +119,12 @@ class Engine:
                 while requests:
                     count = yield from self._run_batch(requests, bar)
                     requests = requests[count:]
+
+    def _uncalibrated(self) -> bool:
+        rule = self.config.resolved_rule
+        if not isinstance(rule, Stars):
+            return False
+        return rule.reward_threshold is None or (rule.beta is None and rule.accept == "soft")
 
     def _failed(self, events: Iterable[StarsEvent]) -> Iterator[StarsEvent]:
         for event in events:
@@ -158,18 +166,10 @@ class Engine:
         began = time.perf_counter()
         config, chosen = self.config, requests[: self.config.calibration_samples]
         samples = -(-config.calibration_samples // len(chosen))
-        # One segment as long as an answer, never accepted: its attempts are plain continuations of one shared prefix.
-        plain = config.replace(
-            segment_size=config.max_new_tokens,
-            max_attempts=samples,
-            width=min(samples, CALIBRATION_WIDTH),
-            accept="hard",
-            reward_threshold=UNREACHABLE,
-        )
         answers: list[Answer] = []
         with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
             while len(answers) < len(chosen):
-                done = self._sample(chosen[len(answers) :], plain)
+                done = self._sample(chosen[len(answers) :], samples)
                 answers += done
                 bar.update(sum(answer.counts.sampled for answer in done))
         done = [answer for answer in answers if answer.error is None]
@@ -188,12 +188,15 @@ class Engine:
             found = answers[0].segments[0].rewards if error is None else error
             why = f"calibration found no finite reward among its plain continuations; the first: {found}"
             return RuntimeError(why) if error is None else like(error, why)
-        target, beta = config.reward_threshold, config.beta
+        rule = config.resolved_rule
+        assert isinstance(rule, Stars)
+        target, beta = rule.reward_threshold, rule.beta
         if target is None:
             target = calibrate_target(rewards, config.calibration_quantile)
-        if beta is None and config.accept == "soft":
+        if beta is None and rule.accept == "soft":
             beta = calibrate_beta(rewards, target, config.calibration_acceptance)
-        self.config = config.replace(reward_threshold=target, beta=beta)
+        found = {"reward_threshold": target, "beta": beta}
+        self.config = config.replace(**(found if config.rule is None else {"rule": replace(rule, **found)}))
         self.calibration = Calibration(
             rewards=rewards,
             sampled=sum(answer.counts.sampled for answer in answers),
@@ -202,44 +205,49 @@ class Engine:
         )
         return None
 
-    def _sample(self, requests: list[Request], plain: StarsConfig) -> list[Answer]:
-        """Plain continuations of the first of `requests`, as many as make a batch."""
-        loop = self._begin(requests, plain, STREAM_CALIBRATE)
+    def _sample(self, requests: list[Request], samples: int) -> list[Answer]:
+        """Sample plain continuations of the first of `requests`, as many as make a batch."""
+        run = self._begin(requests, BestOf(samples), min(samples, CALIBRATION_WIDTH), STREAM_CALIBRATE)
         try:
-            for _ in loop.rounds():
+            for _ in run.rounds():
                 pass
         finally:
-            loop.close()
-        return loop.answers
+            run.close()
+        return run.answers
 
-    def _begin(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
-        """A loop that has read the first of `requests`: batch_size of them, or as many as memory allows."""
-        size = self._batch_size(requests, config)
+    def _begin(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+        """Make a run that has read the first of `requests`: batch_size of them, or as many as memory allows."""
+        size = self._batch_size(requests, rule, width)
         while True:
             batch = requests[: self.limits.batch_size or size]
-            loop = self._loop(batch, config, stream)
+            run = self._new_run(batch, rule, width, noise)
             try:
-                loop.begin()
-                return loop
+                run.begin()
+                return run
             except Warning:  # which the caller has made an error
                 raise
             except Exception as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
-                    loop.fail(range(len(batch)), error)
-                    return loop
-            loop.close()
+                    run.fail(range(len(batch)), error)
+                    return run
+            run.close()
             self.limits.halve_batch(len(batch))
             free_memory()
 
-    def _batch_size(self, requests: list[Request], config: StarsConfig) -> int:
+    def _batch_size(self, requests: list[Request], rule: Rule, width: int | Literal["auto"]) -> int:
+        config = self.config
         if config.batch_size != "auto":
             return config.batch_size
         tokens = max(min(len(r.prompt.ids) + config.max_new_tokens, self.limit) for r in requests)
-        width = config.max_attempts if config.width == "auto" else min(config.width, config.max_attempts)
-        segment_size = min(config.segment_size, config.max_new_tokens)
-        return auto_batch_size(self.lm, self.reward_models, tokens, width, segment_size)
+        plan = self._first_plan(rule)
+        width = plan.attempts if width == "auto" else min(width, plan.attempts)
+        return auto_batch_size(self.lm, self.reward_models, tokens, width, min(plan.size, config.max_new_tokens))
 
-    def _loop(self, requests: list[Request], config: StarsConfig, stream: int) -> Loop:
+    def _first_plan(self, rule: Rule) -> Plan:
+        return rule.plan(Answer(key=0, prompt=[], limit=self.config.max_new_tokens))
+
+    def _new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+        config = self.config
         assert config.seed is not None
         answers = [
             Answer(
@@ -247,6 +255,7 @@ class Engine:
                 prompt=r.prompt.ids,
                 limit=min(config.max_new_tokens, self.limit - len(r.prompt.ids)),
                 find_stop=self._find_stop(r.index),
+                max_new_tokens=config.max_new_tokens,
             )
             for r in requests
         ]
@@ -255,8 +264,9 @@ class Engine:
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
         processors = self.rules.batch([r.index for r in requests])
         proposer = ModelProposer(self.lm, graphs, fuse=self.unfused is None, hidden=hidden, processors=processors)
-        cost = round_cost(self.lm, self.reward_models, config.segment_size, graphs is not None)
-        return Loop(proposer, scorer, config, answers, self.eos, stream, self.limits, cost)
+        cost = round_cost(self.lm, self.reward_models, self._first_plan(rule).size, graphs is not None)
+        played = Round(proposer, scorer, rule, config.sampling, answers, self.eos, noise)
+        return Run(played, width, self.limits, cost)
 
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""
@@ -275,23 +285,23 @@ class Engine:
 
     def _run_batch(self, requests: list[Request], bar: Progress) -> Generator[StarsEvent, None, int]:
         """Decode the first of `requests`, as many as make a batch; returns their number."""
-        loop = self._begin(requests, self.config, STREAM_SAMPLE)
-        batch = list(zip(requests, loop.answers, [Told(self.told) for _ in loop.answers], strict=False))
+        run = self._begin(requests, self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
+        batch = list(zip(requests, run.answers, [Told(self.told) for _ in run.answers], strict=False))
         try:
-            for turn in loop.rounds():
+            for turn in run.rounds():
                 for request, answer, told in (batch[p] for p in turn):
-                    result, before = self._result(request, answer, loop.seconds), told.tokens
+                    result, before = self._result(request, answer, run.seconds), told.tokens
                     if result is not None or len(answer.tokens) > before:
                         bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
-                        yield self._event(request, answer, told, result, loop.seconds)
+                        yield self._event(request, answer, told, result, run.seconds)
         except BaseException:
             for request, answer, _ in batch:
                 if answer.active:
                     answer.finish_reason = "interrupted"
-                self._result(request, answer, loop.seconds)
+                self._result(request, answer, run.seconds)
             raise
         finally:
-            loop.close()
+            run.close()
         return len(batch)
 
     def _event(
@@ -330,7 +340,7 @@ class Engine:
             config=self.config,
             request_id=request.id,
             prompt_reward=answer.prompt_reward,
-            segments=[segment for segment in answer.segments if segment.attempts],
+            segments=answer.segments,
             counts=answer.counts,
             seconds=dict(seconds) if self.calibration is None else {"calibrate": self.calibration.seconds, **seconds},
             calibration=self.calibration,

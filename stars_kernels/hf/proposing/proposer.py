@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Settle, together
+from stars_kernels.decoder.protocols import Commit, Proposal, Rows, Settle, together
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.cache.hidden import HiddenStates
@@ -52,10 +52,6 @@ class ModelProposer:
         self.hidden = hidden
         self.head: Tensor | None = model.get_output_embeddings().weight if fuse else None
 
-    @property
-    def errors(self) -> dict[int, Exception]:
-        return {} if self.processors is None else self.processors.errors
-
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
@@ -75,7 +71,7 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.begin(torch.cat(states), self.logits, segment_size)
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
+    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
         self._read_last([p for p in dict.fromkeys(rows.owners) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
@@ -83,17 +79,17 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.open(len(wide))
         if self.graphs is None:
-            self.candidates = self._segment(rows, size, sampling, stream, eos)
-            return self.candidates
+            self.candidates = self._segment(rows, size, sampling, noise, eos)
+            return Proposal(self.candidates, {} if self.processors is None else self.processors.errors)
         self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
-        settings = (size, stream, *sampling.items())
+        settings = (size, noise, *sampling.items())
         storage = self.cache.storage
         if self.hidden is not None:
             storage += self.hidden.storage
-        tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, stream, eos), wide, settings, storage)
-        return tokens[: len(rows)]
+        tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, noise, eos), wide, settings, storage)
+        return Proposal(tokens[: len(rows)])
 
-    def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], stream: int, eos: Tensor) -> Tensor:
+    def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Tensor:
         """Draw `size` tokens of every row, [R, size]; on a GPU only processors wait for the host."""
         cache = self.cache
         cache.fork(rows.prompt)
@@ -108,10 +104,10 @@ class ModelProposer:
                 state, source = self.processors(rows, tokens[:, :step], logits, ended), None
             draws = (rows.key, rows.attempt, rows.position + step)
             if head is None or step == 0:
-                token, _ = ops.segment_sample(state, *draws, source=source, stream=stream, **sampling)
+                token, _ = ops.segment_sample(state, *draws, source=source, stream=noise, **sampling)
             else:
                 temperature = sampling["temperature"]
-                token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=stream)
+                token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=noise)
             tokens[:, step] = token
             last = step == size - 1
             # A look is free where nothing has to be waited for; processors wait anyway.

@@ -1,4 +1,4 @@
-"""The rising threshold and its calibration."""
+"""Calibration: r* and beta from the rewards of plain continuations."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-UNREACHABLE = 1e300
-"""A target no reward meets: with hard acceptance, a segment then falls back to the best of its attempts."""
-
-
-def start_reward(prompt_reward: float, target: float, alpha: float) -> float:
-    """r0 = (1 - alpha) r(x) + alpha r*."""
-    return (1 - alpha) * prompt_reward + alpha * target
-
-
-def threshold(tokens: Tensor, r0: Tensor, target: float, max_new_tokens: int) -> Tensor:
-    """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens); tokens (the candidate's included) and r0: float64."""
-    return (r0 + tokens * (target - r0) / max_new_tokens).clamp(max=target)
-
 
 def calibrate_target(rewards: Sequence[float], quantile: float) -> float:
     """r*: the `quantile` of the rewards of plain continuations."""

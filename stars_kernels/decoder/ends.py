@@ -1,0 +1,70 @@
+"""Where candidates end: at an end-of-sequence token, a stop, or the answer's last token; and which are broken."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.memory import is_out_of_memory
+from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.transfer import to_device, to_host
+
+
+@dataclass
+class Ends:
+    """lengths: [R] true tokens of each candidate. broken: [R] whether it holds a -1, or a stop could not be looked for.
+    stopped: [R] whether a stop ends it. errors: of the rows whose stop could not be looked for.
+    """
+
+    lengths: Tensor
+    broken: Tensor
+    stopped: Tensor
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+
+def find_ends(answers: Sequence[Answer], rows: Rows, tokens: Tensor, room: Tensor, eos: Tensor) -> Ends:
+    """Find the ends of candidates.
+
+    Waits for a GPU only where an answer has stops to be looked for.
+
+    Args:
+        tokens: [R, S] int64, -1 where a row's logits were not usable.
+        room: [R] tokens that each row may have.
+        eos: [E] end-of-sequence tokens.
+    """
+    size = tokens.shape[1]
+    is_end = torch.isin(tokens, eos)
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, size).clamp(max=room)
+    ends = Ends(lengths, torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths, dtype=torch.bool))
+    if any(answer.find_stop is not None for answer in answers):
+        _find_stops(answers, rows, tokens, ends)
+    inside = torch.arange(size, device=tokens.device) < ends.lengths[:, None]
+    ends.broken = ((tokens < 0) & inside).any(dim=1)
+    if ends.errors:
+        ends.broken[list(ends.errors)] = True
+    return ends
+
+
+def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:
+    """Shorten what a stop ends; an error is that of a candidate that may never be judged."""
+    lengths, candidates = to_host((ends.lengths, tokens))
+    for row, (slot, candidate) in enumerate(zip(rows.owners, candidates, strict=True)):
+        accepted, find_stop = answers[slot].tokens, answers[slot].find_stop
+        if find_stop is None:
+            continue
+        usable = itertools.takewhile(lambda token: token >= 0, candidate[: lengths[row]])
+        try:
+            stop = find_stop([*accepted, *usable], len(accepted))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            ends.errors[row] = error
+            continue
+        if stop is not None:
+            lengths[row], ends.stopped[row] = stop - len(accepted), True
+    (ends.lengths,) = to_device([lengths], tokens.device)

@@ -1,0 +1,11 @@
+"""Decoding rules: how the attempts at a segment come to be, and which of them is taken.
+
+A rule sees host numbers alone, no tensor and no model. `decoder/sequential.py` is the definition of decoding by a rule;
+the engine decodes many attempts and prompts at once and gives the same answers.
+"""
+
+from stars_kernels.decoder.rules.best_of import BestOf, BlockBestOf, Plain
+from stars_kernels.decoder.rules.rule import Plan, Rule, Verdict
+from stars_kernels.decoder.rules.stars import Stars
+
+__all__ = ["BestOf", "BlockBestOf", "Plain", "Plan", "Rule", "Stars", "Verdict"]

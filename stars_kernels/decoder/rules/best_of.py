@@ -1,0 +1,72 @@
+"""The best of several attempts: at the whole answer (best-of-N), or at each block of it; and plain sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+
+if TYPE_CHECKING:
+    from stars_kernels.decoder.answer import Answer, Candidate
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Sample n whole answers and take the one with the highest reward."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+
+    def plan(self, answer: Answer) -> Plan:
+        return Plan(answer.limit, self.n)
+
+    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+        return Verdict(best(candidates), "best" if len(candidates) == self.n else None)
+
+
+@dataclass(frozen=True)
+class Plain(BestOf):
+    """Sample one answer: the reward is told and decides nothing."""
+
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class BlockBestOf:
+    """Take the best of several attempts at each block of `segment_size` tokens.
+
+    n: attempts at a block, or one number per block; blocks behind its end take its last. A decaying schedule is
+        AdaSearch's (arXiv 2510.23334).
+    """
+
+    n: int | tuple[int, ...]
+    segment_size: int = 15
+
+    def __post_init__(self) -> None:
+        check_count("segment_size", self.segment_size)
+        if isinstance(self.n, list | tuple):
+            object.__setattr__(self, "n", tuple(self.n))
+            if not self.n:
+                raise ValueError("n is an empty schedule, expected the attempts at each block")
+        for count in self.schedule:
+            check_count("n", count)
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        return self.n if isinstance(self.n, tuple) else (self.n,)
+
+    def plan(self, answer: Answer) -> Plan:
+        return Plan(self.segment_size, self.schedule[min(answer.blocks, len(self.schedule) - 1)])
+
+    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+        done = len(candidates) == self.plan(answer).attempts
+        return Verdict(best(candidates), "best" if done else None)
+
+
+def check_count(name: str, count: object) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} is {count!r}, expected an integer >= 1")

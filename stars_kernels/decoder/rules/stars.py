@@ -1,0 +1,53 @@
+"""STARS (arXiv 2511.03827): a segment is sampled again until its reward passes a rising threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+
+if TYPE_CHECKING:
+    from stars_kernels.decoder.answer import Answer, Candidate
+
+
+@dataclass(frozen=True)
+class Stars:
+    """Take the first attempt that u < exp((r - tau) / beta) accepts; after max_attempts, the best of them.
+
+    The settings are those of `StarsConfig`; r* and beta are calibrated where they are None.
+    """
+
+    segment_size: int = 15
+    max_attempts: int = 20
+    alpha: float = 0.5
+    beta: float | None = None
+    reward_threshold: float | None = None
+    accept: Literal["soft", "hard"] = "soft"
+
+    def plan(self, answer: Answer) -> Plan:
+        return Plan(self.segment_size, self.max_attempts)
+
+    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+        last = candidates[-1]
+        last.threshold = self.threshold(answer, len(answer.tokens) + len(last.tokens))
+        if self.accepts(last):
+            return Verdict(len(candidates) - 1, "accepted")
+        return Verdict(best(candidates), "fallback" if len(candidates) == self.max_attempts else None)
+
+    def threshold(self, answer: Answer, tokens: int) -> float:
+        """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens), with r0 = (1 - alpha) r(x) + alpha r*."""
+        assert self.reward_threshold is not None, "r* is calibrated before anything is judged"
+        target = self.reward_threshold
+        start = (1 - self.alpha) * answer.prompt_reward + self.alpha * target
+        return min(target, start + tokens * (target - start) / answer.max_new_tokens)
+
+    def accepts(self, candidate: Candidate) -> bool:
+        """u < min(1, exp((r - tau) / beta)); hard: r >= tau."""
+        gap = candidate.reward - candidate.threshold
+        if self.accept == "hard":
+            return gap >= 0
+        assert self.beta is not None, "beta is calibrated before anything is judged"
+        return candidate.uniform < math.exp(min(0.0, gap / self.beta))

@@ -1,0 +1,123 @@
+"""Runs a batch of answers to their ends: whose turn it is, how wide, and with how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.errors import trace_taken_from
+from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.protocols import Proposer, Scorer, Settle
+from stars_kernels.decoder.round import Round, Trial
+from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
+
+
+@dataclass
+class Run:
+    """Runs one batch: `begin`, then `rounds`; the answers are readable at any time."""
+
+    round: Round
+    width: int | Literal["auto"] = "auto"
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
+    """Shrinks where memory runs out."""
+    cost: Cost = cpu_cost
+    """Of a round, on the device that it runs on: what width="auto" goes by."""
+
+    @staticmethod
+    def of(
+        proposer: Proposer,
+        scorer: Scorer,
+        config: StarsConfig,
+        answers: list[Answer],
+        eos: tuple[int, ...] = (),
+        cost: Cost = cpu_cost,
+    ) -> Run:
+        """Make a run by the rule, the sampling and the width of a config, with r* and beta."""
+        played = Round(proposer, scorer, config.resolved_rule, config.sampling, answers, eos)
+        return Run(played, config.width, cost=cost)
+
+    @property
+    def answers(self) -> list[Answer]:
+        return self.round.answers
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.round.seconds
+
+    def run(self) -> None:
+        """Bring every answer to its end or its error."""
+        self.begin()
+        for _ in self.rounds():
+            pass
+
+    def begin(self) -> None:
+        """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
+        self.round.begin()
+
+    def close(self) -> None:
+        """Free both sides' memory, whoever still refers to them: the frames of an error that is kept, for one."""
+        self.round.proposer.close()
+        self.round.scorer.close()
+
+    def rounds(self) -> Iterator[list[int]]:
+        """Bring every begun answer to its end or its error; yields the slots of every round, after it.
+
+        Until all that needs memory is done, a round changes nothing. So where memory runs out, it is tried again with
+        half the attempts, then with half the slots. Any other exception (of a model's forward, say) ends the answers
+        in the round; a warning that the caller has made an error ends the run.
+        """
+        history = AcceptanceHistory()
+        yield list(range(len(self.answers)))  # begun, or failed there
+        while active := [slot for slot, answer in enumerate(self.answers) if answer.active]:
+            turn = active[: self.limits.prompts]
+            widths = self._widths(turn, history)
+            again = False
+            settle: Settle | None = None
+            try:
+                trials, settle = self.round.play(turn, widths)
+                self._settle(trials, settle, history)
+            except Warning:  # which the caller has made an error
+                raise
+            except Exception as error:
+                again = settle is None and sum(widths) > 1 and is_out_of_memory(error)
+                if not again:
+                    self.fail(turn, error)
+            if again:  # out here nothing holds the round's tensors any more: the exception did
+                self._shrink(len(turn), max(widths))
+            else:
+                yield turn
+
+    def fail(self, slots: Sequence[int], error: Exception) -> None:
+        """End those of `slots` that have not ended."""
+        trace = trace_taken_from(error)
+        for slot in slots:
+            if self.answers[slot].active:
+                self.answers[slot].fail("the batch failed", error, trace)
+
+    def _settle(self, trials: Sequence[Trial], settle: Settle, history: AcceptanceHistory) -> None:
+        """Make what a judged round commits visible, and write the round on its answers."""
+        with self.round.timed("commit"):
+            settle()
+            for trial in trials:
+                self.round.book(trial)
+                if trial.fault is None and trial.verdict is not None:
+                    history.judged += trial.judged
+                    history.accepted += trial.verdict.outcome == "accepted"
+
+    def _shrink(self, slots: int, width: int) -> None:
+        self.limits.halve_round(slots, width)
+        self.round.proposer.release()
+        self.round.scorer.release()
+        free_memory()
+
+    def _widths(self, slots: Sequence[int], history: AcceptanceHistory) -> list[int]:
+        """How many attempts of each slot to decode side by side."""
+        plans = [self.round.rule.plan(self.answers[slot]) for slot in slots]
+        width = self.width
+        if width == "auto":
+            width = history.best_width(len(slots), max(plan.attempts for plan in plans), self.cost)
+        left = [plan.attempts - len(self.answers[slot].candidates) for slot, plan in zip(slots, plans, strict=True)]
+        return [min(width, self.limits.width or width, attempts) for attempts in left]
