@@ -5,7 +5,7 @@ import torch
 
 from stars_kernels.decoder import loop, transfer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.hf import cache
+from stars_kernels.hf import cache, proposer
 from stars_kernels.hf.graphs import SegmentGraphs
 from stars_kernels.hf.hidden import HiddenStates
 from stars_kernels.hf.models import view_of
@@ -51,7 +51,8 @@ def waits(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(transfer, "_uploaded", unseen(transfer._uploaded, None))
+    for module in (loop, proposer):
+        monkeypatch.setattr(module, "to_device", unseen(transfer.to_device, None))
     for module in (loop, cache):
         monkeypatch.setattr(module, "to_host", unseen(transfer.to_host, "to_host"))
 
