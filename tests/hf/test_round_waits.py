@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from stars_kernels.decoder import loop, transfer
+from stars_kernels.decoder import ends, round, transfer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.cache import fork as cache
+from stars_kernels.hf.proposing import proposer
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
@@ -53,8 +54,9 @@ def waits(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(transfer, "_uploaded", unseen(transfer._uploaded, None))
-    for module in (loop, cache):
+    for module in (ends, round, proposer):
+        monkeypatch.setattr(module, "to_device", unseen(transfer.to_device, None))
+    for module in (ends, round, cache):
         monkeypatch.setattr(module, "to_host", unseen(transfer.to_host, "to_host"))
 
     def seen(name, real):
