@@ -1,6 +1,6 @@
 """What a round of the engine costs on a GPU: its phases' kernels and launches, and the seconds of these, by formula.
 
-A round is that of stars_kernels/decoder/loop.py and stars_kernels/hf, in three phases: a step for the last
+A round is that of stars_kernels/decoder/round.py and stars_kernels/hf, in three phases: a step for the last
 token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from
 stored logits; the reward model's pass over all rows, decisions and commits. The model lets the host wait after each
 phase, where the engine waits once a round. A CUDA graph holds the second phase alone.

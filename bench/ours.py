@@ -14,8 +14,8 @@ from bench.common import Judge, Result
 from bench.machine import Forward
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
+from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
@@ -85,7 +85,7 @@ def ours_decode(
     answers = [Answer(key, ids, config.max_new_tokens) for key, ids in zip(keys, prompts, strict=True)]
     proposer = ModelProposer(lm_view, graphs, fuse=model.device.type == "cuda")
     cost = round_cost(lm_view, [rm_view.base_model], config.segment_size, graphs is not None)
-    Loop(proposer, scorer, config, answers, cost=cost).run()
+    Run.of(proposer, scorer, config, answers, cost=cost).run()
     for answer in answers:
         if answer.error is not None:
             raise answer.error

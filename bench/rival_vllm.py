@@ -31,7 +31,8 @@ from bench.arguments import output_file, whole
 from bench.common import Judge, Result, check_plain
 from bench.decode import SEGMENTS, Job, make_job
 from stars_kernels import StarsConfig
-from stars_kernels.decoder.threshold import start_reward, threshold
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.rules import Stars
 from stars_kernels.ops import accept
 from stars_kernels.ops.accept import ACCEPTED, NAN, RETRY
 
@@ -52,8 +53,8 @@ def align(
 ) -> list[Result]:
     """STARS over two engines. config: with reward_threshold and beta; keys: of each request, for its decisions."""
     check_plain(config)
-    target, beta = config.reward_threshold, config.beta
-    assert target is not None and beta is not None
+    rule, beta = config.resolved_rule, config.beta
+    assert isinstance(rule, Stars) and beta is not None
     prompt_rewards = score([list(prompt) for prompt in prompts])
     results = [Result(reward=reward) for reward in prompt_rewards]
     judged = [0] * len(prompts)  # attempts at the segment under decision
@@ -69,9 +70,8 @@ def align(
 
         rewards, taus = torch.zeros(2, len(active), width, dtype=torch.float64)
         for i, p in enumerate(active):
-            start = torch.tensor(start_reward(prompt_rewards[p], target, config.alpha), dtype=torch.float64)
-            end = torch.tensor(positions[i] + sizes[i], dtype=torch.float64)
-            taus[i] = threshold(end, start, target, config.max_new_tokens)
+            answer = Answer(keys[p], prompts[p], config.max_new_tokens, prompt_reward=prompt_rewards[p])
+            taus[i] = rule.threshold(answer, positions[i] + sizes[i])
             for column in range(widths[i]):
                 reward = next(scored)
                 if judges is not None:

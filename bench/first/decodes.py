@@ -19,8 +19,8 @@ from bench.naive import naive_decode
 from bench.report import CheckError
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.loop import Loop
 from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
@@ -103,7 +103,7 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
     proposer = Stopwatch(ModelProposer(view_of(model), segments), clock, "propose", "commit")
     scorer = Stopwatch(ClassifierScorer(view_of(rm), label=0), clock, "score", "commit")
     answers = [Answer(request_key(SEED, p), ids, config.max_new_tokens) for p, ids in enumerate(prompts)]
-    loop = Loop(proposer, scorer, config, answers)
+    loop = Run.of(proposer, scorer, config, answers)
     seconds = []
     try:
         prefill, _ = clock.whole(loop.begin)

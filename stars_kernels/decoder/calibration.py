@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+
 def calibrate_target(rewards: Sequence[float], quantile: float) -> float:
     """r*: the `quantile` of the rewards of plain continuations."""
     return torch.tensor(rewards, dtype=torch.float64).quantile(quantile).item()

@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stars_kernels.decoder.answer import Answer, Candidate
 from stars_kernels.decoder.ends import Ends, find_ends
 from stars_kernels.decoder.faults import Fault, faults_of
@@ -80,7 +77,7 @@ class Round:
                 answer.fail(f"the reward of the empty answer is {rewards[slot]}, expected a finite number")
 
     def play(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[Trial], Settle]:
-        """Try widths[i] attempts for slots[i]. Nothing that a repeat would see has changed before the result is settled.
+        """Try widths[i] attempts for slots[i]. Nothing that a repeat would see changes before the result is settled.
 
         On a GPU the host issues all of it ahead and waits once, for what `judge` reads. What it has to see before (stop
         strings, logits processors, rewards of texts) it waits for there.
@@ -94,7 +91,9 @@ class Round:
     def rows(self, slots: Sequence[int], widths: Sequence[int]) -> Rows:
         """One row per attempt, grouped by slot: the next attempts at each one's segment."""
         owners = [slot for slot, width in zip(slots, widths, strict=True) for _ in range(width)]
-        attempts = [len(self.answers[slot].candidates) + i for slot, n in zip(slots, widths, strict=True) for i in range(n)]
+        attempts = [
+            len(self.answers[slot].candidates) + i for slot, n in zip(slots, widths, strict=True) for i in range(n)
+        ]
         keys, positions = [self.answers[s].key for s in owners], [len(self.answers[s].tokens) for s in owners]
         return Rows(owners, *to_device((owners, attempts, keys, positions), self.proposer.device))
 
@@ -116,11 +115,11 @@ class Round:
     def judge(
         self, rows: Rows, slots: Sequence[int], widths: Sequence[int], proposal: Proposal, ends: Ends, scores: Scores
     ) -> list[Trial]:
-        """Let the rule judge each slot's candidates in their order, until one is taken, or one that failed is reached."""
+        """Let the rule judge each slot's candidates in order, until one is taken or one that failed is reached."""
         with self.timed("judge"):
-            columns = (scores.rewards, ends.broken, proposal.tokens, ends.lengths, ends.stopped, scores.read, rows.key, rows.position, rows.attempt)
-            rewards, broken, tokens, lengths, stopped, read, *drawn = to_host(columns)
-            uniform = accept_uniform(*(torch.tensor(column) for column in drawn)).tolist()
+            uniforms = accept_uniform(rows.key, rows.position, rows.attempt)  # [R]
+            columns = (scores.rewards, uniforms, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
+            rewards, uniform, tokens, lengths, stopped, broken, read = to_host(columns)
             faults = faults_of(rewards, broken, proposal.errors, scores.errors, ends.errors)
             trials, head = [], 0
             for slot, width in zip(slots, widths, strict=True):
@@ -165,8 +164,9 @@ class Round:
         if not host:
             return together([])
         with self.timed("commit"):
-            slot, row, length, advance, last_token = to_device([*zip(*host, strict=True), last], self.proposer.device)
-            commit = Commit(host, slot, row, length, advance.bool(), last_token)
+            columns = to_device([*zip(*host, strict=True), last], self.proposer.device)
+            slots, rows, lengths, advance, last_tokens = columns
+            commit = Commit(host, slots, rows, lengths, advance.bool(), last_tokens)
             return together([self.proposer.commit(commit), self.scorer.commit(commit)])
 
     def book(self, trial: Trial) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
-from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposer, Scorer, Settle
 from stars_kernels.decoder.round import Round, Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.answer import Answer, FindStop
+from stars_kernels.decoder.calibration import calibrate_beta, calibrate_target
 from stars_kernels.decoder.config import StarsConfig, shown
 from stars_kernels.decoder.errors import like, message_of, with_cause
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
@@ -24,7 +25,6 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, Plan, Rule, Stars
 from stars_kernels.decoder.scheduler import Run
-from stars_kernels.decoder.calibration import calibrate_beta, calibrate_target
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
@@ -195,8 +195,10 @@ class Engine:
             target = calibrate_target(rewards, config.calibration_quantile)
         if beta is None and rule.accept == "soft":
             beta = calibrate_beta(rewards, target, config.calibration_acceptance)
-        found = {"reward_threshold": target, "beta": beta}
-        self.config = config.replace(**(found if config.rule is None else {"rule": replace(rule, **found)}))
+        if config.rule is None:
+            self.config = config.replace(reward_threshold=target, beta=beta)
+        else:
+            self.config = config.replace(rule=replace(rule, reward_threshold=target, beta=beta))
         self.calibration = Calibration(
             rewards=rewards,
             sampled=sum(answer.counts.sampled for answer in answers),
@@ -240,8 +242,8 @@ class Engine:
             return config.batch_size
         tokens = max(min(len(r.prompt.ids) + config.max_new_tokens, self.limit) for r in requests)
         plan = self._first_plan(rule)
-        width = plan.attempts if width == "auto" else min(width, plan.attempts)
-        return auto_batch_size(self.lm, self.reward_models, tokens, width, min(plan.size, config.max_new_tokens))
+        attempts = plan.attempts if width == "auto" else min(width, plan.attempts)
+        return auto_batch_size(self.lm, self.reward_models, tokens, attempts, min(plan.size, config.max_new_tokens))
 
     def _first_plan(self, rule: Rule) -> Plan:
         return rule.plan(Answer(key=0, prompt=[], limit=self.config.max_new_tokens))

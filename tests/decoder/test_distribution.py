@@ -10,11 +10,13 @@ import math
 import pytest
 import torch
 
-from stars_kernels.decoder import loop as loop_module
+from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.loop import Loop
-from stars_kernels.decoder.protocols import Scores
+from stars_kernels.decoder.protocols import Proposal, Scores
+from stars_kernels.decoder.rules import Stars, Verdict
+from stars_kernels.decoder.rules.rule import best
+from stars_kernels.decoder.scheduler import Run
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
 from tests.chi_square import chi_square
@@ -49,7 +51,6 @@ class Table:
 
     def __init__(self, world):
         self.logits, self.rewards = world
-        self.errors = {}
 
     def begin(self, prompts, max_new_tokens, segment_size):
         self.length = torch.zeros(len(prompts), dtype=torch.int64)
@@ -57,14 +58,14 @@ class Table:
         self.tail = torch.zeros_like(self.length)
         return Scores(self.rewards[0, 0].expand(len(prompts)).clone())
 
-    def propose(self, rows, size, sampling, stream, eos):
+    def propose(self, rows, size, sampling, noise, eos):
         value, tokens = self.value[rows.prompt], []
         for step in range(size):
             row = self.logits[rows.position + step, value]
-            token, _ = segment_sample(row, rows.key, rows.attempt, rows.position + step, stream=stream, **sampling)
+            token, _ = segment_sample(row, rows.key, rows.attempt, rows.position + step, stream=noise, **sampling)
             tokens.append(token)
             value = value * V + token
-        return torch.stack(tokens, dim=1)
+        return Proposal(torch.stack(tokens, dim=1))
 
     def score(self, rows, tokens, lengths):
         self.candidate = self.value[rows.prompt]
@@ -96,7 +97,7 @@ def run(world, config, seed):
     for start in range(0, DECODES, size):
         table = Table(world)
         batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, start + size)]
-        Loop(table, Scorer(table), config, batch, eos=(EOS,)).run()
+        Run.of(table, Scorer(table), config, batch, eos=(EOS,)).run()
         answers += [tuple(answer.tokens) for answer in batch]
     return answers
 
@@ -199,31 +200,28 @@ def one_attempt_more(monkeypatch):
 
 
 def tau_one_segment_early(monkeypatch):
-    right = loop_module.threshold
-    monkeypatch.setattr(loop_module, "threshold", lambda n, *rest: right((n - 2).clamp(min=0), *rest))
+    right = Stars.threshold
+    monkeypatch.setattr(Stars, "threshold", lambda self, answer, tokens: right(self, answer, max(tokens - 2, 0)))
     return BASE
 
 
 def fallback_before_accept(monkeypatch):
-    right = loop_module.accept
+    right = Stars.judge
 
-    def wrong(rewards, valid, thresholds, keys, position, first_attempt, *rest, **settings):
-        columns = first_attempt[:, None] + torch.arange(rewards.shape[1])
-        last = columns == settings["max_attempts"] - 1  # goes to the fallback without being tested
-        thresholds = thresholds.masked_fill(last, math.inf)
-        return right(rewards, valid, thresholds, keys, position, first_attempt, *rest, **settings)
+    def wrong(self, answer, candidates):
+        verdict = right(self, answer, candidates)
+        last = len(candidates) == self.max_attempts  # goes to the fallback without being tested
+        return Verdict(best(candidates), "fallback") if last else verdict
 
-    monkeypatch.setattr(loop_module, "accept", wrong)
+    monkeypatch.setattr(Stars, "judge", wrong)
     return BASE
 
 
 def one_u_for_all_segments(monkeypatch):
-    right = loop_module.accept
-
-    def wrong(rewards, valid, thresholds, keys, position, *rest, **settings):
-        return right(rewards, valid, thresholds, keys, torch.zeros_like(position), *rest, **settings)
-
-    monkeypatch.setattr(loop_module, "accept", wrong)
+    right = round_module.accept_uniform
+    monkeypatch.setattr(
+        round_module, "accept_uniform", lambda key, position, attempt: right(key, position * 0, attempt)
+    )
     return BASE
 
 

@@ -133,7 +133,7 @@ def test_trace_and_counts_add_up(lm, rm):
             else:
                 assert segment.attempts == config.max_attempts
                 assert segment.reward == max(segment.rewards)
-        assert set(output.seconds) == {"prefill", "propose", "score", "accept", "commit"}
+        assert set(output.seconds) == {"prefill", "propose", "score", "judge", "commit"}
         packing = {"content_hash", "packed_linear", "packed_swiglu"}
         assert set(output.backends) == {*stars_kernels.backends(), "linear"} - packing
 

@@ -5,7 +5,7 @@ import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.loop import Loop
+from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.cache.prefill import PREFILL_TOKENS, packed_chunks
 from stars_kernels.hf.proposing.proposer import ModelProposer
@@ -71,7 +71,7 @@ def test_prompts_longer_than_a_packed_forward():
 
 def loop_of(lm, rm, config, prompts=PROMPTS):
     answers = [Answer(request_key(0, p), prompt, config.max_new_tokens) for p, prompt in enumerate(prompts)]
-    return Loop(ModelProposer(view_of(lm)), ClassifierScorer(view_of(rm), 0), config, answers)
+    return Run.of(ModelProposer(view_of(lm)), ClassifierScorer(view_of(rm), 0), config, answers)
 
 
 def poison(cache):

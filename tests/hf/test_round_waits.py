@@ -6,8 +6,8 @@ import torch
 from stars_kernels.decoder import ends, round, transfer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.cache import fork as cache
-from stars_kernels.hf.proposing import proposer
 from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.proposing import proposer
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer

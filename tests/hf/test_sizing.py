@@ -174,13 +174,13 @@ def test_a_reward_model_on_the_cpu_bounds_no_batch(llama, monkeypatch):
 
 def batches(monkeypatch, lm, rm, count, **settings):
     """The sizes of the batches that a decode of `count` prompts has, and its answers."""
-    sizes, loop = [], Engine._loop
+    sizes, new_run = [], Engine._new_run
 
     def noted(self, requests, *args):
         sizes.append(len(requests))
-        return loop(self, requests, *args)
+        return new_run(self, requests, *args)
 
-    monkeypatch.setattr(Engine, "_loop", noted)
+    monkeypatch.setattr(Engine, "_new_run", noted)
     outputs = stars_kernels.decode(lm, rm, PROMPTS[:count], request_ids=range(count), **{**SET, **settings})
     return sizes, [output.token_ids for output in outputs]
 

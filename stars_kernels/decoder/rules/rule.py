@@ -25,7 +25,7 @@ class Plan:
 
 
 class Verdict(NamedTuple):
-    """What follows from the attempts so far: candidate `chosen` is taken, or is the one to remember until there are more.
+    """What follows from the attempts so far: candidate `chosen` is taken, or is the best until there are more.
 
     chosen: index of a candidate. outcome: None = one more attempt is wanted.
     """
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 class Rule(Protocol):
-    """Decides a segment. Both methods are functions of their arguments, so that an answer does not depend on its batch."""
+    """Decides a segment, by nothing but the methods' arguments, so that an answer does not depend on its batch."""
 
     def plan(self, answer: Answer) -> Plan:
         """Plan the answer's next segment. No later plan of an answer is for more tokens than its first."""
