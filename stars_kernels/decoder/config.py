@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import numbers
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal
 
+from stars_kernels.decoder.checks import SEED_BITS, check, check_count, check_number, is_int, plain
 from stars_kernels.decoder.rules import Rule, Stars
 from stars_kernels.ops.philox import MAX_ATTEMPTS, MAX_POSITIONS
 from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 RULE_SETTINGS = tuple(field.name for field in dataclasses.fields(Stars))
 """Of `Stars`, which are keywords of their own."""
-SEED_BITS = 4096
-"""Of the largest seed or request id: it is hashed as decimal digits, of which Python writes a few thousand at most."""
 
 
 @dataclass(frozen=True)
@@ -81,81 +76,67 @@ class StarsConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("eos_token_id", "stop_strings") and value is not None:  # one or a list are admitted
-                value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
-            object.__setattr__(self, field.name, _plain(value))
-        for name in ("segment_size", "max_attempts", "max_new_tokens", "calibration_samples"):
-            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer >= 1")
-        self._check("max_attempts", self.max_attempts < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
-        self._check("calibration_samples", self.calibration_samples < MAX_ATTEMPTS, f"less than {MAX_ATTEMPTS}")
-        self._check("max_new_tokens", self.max_new_tokens < MAX_POSITIONS, f"less than {MAX_POSITIONS}")
-        self._number("alpha", lambda x: 0 <= x <= 1, "a number in [0, 1]")
-        self._number("beta", lambda x: x > 0, "a finite number > 0", optional=True)
-        self._number("reward_threshold", lambda x: True, "a finite number", optional=True)
-        self._check("accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
-        self._check(
+                value = tuple(map(plain, value if isinstance(value, list | tuple) else [value]))
+            object.__setattr__(self, field.name, plain(value))
+        rule = self._checked_rule()
+        for name in RULE_SETTINGS if self.rule is None else ():  # as it has normalised them
+            object.__setattr__(self, name, getattr(rule, name))
+        check_count(self, "max_new_tokens", MAX_POSITIONS)
+        check_count(self, "calibration_samples", MAX_ATTEMPTS)
+        check(
+            self,
             "do_sample",
             self.do_sample is True,
             "True: without sampling all attempts at a segment would be equal",
         )
-        self._number(
+        check_number(
+            self,
             "temperature",
             lambda x: MIN_TEMPERATURE <= x <= MAX_TEMPERATURE,
             "1e-30 to 1e30: at 0 all attempts at a segment would be equal",
         )
-        self._check(
+        check(
+            self,
             "top_k",
-            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 0 and self.top_k != 1),
+            self.top_k is None or (is_int(self.top_k) and self.top_k >= 0 and self.top_k != 1),
             "an integer >= 2, or None or 0 for off: with 1 all attempts at a segment would be equal",
         )
-        self._number("top_p", lambda x: 0 < x <= 1, "in (0, 1]", optional=True)
-        self._number("min_p", lambda x: 0 <= x < 1, "in [0, 1)", optional=True)
-        if self.rule is not None:
-            self._check_rule()
-        self._check("pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
+        check_number(self, "top_p", lambda x: 0 < x <= 1, "in (0, 1]", optional=True)
+        check_number(self, "min_p", lambda x: 0 <= x < 1, "in [0, 1)", optional=True)
+        check(self, "pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
         for name in ("graphs", "progress"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        valid = self.seed is None or (_is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
-        self._check("seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
-        self._check("width", self.width == "auto" or (_is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
-        valid = self.batch_size == "auto" or (_is_int(self.batch_size) and self.batch_size >= 1)
-        self._check("batch_size", valid, 'an integer >= 1 or "auto"')
+            check(self, name, isinstance(getattr(self, name), bool), "True or False")
+        valid = self.seed is None or (is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
+        check(self, "seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
+        check(self, "width", self.width == "auto" or (is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
+        valid = self.batch_size == "auto" or (is_int(self.batch_size) and self.batch_size >= 1)
+        check(self, "batch_size", valid, 'an integer >= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
-        valid = eos is None or (isinstance(eos, tuple) and all(_is_int(i) for i in eos))
-        self._check("eos_token_id", valid, "an id, a list of ids, or None")
+        valid = eos is None or (isinstance(eos, tuple) and all(is_int(i) for i in eos))
+        check(self, "eos_token_id", valid, "an id, a list of ids, or None")
         valid = isinstance(stops, tuple) and all(isinstance(s, str) and s for s in stops)
-        self._check("stop_strings", valid, "non-empty strings")
+        check(self, "stop_strings", valid, "non-empty strings")
         for name in ("calibration_quantile", "calibration_acceptance"):
-            self._number(name, lambda x: 0 < x < 1, "in (0, 1)")
+            check_number(self, name, lambda x: 0 < x < 1, "in (0, 1)")
 
-    def _check_rule(self) -> None:
-        self._check("rule", hasattr(self.rule, "plan") and hasattr(self.rule, "judge"), "a rule such as BestOf(8)")
-        given = [f.name for f in dataclasses.fields(Stars) if getattr(self, f.name) != f.default]
-        if given:
-            kind = type(self.rule).__name__
-            raise ValueError(
-                f"{given[0]} is given beside rule={kind}(...), which takes its settings itself; expected none of "
-                f"{', '.join(RULE_SETTINGS)}"
-            )
-
-    def _check(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} is {shown(getattr(self, name))}, expected {expected}")
-
-    def _number(self, name: str, valid: Callable[[float], bool], expected: str, optional: bool = False) -> None:
-        """Make the field a float; None stays where it is admitted."""
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        number = finite(value)
-        self._check(name, number is not None and valid(number), expected)
-        object.__setattr__(self, name, number)
+    def _checked_rule(self) -> Rule:
+        """The rule, made of the settings of STARS where none is given; both is refused."""
+        if self.rule is None:
+            return Stars(**{name: getattr(self, name) for name in RULE_SETTINGS})
+        is_rule = not isinstance(self.rule, type) and hasattr(self.rule, "plan") and hasattr(self.rule, "judge")
+        check(self, "rule", is_rule, "a rule such as BestOf(8)")
+        defaults = {field.name: field.default for field in dataclasses.fields(Stars)}
+        for name in RULE_SETTINGS:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} is given beside rule={self.rule!r}, which has its own settings; expected no {name}="
+                )
+        return self.rule
 
     @property
     def resolved_rule(self) -> Rule:
-        """The rule, with the settings of STARS where none is given."""
-        if self.rule is not None:
-            return self.rule
-        return Stars(**{name: getattr(self, name) for name in RULE_SETTINGS})
+        """The rule, made of the settings of STARS where none is given."""
+        return self._checked_rule()
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -183,34 +164,3 @@ def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Ma
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
             raise TypeError(f"unknown setting {name!r}{hint}")
     return config.replace(**given) if isinstance(config, StarsConfig) else StarsConfig(**given)
-
-
-def _plain(value: Any) -> Any:
-    """Any library's integer as Python's own; all else as it is."""
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def finite(value: object) -> float | None:
-    """Return a number of any kind and library as a float; None where it is no number, or no finite float holds it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
-        return None
-    try:
-        number = float(value)
-    except (OverflowError, ValueError):  # an integer or a fraction that is too large; a signalling NaN
-        return None
-    return number if math.isfinite(number) else None
-
-
-class _Shown(reprlib.Repr):
-    """`repr` cut to a line: Python refuses to write an integer of many thousand digits."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if x.bit_length() <= SEED_BITS else f"<an integer of {x.bit_length()} bits>"
-
-
-shown = _Shown().repr
-"""Write a value that was found, for an error message."""

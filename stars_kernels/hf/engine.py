@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.calibration import calibrate_beta, calibrate_target
-from stars_kernels.decoder.config import StarsConfig, shown
+from stars_kernels.decoder.checks import shown
+from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import like, message_of, with_cause
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput

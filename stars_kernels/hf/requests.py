@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.config import SEED_BITS, shown
+from stars_kernels.decoder.checks import SEED_BITS, shown
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.text.prompts import Codec, Prompt

@@ -8,7 +8,7 @@ import pytest
 
 import stars_kernels
 from stars_kernels import StarsConfig
-from stars_kernels.decoder.config import finite
+from stars_kernels.decoder.checks import finite
 
 LARGE = (2**31, 2**63, 2**64, 10**400, 10**5000)
 COUNTS = ("segment_size", "max_attempts", "max_new_tokens", "width", "batch_size", "calibration_samples")

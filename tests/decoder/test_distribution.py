@@ -14,7 +14,7 @@ from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposal, Scores
-from stars_kernels.decoder.rules import Stars, Verdict
+from stars_kernels.decoder.rules import BestOf, BlockBestOf, Plain, Stars, Verdict
 from stars_kernels.decoder.rules.rule import best
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.ops import segment_sample
@@ -102,10 +102,19 @@ def run(world, config, seed):
     return answers
 
 
+def sizes_and_attempts(config, block):
+    rule = config.rule
+    if rule is None:
+        return config.segment_size, config.max_attempts
+    if isinstance(rule, BestOf):
+        return DEPTH, rule.n
+    return rule.segment_size, rule.schedule[min(block, len(rule.schedule) - 1)]
+
+
 def closed_form(world, config):
     """{answer: probability} of the sequential algorithm."""
     logits, rewards = world
-    target, attempts = config.reward_threshold, config.max_attempts
+    target = config.reward_threshold or 0.0  # of no meaning where the best is taken
     r0 = (1 - config.alpha) * rewards[0, 0].item() + config.alpha * target
 
     def index(answer):
@@ -117,22 +126,28 @@ def closed_form(world, config):
             scores = scores.masked_fill(scores < scores.topk(config.top_k).values[-1], -math.inf)
         return scores.softmax(0).tolist()
 
-    def candidates(answer):
+    def candidates(answer, size):
         for first, p in enumerate(next_token(answer)):
-            if first == EOS:
+            if first == EOS or size == 1:
                 yield (first,), p
             else:
-                for second, q in enumerate(next_token((*answer, first))):
-                    yield (first, second), p * q
+                for rest, q in candidates((*answer, first), size - 1):
+                    yield (first, *rest), p * q
 
-    def segment(answer):
+    def segment(answer, block):
         """[(candidate, P(it is chosen))]"""
         rows = []
-        for candidate, p in candidates(answer):
+        size, attempts = sizes_and_attempts(config, block)
+        for candidate, p in candidates(answer, min(size, DEPTH - len(answer))):
             n = len(answer) + len(candidate)
             r = rewards[n, index(answer + candidate)].item()
             tau = min(target, r0 + n * (target - r0) / config.max_new_tokens)
-            a = float(r >= tau) if config.accept == "hard" else min(1.0, math.exp(min(0.0, (r - tau) / config.beta)))
+            if config.rule is not None:
+                a = 0.0  # the best of all is taken
+            elif config.accept == "hard":
+                a = float(r >= tau)
+            else:
+                a = min(1.0, math.exp(min(0.0, (r - tau) / config.beta)))
             rows.append((candidate, p, r, a))
         accept = sum(p * a for _, p, _, a in rows)
         tries = sum((1 - accept) ** i for i in range(attempts))
@@ -145,13 +160,13 @@ def closed_form(world, config):
 
     result = {}
 
-    def walk(answer, probability):
-        for candidate, p in segment(answer):
+    def walk(answer, probability, block=0):
+        for candidate, p in segment(answer, block):
             longer = answer + candidate
             if longer[-1] == EOS or len(longer) == DEPTH:
                 result[longer] = result.get(longer, 0.0) + probability * p
             elif p > 0:
-                walk(longer, probability * p)
+                walk(longer, probability * p, block + 1)
 
     walk((), 1.0)
     return result
@@ -185,6 +200,16 @@ CASES = {
     "hard": BASE.replace(accept="hard", reward_threshold=0.6),
     "fallback-always": BASE.replace(accept="hard", reward_threshold=50.0, max_attempts=4),
 }
+
+
+RULES = {
+    "plain": Plain(),
+    "best-of-3": BestOf(3),
+    "best-of-4-by-blocks": BlockBestOf(4, segment_size=2),
+    "decaying-schedule": BlockBestOf((4, 2), segment_size=1),
+}
+PLAIN = StarsConfig(max_new_tokens=DEPTH, top_k=None, temperature=2.0, seed=0, width=2)
+CASES |= {name: PLAIN.replace(rule=rule) for name, rule in RULES.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -223,6 +248,31 @@ def one_u_for_all_segments(monkeypatch):
         round_module, "accept_uniform", lambda key, position, attempt: right(key, position * 0, attempt)
     )
     return BASE
+
+
+def one_of_n_fewer(monkeypatch):
+    def wrong(self, answer, candidates):
+        return Verdict(best(candidates), "best" if len(candidates) == self.n - 1 else None)
+
+    monkeypatch.setattr(BestOf, "judge", wrong)
+    return PLAIN.replace(rule=BestOf(3))
+
+
+def the_last_of_a_block(monkeypatch):
+    right = BlockBestOf.judge
+    monkeypatch.setattr(BlockBestOf, "judge", lambda self, *args: right(self, *args)._replace(chosen=len(args[1]) - 1))
+    return PLAIN.replace(rule=RULES["decaying-schedule"])
+
+
+def a_schedule_that_never_decays(monkeypatch):
+    monkeypatch.setattr(Answer, "blocks", 0)
+    return PLAIN.replace(rule=RULES["decaying-schedule"])
+
+
+@pytest.mark.parametrize("plant", [one_of_n_fewer, the_last_of_a_block, a_schedule_that_never_decays])
+def test_planted_fault_of_a_rule_is_caught(world, monkeypatch, plant):
+    config = plant(monkeypatch)
+    assert p_value(run(world, config, seed=1), closed_form(world, config)) < P_VALUE
 
 
 @pytest.mark.parametrize(

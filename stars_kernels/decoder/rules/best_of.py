@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stars_kernels.decoder.checks import check, check_count, is_int, plain
 from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
     from stars_kernels.decoder.answer import Answer, Candidate
@@ -19,7 +21,7 @@ class BestOf:
     n: int
 
     def __post_init__(self) -> None:
-        check_count("n", self.n)
+        check_count(self, "n", MAX_ATTEMPTS)
 
     def plan(self, answer: Answer) -> Plan:
         return Plan(answer.limit, self.n)
@@ -47,16 +49,15 @@ class BlockBestOf:
     segment_size: int = 15
 
     def __post_init__(self) -> None:
-        check_count("segment_size", self.segment_size)
+        check_count(self, "segment_size")
         if isinstance(self.n, list | tuple):
-            object.__setattr__(self, "n", tuple(self.n))
-            if not self.n:
-                raise ValueError("n is an empty schedule, expected the attempts at each block")
-        for count in self.schedule:
-            check_count("n", count)
+            object.__setattr__(self, "n", tuple(map(plain, self.n)))
+        valid = all(is_int(count) and 1 <= count < MAX_ATTEMPTS for count in self.schedule)
+        check(self, "n", valid and bool(self.schedule), "an integer >= 1, or a list of them, one for each block")
 
     @property
     def schedule(self) -> tuple[int, ...]:
+        """Attempts at each block; the last number goes on."""
         return self.n if isinstance(self.n, tuple) else (self.n,)
 
     def plan(self, answer: Answer) -> Plan:
@@ -65,8 +66,3 @@ class BlockBestOf:
     def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
         done = len(candidates) == self.plan(answer).attempts
         return Verdict(best(candidates), "best" if done else None)
-
-
-def check_count(name: str, count: object) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} is {count!r}, expected an integer >= 1")

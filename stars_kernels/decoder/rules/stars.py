@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from stars_kernels.decoder.checks import check, check_count, check_number
 from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
     from stars_kernels.decoder.answer import Answer, Candidate
@@ -26,6 +28,14 @@ class Stars:
     beta: float | None = None
     reward_threshold: float | None = None
     accept: Literal["soft", "hard"] = "soft"
+
+    def __post_init__(self) -> None:
+        check_count(self, "segment_size")
+        check_count(self, "max_attempts", MAX_ATTEMPTS)
+        check_number(self, "alpha", lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        check_number(self, "beta", lambda x: x > 0, "a finite number > 0", optional=True)
+        check_number(self, "reward_threshold", lambda x: True, "a finite number", optional=True)
+        check(self, "accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
 
     def plan(self, answer: Answer) -> Plan:
         return Plan(self.segment_size, self.max_attempts)

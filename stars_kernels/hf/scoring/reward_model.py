@@ -11,7 +11,7 @@ from typing import TypeGuard, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.decoder.config import finite, shown
+from stars_kernels.decoder.checks import finite, shown
 from stars_kernels.hf.loading.language_model import ModelOrPath, check_path, check_tokenizer
 from stars_kernels.hf.scoring.function import RewardFunction
 from stars_kernels.hf.scoring.process import REDUCE, Reduce
