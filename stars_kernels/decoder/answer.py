@@ -8,26 +8,10 @@ from dataclasses import dataclass, field
 
 from stars_kernels.decoder.errors import message_of, with_cause
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
-from stars_kernels.decoder.rules import Plan, Verdict
+from stars_kernels.decoder.rules import Candidate, Plan, Verdict
 
 FindStop = Callable[[list[int], int], int | None]
 """(answer tokens, tokens accepted before) -> answer tokens up to the one that ends the answer, or None."""
-
-
-@dataclass
-class Candidate:
-    """An attempt at a segment, as a rule sees it.
-
-    tokens: of the segment, up to its end. reward: of the answer with them. uniform: the attempt's random number in
-    (0, 1), u(a). stopped: whether a stop string or criterion ends the answer with them. threshold: what a rule with a
-    threshold asked of it.
-    """
-
-    tokens: list[int]
-    reward: float
-    uniform: float
-    stopped: bool = False
-    threshold: float = math.nan
 
 
 @dataclass

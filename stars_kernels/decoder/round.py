@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from stars_kernels.decoder.answer import Answer, Candidate
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
 from stars_kernels.decoder.faults import Fault, faults_of
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
-from stars_kernels.decoder.rules import Rule, Verdict
+from stars_kernels.decoder.rules import Candidate, Rule, Verdict
 from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniform
 

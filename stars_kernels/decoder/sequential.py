@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.answer import Answer, Candidate
-from stars_kernels.decoder.rules import Rule
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.rules import Candidate, Rule
 from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniform
 from stars_kernels.ops.segment_sample import segment_sample_ref
 

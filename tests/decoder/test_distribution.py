@@ -14,8 +14,7 @@ from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposal, Scores
-from stars_kernels.decoder.rules import BestOf, BlockBestOf, Plain, Stars, Verdict
-from stars_kernels.decoder.rules.rule import best
+from stars_kernels.decoder.rules import BestOf, BlockBestOf, Plain, Stars, Verdict, best
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from stars_kernels.decoder.checks import check, check_count, is_int, plain
-from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+from stars_kernels.decoder.rules.rule import Candidate, Plan, Progress, Verdict, best
 from stars_kernels.ops.philox import MAX_ATTEMPTS
-
-if TYPE_CHECKING:
-    from stars_kernels.decoder.answer import Answer, Candidate
 
 
 @dataclass(frozen=True)
@@ -23,10 +19,10 @@ class BestOf:
     def __post_init__(self) -> None:
         check_count(self, "n", MAX_ATTEMPTS)
 
-    def plan(self, answer: Answer) -> Plan:
+    def plan(self, answer: Progress) -> Plan:
         return Plan(answer.limit, self.n)
 
-    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
         return Verdict(best(candidates), "best" if len(candidates) == self.n else None)
 
 
@@ -60,9 +56,9 @@ class BlockBestOf:
         """Attempts at each block; the last number goes on."""
         return self.n if isinstance(self.n, tuple) else (self.n,)
 
-    def plan(self, answer: Answer) -> Plan:
+    def plan(self, answer: Progress) -> Plan:
         return Plan(self.segment_size, self.schedule[min(answer.blocks, len(self.schedule) - 1)])
 
-    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
         done = len(candidates) == self.plan(answer).attempts
         return Verdict(best(candidates), "best" if done else None)

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from stars_kernels.decoder.answer import Answer, Candidate
+from typing import Literal, NamedTuple, Protocol
 
 Outcome = Literal["accepted", "fallback", "best"]
 """How a candidate came to be taken: it passed the rule's test, or none did, or there was no test but to be the best."""
+
+
+@dataclass
+class Candidate:
+    """An attempt at a segment, as a rule sees it.
+
+    tokens: of the segment, up to its end. reward: of the answer with them. uniform: the attempt's random number in
+    (0, 1), u(a). stopped: whether a stop string or criterion ends the answer with them. threshold: what a rule with a
+    threshold asked of it.
+    """
+
+    tokens: list[int]
+    reward: float
+    uniform: float
+    stopped: bool = False
+    threshold: float = math.nan
+
+
+class Progress(Protocol):
+    """What a rule sees of an answer (`decoder.answer.Answer`) while its next segment is under decision."""
+
+    tokens: list[int]
+    """Of the segments that are decided."""
+    prompt_reward: float
+    """r(x), of the empty answer."""
+    limit: int
+    """Tokens the answer may have."""
+    max_new_tokens: int
+    """The budget, which is more than `limit` where the context ends sooner."""
+
+    @property
+    def blocks(self) -> int:
+        """How many segments are decided."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +68,10 @@ class Verdict(NamedTuple):
 class Rule(Protocol):
     """Decides a segment, by nothing but the methods' arguments, so that an answer does not depend on its batch."""
 
-    def plan(self, answer: Answer) -> Plan:
+    def plan(self, answer: Progress) -> Plan:
         """Plan the answer's next segment. No later plan of an answer is for more tokens than its first."""
 
-    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
         """Judge the last of `candidates`; those before it were judged before, and none of them was taken."""
 
 

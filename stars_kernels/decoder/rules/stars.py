@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from stars_kernels.decoder.checks import check, check_count, check_number
-from stars_kernels.decoder.rules.rule import Plan, Verdict, best
+from stars_kernels.decoder.rules.rule import Candidate, Plan, Progress, Verdict, best
 from stars_kernels.ops.philox import MAX_ATTEMPTS
-
-if TYPE_CHECKING:
-    from stars_kernels.decoder.answer import Answer, Candidate
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,17 @@ class Stars:
         check_number(self, "reward_threshold", lambda x: True, "a finite number", optional=True)
         check(self, "accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
 
-    def plan(self, answer: Answer) -> Plan:
+    def plan(self, answer: Progress) -> Plan:
         return Plan(self.segment_size, self.max_attempts)
 
-    def judge(self, answer: Answer, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
         last = candidates[-1]
         last.threshold = self.threshold(answer, len(answer.tokens) + len(last.tokens))
         if self.accepts(last):
             return Verdict(len(candidates) - 1, "accepted")
         return Verdict(best(candidates), "fallback" if len(candidates) == self.max_attempts else None)
 
-    def threshold(self, answer: Answer, tokens: int) -> float:
+    def threshold(self, answer: Progress, tokens: int) -> float:
         """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens), with r0 = (1 - alpha) r(x) + alpha r*."""
         assert self.reward_threshold is not None, "r* is calibrated before anything is judged"
         target = self.reward_threshold
