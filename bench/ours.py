@@ -35,7 +35,7 @@ class _Judged:
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         scores = self.scorer.score(rows, tokens, lengths)
-        columns = (rows.prompt, rows.position // self.segment_size, rows.attempt, scores.rewards)
+        columns = (rows.slot, rows.position // self.segment_size, rows.attempt, scores.rewards)
         judged = [self.judges[p](*given) for p, *given in zip(*(c.tolist() for c in columns), strict=True)]
         scores.rewards = torch.tensor(judged, dtype=torch.float64, device=scores.rewards.device)
         return scores

@@ -164,7 +164,7 @@ def test_graphs_of_a_batch_are_those_of_the_code():
         wide = padded(Rows(one.tolist(), one, one, one, one), bucket_of(len(one)))
         peak = max(peak, len(wide))  # the buffers grow with the largest round
         before = len(seen), graphs.replays
-        graphs.run(lambda rows: rows.prompt[:, None], wide, "settings", peak)
+        graphs.run(lambda rows: rows.slot[:, None], wide, "settings", peak)
         expected.append((graphs.replays > before[1], len(seen) > before[0]))
     assert [(s.graph, s.captured) for s in batch.steps] == expected
     assert batch.counts == {"rounds": 10, "eager": sum(not g for g, _ in expected), "capturing": len(seen)}

@@ -53,7 +53,7 @@ def find_ends(answers: Sequence[Answer], rows: Rows, tokens: Tensor, room: Tenso
 def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:
     """Shorten what a stop ends; an error is that of a candidate that may never be judged."""
     lengths, candidates = to_host((ends.lengths, tokens))
-    for row, (slot, candidate) in enumerate(zip(rows.owners, candidates, strict=True)):
+    for row, (slot, candidate) in enumerate(zip(rows.slots, candidates, strict=True)):
         accepted, find_stop = answers[slot].tokens, answers[slot].find_stop
         if find_stop is None:
             continue

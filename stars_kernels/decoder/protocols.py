@@ -32,37 +32,37 @@ def together(settles: Sequence[Settle]) -> Settle:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a round, grouped by prompt; every tensor is [R] int64."""
+    """The rows of a round, grouped by slot; every tensor is [R] int64."""
 
-    owners: Sequence[int]
-    """`prompt` on the host, where nothing has to wait for it."""
+    slots: Sequence[int]
+    """`slot` on the host, where nothing has to wait for it."""
 
-    prompt: Tensor
+    slot: Tensor
     attempt: Tensor
     key: Tensor
     position: Tensor
     """Answer tokens accepted so far."""
 
     def __len__(self) -> int:
-        return self.prompt.shape[0]
+        return self.slot.shape[0]
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.prompt, self.attempt, self.key, self.position
+        return self.slot, self.attempt, self.key, self.position
 
-    def map(self, change: Callable[[Tensor], Tensor], owners: Sequence[int]) -> Rows:
-        """Return rows of these owners, with every tensor changed."""
-        return Rows(owners, *map(change, self.columns))
+    def map(self, change: Callable[[Tensor], Tensor], slots: Sequence[int]) -> Rows:
+        """Return rows of these slots, with every tensor changed."""
+        return Rows(slots, *map(change, self.columns))
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What a round decided, for each of its prompts; every tensor is [C]."""
+    """What a round decided, for each of its slots; every tensor is [C]."""
 
     host: Sequence[tuple[int, int, int, bool]]
-    """(prompt, row, length, advance) of each, on the host."""
+    """(slot, row, length, advance) of each, on the host."""
 
-    prompt: Tensor
+    slot: Tensor
     row: Tensor
     """The row whose suffix is written behind the prefix (the winner or the best so far); -1 = none."""
     length: Tensor

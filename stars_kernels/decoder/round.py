@@ -90,17 +90,17 @@ class Round:
 
     def rows(self, slots: Sequence[int], widths: Sequence[int]) -> Rows:
         """One row per attempt, grouped by slot: the next attempts at each one's segment."""
-        owners = [slot for slot, width in zip(slots, widths, strict=True) for _ in range(width)]
+        of_rows = [slot for slot, width in zip(slots, widths, strict=True) for _ in range(width)]
         attempts = [
             len(self.answers[slot].candidates) + i for slot, n in zip(slots, widths, strict=True) for i in range(n)
         ]
-        keys, positions = [self.answers[s].key for s in owners], [len(self.answers[s].tokens) for s in owners]
-        return Rows(owners, *to_device((owners, attempts, keys, positions), self.proposer.device))
+        keys, positions = [self.answers[s].key for s in of_rows], [len(self.answers[s].tokens) for s in of_rows]
+        return Rows(of_rows, *to_device((of_rows, attempts, keys, positions), self.proposer.device))
 
     def propose(self, rows: Rows, slots: Sequence[int]) -> tuple[Proposal, Ends]:
         """Sample a candidate for every row, from one shared prefix per slot, and find where it ends."""
         plans = {slot: self.rule.plan(self.answers[slot]) for slot in slots}
-        sizes = [self.answers[slot].size(plans[slot]) for slot in rows.owners]
+        sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
         with self.timed("propose"):
             proposal = self.proposer.propose(rows, max(sizes), self.sampling, self.noise, self._eos)
         with self.timed("judge"):

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.output import StarsOutput
+from stars_kernels.decoder.rules import Rule
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.loading.language_model import unwrapped
 from stars_kernels.hf.loading.reward_model import TokenizerMissing
@@ -78,6 +79,7 @@ def generate(
     calibration_quantile: float = 0.9,
     calibration_acceptance: float = 0.25,
     progress: bool = True,
+    rule: Rule | None = None,
     **model_kwargs: Any,
 ) -> Tensor | StarsGenerateOutput:
     """STARS decoding for `model.generate(**inputs, do_sample=True, custom_generate=stars_kernels.generate, ...)`.

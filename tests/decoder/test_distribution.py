@@ -58,7 +58,7 @@ class Table:
         return Scores(self.rewards[0, 0].expand(len(prompts)).clone())
 
     def propose(self, rows, size, sampling, noise, eos):
-        value, tokens = self.value[rows.prompt], []
+        value, tokens = self.value[rows.slot], []
         for step in range(size):
             row = self.logits[rows.position + step, value]
             token, _ = segment_sample(row, rows.key, rows.attempt, rows.position + step, stream=noise, **sampling)
@@ -67,7 +67,7 @@ class Table:
         return Proposal(torch.stack(tokens, dim=1))
 
     def score(self, rows, tokens, lengths):
-        self.candidate = self.value[rows.prompt]
+        self.candidate = self.value[rows.slot]
         for step in range(tokens.shape[1]):
             self.candidate = torch.where(step < lengths, self.candidate * V + tokens[:, step], self.candidate)
         return Scores(self.rewards[rows.position + lengths, self.candidate])
@@ -75,8 +75,8 @@ class Table:
     def commit(self, commit):
         def settle():
             written = commit.row >= 0
-            self.tail[commit.prompt[written]] = self.candidate[commit.row[written]]
-            moved = commit.prompt[commit.advance]
+            self.tail[commit.slot[written]] = self.candidate[commit.row[written]]
+            moved = commit.slot[commit.advance]
             self.value[moved] = self.tail[moved]
             self.length[moved] += commit.length[commit.advance]
 

@@ -68,12 +68,12 @@ def test_calibration_and_early_ends_too(lm, rm, graphs, monkeypatch):
 
 def rows_of(count, first=0):
     index = torch.arange(first, first + count)
-    return Rows(owners=(index // 4).tolist(), prompt=index // 4, attempt=index, key=index + 100, position=index * 0 + 7)
+    return Rows(slots=(index // 4).tolist(), slot=index // 4, attempt=index, key=index + 100, position=index * 0 + 7)
 
 
 def test_padded_rows_repeat_the_last():
     rows = padded(rows_of(5), 8)
-    assert rows.prompt.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert rows.slot.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert rows.attempt.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     assert rows.key.tolist()[4:] == [104] * 4
 

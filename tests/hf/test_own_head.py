@@ -176,7 +176,7 @@ def test_a_segment_waits_for_nothing(monkeypatch, fuse):
     proposer.begin([[1, 2, 3], [40]], 20, 5)
     proposer.hidden.open(6)
     index = torch.arange(6)
-    rows = Rows(owners=(index // 3).tolist(), prompt=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
+    rows = Rows(slots=(index // 3).tolist(), slot=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
     sampling, eos = StarsConfig(top_k=None).sampling, torch.tensor([257])
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, None)

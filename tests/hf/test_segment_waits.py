@@ -46,7 +46,7 @@ def proposer(request):
 def test_a_segment(proposer, monkeypatch, filters):
     sampling = StarsConfig(**filters).sampling
     index = torch.arange(6)
-    rows = Rows(owners=(index // 3).tolist(), prompt=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
+    rows = Rows(slots=(index // 3).tolist(), slot=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
     eos = torch.tensor([257])
     for name in ("tolist", "cpu", "numpy"):  # no operators, on a CPU
         monkeypatch.setattr(torch.Tensor, name, None)

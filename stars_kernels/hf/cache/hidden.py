@@ -87,7 +87,7 @@ class HiddenStates:
 
         It shows once the result is called.
         """
-        here = (commit.prompt,)
+        here = (commit.slot,)
         new = self.logits[commit.row.clamp(min=0)].where(commit.row[:, None] >= 0, self.best_logits[here])
         best = self.best_logits.index_put(here, new)
         after = logits.index_put(here, new.where(commit.advance[:, None], logits[here]))

@@ -31,9 +31,9 @@ def bucket_of(rows: int) -> int:
 
 def padded(rows: Rows, count: int) -> Rows:
     """`rows` with its last one repeated up to `count`; still grouped by prompt."""
-    index = torch.arange(count, device=rows.prompt.device).clamp(max=len(rows) - 1)
-    owners = [*rows.owners, *[rows.owners[-1]] * (count - len(rows))]
-    return rows.map(lambda column: column[index], owners)
+    index = torch.arange(count, device=rows.slot.device).clamp(max=len(rows) - 1)
+    slots = [*rows.slots, *[rows.slots[-1]] * (count - len(rows))]
+    return rows.map(lambda column: column[index], slots)
 
 
 @functools.cache
@@ -119,7 +119,7 @@ class SegmentGraphs:
             self._seen.add(key)
             return segment(rows)
         if key not in self._captured:
-            static = rows.map(torch.clone, owners=())  # which change from round to round: a segment reads none
+            static = rows.map(torch.clone, slots=())  # which change from round to round: a segment reads none
             self._captured[key] = static, self._capture(lambda: segment(static))
         static, replay = self._captured[key]
         for place, column in zip(static.columns, rows.columns, strict=True):

@@ -181,7 +181,7 @@ class BatchProcessors:
         """
         scores = logits.to(torch.float32, copy=True)
         done = ended.tolist()
-        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=rows.owners.__getitem__):
+        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=rows.slots.__getitem__):
             index = list(group)
             scores[index] = self._process(prompt, index, suffix[index], logits[index]).to(scores)
         return scores

@@ -72,7 +72,7 @@ class ModelProposer:
             self.hidden.begin(torch.cat(states), self.logits, segment_size)
 
     def propose(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
-        self._read_last([p for p in dict.fromkeys(rows.owners) if p in self.unread])
+        self._read_last([p for p in dict.fromkeys(rows.slots) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
         wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
@@ -81,7 +81,7 @@ class ModelProposer:
         if self.graphs is None:
             self.candidates = self._segment(rows, size, sampling, noise, eos)
             return Proposal(self.candidates, {} if self.processors is None else self.processors.errors)
-        self.cache.fork(wide.prompt)  # its buffers grow before their place is asked for
+        self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
         settings = (size, noise, *sampling.items())
         storage = self.cache.storage
         if self.hidden is not None:
@@ -92,11 +92,11 @@ class ModelProposer:
     def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Tensor:
         """Draw `size` tokens of every row, [R, size]; on a GPU only processors wait for the host."""
         cache = self.cache
-        cache.fork(rows.prompt)
+        cache.fork(rows.slot)
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
-        source: Tensor | None = rows.prompt  # every first token comes from its prompt's one row of logits
+        source: Tensor | None = rows.slot  # every first token comes from its prompt's one row of logits
         head = self.head if is_unfiltered(sampling) else None
         for step in range(size):
             if self.processors is not None:
@@ -131,13 +131,13 @@ class ModelProposer:
     def commit(self, commit: Commit) -> Settle:
         settles = []
         if self.hidden is not None:
-            settles.append(self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance))
+            settles.append(self.cache.commit(commit.slot, commit.row, commit.length, commit.advance))
             settles.append(self.hidden.commit(commit, self.logits))
             last_token, unread = self.last_token, self.unread
         else:  # a candidate's last token was not read, so its keys and values are not among the suffix's
-            settles.append(self.cache.commit(commit.prompt, commit.row, commit.length - 1, commit.advance))
-            last = commit.last_token.where(commit.advance, self.last_token[commit.prompt])
-            last_token = self.last_token.index_put((commit.prompt,), last)
+            settles.append(self.cache.commit(commit.slot, commit.row, commit.length - 1, commit.advance))
+            last = commit.last_token.where(commit.advance, self.last_token[commit.slot])
+            last_token = self.last_token.index_put((commit.slot,), last)
             unread = self.unread.union(p for p, _, _, advance in commit.host if advance)
         if self.processors is not None:
             settles.append(self.processors.commit(commit, self.candidates))

@@ -45,7 +45,7 @@ class ClassifierScorer:
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         ids, counts = tokens.to(self.device), lengths.to(self.device)
-        self.cache.fork(rows.prompt.to(self.device))
+        self.cache.fork(rows.slot.to(self.device))
 
         def forward(chunk: slice) -> Tensor:
             self.cache.select(chunk)
@@ -57,7 +57,7 @@ class ClassifierScorer:
         return Scores(rewards.to(tokens.device), lengths)
 
     def commit(self, commit: Commit) -> Settle:
-        return self.cache.commit(commit.prompt, commit.row, commit.length, commit.advance)
+        return self.cache.commit(commit.slot, commit.row, commit.length, commit.advance)
 
     def release(self) -> None:
         self.cache.release()

@@ -41,7 +41,7 @@ class LikelihoodScorer:
         return Scores(torch.zeros(len(prompts), dtype=torch.float64), tokens * len(self.sides))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        first, *second = [side.score(rows.prompt, tokens, lengths).to(tokens.device) for side in self.sides]
+        first, *second = [side.score(rows.slot, tokens, lengths).to(tokens.device) for side in self.sides]
         return Scores(first - second[0] if second else first, lengths * len(self.sides))
 
     def commit(self, commit: Commit) -> Settle:
@@ -116,7 +116,7 @@ class _Likelihood:
         return self.row_total
 
     def commit(self, commit: Commit) -> Settle:
-        columns = (commit.prompt, commit.row, commit.length, commit.advance)
+        columns = (commit.slot, commit.row, commit.length, commit.advance)
         prompt, row, length, advance = (column.to(self.device) for column in columns)
         settle_cache = self.cache.commit(prompt, row, length, advance)
         found, grown = row >= 0, prompt[advance]

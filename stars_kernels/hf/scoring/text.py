@@ -36,8 +36,8 @@ class TextScorer(ABC, Generic[Input]):
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         self.rows = [t[:n] for t, n in zip(*to_host((tokens, lengths)), strict=True)]
-        answers = [self.accepted[p] + c for p, c in zip(rows.owners, self.rows, strict=True)]
-        return self._scores(list(rows.owners), answers)
+        answers = [self.accepted[p] + c for p, c in zip(rows.slots, self.rows, strict=True)]
+        return self._scores(list(rows.slots), answers)
 
     def commit(self, commit: Commit) -> Settle:
         def settle() -> None:
