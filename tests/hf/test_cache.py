@@ -113,7 +113,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
     )
     loop = loop_of(lm, rm, config)
     loop.begin()
-    caches = loop.proposer.cache, loop.scorer.cache
+    caches = loop.round.proposer.cache, loop.round.scorer.cache
     for cache in caches:
         poison(cache)
         watch(cache)
@@ -151,7 +151,7 @@ def test_memory_of_a_round(lm, rm, width):
     loop = loop_of(lm, rm, config)
     loop.run()
     slots = sum(len(prompt) + config.max_new_tokens for prompt in PROMPTS)
-    for cache in (loop.proposer.cache, loop.scorer.cache):
+    for cache in (loop.round.proposer.cache, loop.round.scorer.cache):
         tokens = slots + max(width, 1) * len(PROMPTS) * config.segment_size
         per_token = lm.config.num_hidden_layers * 2 * lm.config.num_key_value_heads * lm.config.head_dim * 8
         assert cache.kv_tokens == tokens

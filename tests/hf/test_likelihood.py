@@ -100,7 +100,7 @@ def test_every_accepted_token_is_read_once_by_each_model(lm, policy, ratio):
     config = SIZES.replace(reward_threshold=-1e6, beta=1.0, accept="hard", width=1)  # every first attempt is taken
     loop = loop_with(lm, policy, lm if ratio else None, config)
     loop.begin()
-    shapes = [count_forwards(side.model) for side in loop.scorer.sides]
+    shapes = [count_forwards(side.model) for side in loop.round.scorer.sides]
     for _ in loop.rounds():
         pass
     sides = 2 if ratio else 1
@@ -137,7 +137,7 @@ def test_fp32_rewards_are_bit_equal_whatever_the_width(monkeypatch, limit):
     loops = [loop_with(lm, policy, lm, RATIO.replace(width=width), EOS_IDS) for width in (1, 2, 5, 20)]
     rewards = []
     for loop in loops:
-        for model in (loop.proposer.model, *(side.model for side in loop.scorer.sides)):
+        for model in (loop.round.proposer.model, *(side.model for side in loop.round.scorer.sides)):
             assert pack(model) > 0
         decided(loop)
         rewards.append([segment.rewards for answer in loop.answers for segment in answer.segments])

@@ -137,7 +137,7 @@ def test_forwards_are_those_of_the_segments_and_no_more(lm):
     config = CONFIGS["hard"].replace(reward_threshold=-100.0, width=3, max_new_tokens=8)  # every first attempt is taken
     loop = loop_with(lm, linear(), config)
     loop.begin()
-    shapes = count_forwards(loop.proposer.model)
+    shapes = count_forwards(loop.round.proposer.model)
     for _ in loop.rounds():
         pass
     assert shapes == 8 * [[3 * len(PROMPTS), 1]]
@@ -151,11 +151,11 @@ def test_segments_as_graphs(lm, width, fuse):
     """A replay writes the memory that it was captured with; a stand-in for CUDA's capture checks that it is in use."""
 
     def capture(run):
-        place = loop.proposer.hidden.storage
+        place = loop.round.proposer.hidden.storage
         result = run()
 
         def replay():
-            assert loop.proposer.hidden.storage == place
+            assert loop.round.proposer.hidden.storage == place
             result.copy_(run())
             return result
 
