@@ -21,8 +21,8 @@ from bench.schedule import Job
 from stars_kernels import StarsConfig
 from stars_kernels.decoder import width as decoder_width
 from stars_kernels.hf import sizing
-from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposing import graphs, proposer
+from stars_kernels.hf.cache import open_cache, prefill
+from stars_kernels.hf.proposing import graphs
 from stars_kernels.hf.sizing import Gpu, round_cost
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops.triton import fork_attention
@@ -124,7 +124,7 @@ def test_numbers_that_are_the_packages():
     assert StarsConfig().batch_size == StarsConfig().width == "auto"
     assert StarsConfig().max_attempts == schedule.MAX_ATTEMPTS
     assert (sizing.MAX_BATCH, sizing.MEMORY_SHARE) == (schedule.MAX_BATCH, schedule.BATCH_SHARE)
-    assert (proposer.PREFILL_TOKENS, proposer.PREFILL_PIECES) == (costs.PREFILL_TOKENS, costs.PREFILL_PIECES)
+    assert (prefill.PREFILL_TOKENS, prefill.PREFILL_PIECES) == (costs.PREFILL_TOKENS, costs.PREFILL_PIECES)
     assert all(schedule.bucket_of(n) == graphs.bucket_of(n) for n in range(1, 2000))
     at = fork_attention
     assert (at.MAX_SPLITS, at.TARGET_PROGRAMS, at.SPLIT_KEYS) == (
@@ -330,7 +330,7 @@ def test_the_figures_of_the_readme_are_modelled(report):
     readme = " ".join((ROOT / "README.md").read_text().split())
     shipped, fused = map(figures, ("shipped / vLLM", "fused / vLLM, L2"))
     assert "reach {} of it for Llama-3-8B and {} for Qwen2.5-0.5B".format(*shipped) in readme
-    assert "would make that {} and {} of one".format(*fused) in readme
+    assert "would make that {} and {} of a vLLM".format(*fused) in readme
 
 
 def test_it_imports_no_torch():
