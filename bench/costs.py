@@ -28,7 +28,7 @@ from bench.kernels import (
 )
 from bench.schedule import Job, bucket_of
 
-ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths, thresholds, grids
+ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths and ends
 PREFILL_TOKENS, PREFILL_PIECES = 1024, 64  # tokens and prompts of one forward: stars_kernels/hf/proposing/proposer.py
 
 
@@ -76,7 +76,6 @@ def judging(job: Job, prompts: float, width: int, prefix: float, fused: bool) ->
             splits=splits(job, rows, job.segment),
         ),
         reward_head(m, "RM", rows),
-        Kernel("RM: accept", 17 * rows + 56 * prompts),
         Kernel("RM: bookkeeping", 0, launches=ROUND_LAUNCHES),
     ]  # fmt: skip
 

@@ -160,7 +160,7 @@ def conditions(args: argparse.Namespace) -> list[str]:
         f"an attempt is accepted with probability {args.acceptance:g} (a mean of {1 / args.acceptance:.3g} attempts), "
         f"whatever the segment; after {MAX_ATTEMPTS} the best is taken",
         "the reward model is as large as the language model, both in bf16 on one GPU; draws with top-k and top-p; "
-        "`accept` is the compiled kernel; everything that Triton compiles has been compiled before",
+        "everything that Triton compiles has been compiled before",
         f"activations that fit {L2_BYTES / 1e6:.0f} MB of L2 cost no bandwidth; a draw costs {RACE_FLOPS} fp32 "
         "operations a candidate",
         "a kernel takes the p-norm of its limits: the larger one where they are far apart, `ridge` times it where two "

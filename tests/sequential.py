@@ -3,14 +3,18 @@
 import torch
 
 from stars_kernels.decoder import sequential
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.ops.philox import request_key
 
 
-def sequential_answer(lm, rm, prompt, request_id, config, eos, process=lambda ids, logits: logits, stops=None):
+def sequential_answer(
+    lm, rm, prompt, request_id, config, eos, process=lambda ids, logits: logits, stops=None, limit=None
+):
     """The `Answer` of one prompt; config with r*, beta (where the rule has them) and seed given.
 
     rm: a sequence classifier, or a function of (prompt ids, answer ids) to a reward.
     process([1, T] token ids, [1, V] logits) -> [1, V] logits; stops(answer) -> whether it ends with its last token.
+    limit: tokens that the answer may have where the context ends sooner.
     """
 
     def logits(answer):
@@ -22,11 +26,10 @@ def sequential_answer(lm, rm, prompt, request_id, config, eos, process=lambda id
             return rm(prompt, answer)
         return rm(torch.tensor([prompt + answer])).logits[0, 0].item()
 
-    return sequential.decode(
-        logits, reward, config.resolved_rule, key=request_key(config.seed, request_id),
-        max_new_tokens=config.max_new_tokens, sampling=config.sampling, eos=eos,
-        stops=(lambda answer: False) if stops is None else stops,
-    )  # fmt: skip
+    limit = config.max_new_tokens if limit is None else min(limit, config.max_new_tokens)
+    answer = Answer(request_key(config.seed, request_id), prompt, limit, max_new_tokens=config.max_new_tokens)
+    stops = (lambda answer: False) if stops is None else stops
+    return sequential.decode(logits, reward, config.resolved_rule, answer, config.sampling, eos, stops)
 
 
 def sequential_decode(*args, **kwargs):

@@ -17,8 +17,8 @@ ORDER = ["versions", "ops", "decoder", "hf", "api"]
 """Of stars_kernels: what imports what stands before it."""
 ORDER_OF_HF = ["view", "cache", "loading", "text", "proposing", "scoring"]
 """Of hf: a folder imports those before it, and hf's own files; the engine imports all."""
-LINES = {"decoder/round.py": 205, "decoder/sequential.py": 75, "decoder/rules/*.py": 80}
-"""At most, docstrings included."""
+LINES = {"round.py": 199, "sequential.py": 59, "rules/stars.py": 59, "rules/best_of.py": 65}
+"""Of the decoder, at most, docstrings included; best_of.py has three rules."""
 
 
 def imported(file):
@@ -64,5 +64,5 @@ def test_no_circles():
 
 @pytest.mark.parametrize("pattern", LINES)
 def test_the_algorithm_stays_short(pattern):
-    found = {file.name: len(file.read_text().splitlines()) for file in (ROOT / "stars_kernels").glob(pattern)}
+    found = {file.name: len(file.read_text().splitlines()) for file in (ROOT / "stars_kernels/decoder").glob(pattern)}
     assert found and max(found.values()) <= LINES[pattern], found

@@ -1,1 +1,1 @@
-"""The STARS algorithm over two protocols, Proposer and Scorer; it knows no model library."""
+"""Decoding by a rule, over two protocols (Proposer and Scorer). It knows no model library."""

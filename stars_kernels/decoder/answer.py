@@ -1,4 +1,4 @@
-"""One prompt's answer while it grows: its tokens, its candidates, its books."""
+"""One prompt's answer while it grows: its tokens, the attempts at its next segment, its trace and counts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from stars_kernels.decoder.output import Counts, FinishReason, Segment
 from stars_kernels.decoder.rules import Candidate, Plan, Verdict
 
 FindStop = Callable[[list[int], int], int | None]
-"""(answer tokens, tokens accepted before) -> answer tokens up to the one that ends the answer, or None."""
+"""(answer tokens, how many of them are decided) -> answer tokens up to the one that ends the answer, or None."""
 
 
 @dataclass
 class Answer:
-    """One prompt on its way."""
+    """One prompt's answer, from the empty one to the end."""
 
     key: int
     prompt: Sequence[int]
@@ -33,7 +33,7 @@ class Answer:
     candidates: list[Candidate] = field(default_factory=list)
     """Judged attempts at the segment under decision."""
     chosen: int = -1
-    """Of the candidates, the one that is remembered; -1 = there is none yet."""
+    """Index of the candidate that was copied behind the prefix: the best so far; -1 = none yet."""
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
@@ -51,16 +51,16 @@ class Answer:
         return self.limit - len(self.tokens)
 
     @property
-    def blocks(self) -> int:
+    def decided(self) -> int:
         """Segments that are decided."""
         return len(self.segments) - bool(self.candidates)
 
     def size(self, plan: Plan) -> int:
-        """Tokens that an attempt may have."""
+        """Return the tokens that an attempt may have: the plan's, or the answer's room."""
         return min(plan.size, self.room)
 
     def add(self, candidates: Sequence[Candidate], verdict: Verdict, width: int) -> None:
-        """Write judged attempts, sampled `width` at a time, on the segment under decision."""
+        """Record judged attempts of a round of `width` at the segment under decision."""
         if not self.candidates:
             self.segments.append(Segment())
         self.candidates += candidates
@@ -92,9 +92,11 @@ class Answer:
         elif self.room == 0:
             self.finish_reason = "length" if self.limit == self.max_new_tokens else "context"
 
-    def fail(self, what: str, cause: Exception | None = None, trace: str | None = None) -> None:
-        """End the answer with an error; trace: as in `with_cause`."""
+    def fail(
+        self, what: str, cause: Exception | None = None, trace: str | None = None, segment: int | None = None
+    ) -> None:
+        """End the answer with an error; trace: as in `with_cause`; segment: None = the one under decision."""
         why = "" if cause is None else f": {type(cause).__name__}: {message_of(cause)}"
-        self.error = RuntimeError(f"segment {self.blocks}: {what}{why}")
+        self.error = RuntimeError(f"segment {self.decided if segment is None else segment}: {what}{why}")
         if cause is not None:
             with_cause(self.error, cause, trace)

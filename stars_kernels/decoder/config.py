@@ -47,13 +47,13 @@ class StarsConfig:
     rule: what decides; None = `Stars` of the settings above that it takes.
     """
 
-    segment_size: int = 15
-    max_attempts: int = 20
-    alpha: float = 0.5
-    beta: float | None = None
-    reward_threshold: float | None = None
+    segment_size: int = Stars.segment_size
+    max_attempts: int = Stars.max_attempts
+    alpha: float = Stars.alpha
+    beta: float | None = Stars.beta
+    reward_threshold: float | None = Stars.reward_threshold
     max_new_tokens: int = 128
-    accept: Literal["soft", "hard"] = "soft"
+    accept: Literal["soft", "hard"] = Stars.accept
     temperature: float = 1.0
     top_k: int | None = 40
     top_p: float | None = None
@@ -78,9 +78,12 @@ class StarsConfig:
             if field.name in ("eos_token_id", "stop_strings") and value is not None:  # one or a list are admitted
                 value = tuple(map(plain, value if isinstance(value, list | tuple) else [value]))
             object.__setattr__(self, field.name, plain(value))
-        rule = self._checked_rule()
-        for name in RULE_SETTINGS if self.rule is None else ():  # as it has normalised them
-            object.__setattr__(self, name, getattr(rule, name))
+        if self.rule is not None:
+            self._check_rule()
+        else:
+            stars = self.resolved_rule  # which checks its settings, and makes them plain numbers
+            for name in RULE_SETTINGS:
+                object.__setattr__(self, name, getattr(stars, name))
         check_count(self, "max_new_tokens", MAX_POSITIONS)
         check_count(self, "calibration_samples", MAX_ATTEMPTS)
         check(
@@ -119,24 +122,20 @@ class StarsConfig:
         for name in ("calibration_quantile", "calibration_acceptance"):
             check_number(self, name, lambda x: 0 < x < 1, "in (0, 1)")
 
-    def _checked_rule(self) -> Rule:
-        """The rule, made of the settings of STARS where none is given; both is refused."""
-        if self.rule is None:
-            return Stars(**{name: getattr(self, name) for name in RULE_SETTINGS})
+    def _check_rule(self) -> None:
+        """Refuse what is no rule, and settings of STARS beside one."""
         is_rule = not isinstance(self.rule, type) and hasattr(self.rule, "plan") and hasattr(self.rule, "judge")
         check(self, "rule", is_rule, "a rule such as BestOf(8)")
-        defaults = {field.name: field.default for field in dataclasses.fields(Stars)}
         for name in RULE_SETTINGS:
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) != getattr(Stars, name):
                 raise ValueError(
                     f"{name} is given beside rule={self.rule!r}, which has its own settings; expected no {name}="
                 )
-        return self.rule
 
     @property
     def resolved_rule(self) -> Rule:
         """The rule, made of the settings of STARS where none is given."""
-        return self._checked_rule()
+        return Stars(**{name: getattr(self, name) for name in RULE_SETTINGS}) if self.rule is None else self.rule
 
     @property
     def sampling(self) -> dict[str, Any]:

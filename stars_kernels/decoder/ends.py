@@ -17,7 +17,9 @@ from stars_kernels.decoder.transfer import to_device, to_host
 
 @dataclass
 class Ends:
-    """lengths: [R] true tokens of each candidate. broken: [R] whether it holds a -1, or a stop could not be looked for.
+    """Where the candidates of a round end.
+
+    lengths: [R] true tokens of each candidate. broken: [R] whether it holds a -1, or a stop could not be looked for.
     stopped: [R] whether a stop ends it. errors: of the rows whose stop could not be looked for.
     """
 
@@ -51,7 +53,7 @@ def find_ends(answers: Sequence[Answer], rows: Rows, tokens: Tensor, room: Tenso
 
 
 def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:
-    """Shorten what a stop ends; an error is that of a candidate that may never be judged."""
+    """Shorten the candidates that a stop ends. An error is kept with its row: it counts only if the row is judged."""
     lengths, candidates = to_host((ends.lengths, tokens))
     for row, (slot, candidate) in enumerate(zip(rows.slots, candidates, strict=True)):
         accepted, find_stop = answers[slot].tokens, answers[slot].find_stop

@@ -7,14 +7,29 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from stars_kernels.decoder.rules import Verdict
+
 BAD_LOGITS = "the logits hold nan or +inf, or are all -inf, expected finite numbers"
 
 
 class Fault(NamedTuple):
-    """What failed, and the exception that says so. It ends an answer once the row comes to be judged."""
+    """What is wrong with a row, and the exception behind it, if any. It ends the answer if the row is to be judged."""
 
     what: str
     cause: Exception | None
+
+
+def fault_of(verdict: Verdict, best: int, judged: int, planned: int) -> Fault | None:
+    """Return what is wrong with a rule's verdict on the last of `judged` attempts, of `planned` ones.
+
+    best: the attempt chosen by the verdict before, -1 = none: only its keys and values are kept beside the new one's.
+    """
+    if verdict.chosen not in (judged - 1, best) or verdict.chosen < 0:
+        allowed = f"{judged - 1}, the newest" + (f", or {best}, which it chose before" if best >= 0 else "")
+        return Fault(f"the rule chose attempt {verdict.chosen}, expected {allowed}", None)
+    if verdict.outcome is None and judged >= planned:
+        return Fault(f"the rule took none of the {planned} attempts that it planned", None)
+    return None
 
 
 def faults_of(

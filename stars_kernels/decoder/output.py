@@ -14,7 +14,7 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 class Segment:
     """One segment; the last of an interrupted answer may be undecided.
 
-    rewards, thresholds, lengths: of each judged attempt, its threshold tau and its tokens.
+    rewards, thresholds, lengths: of each judged attempt, its threshold tau (NaN where the rule has none), its tokens.
     widths: attempts decoded side by side, a round each.
     chosen: the attempt that was taken.
     outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken), "best" (a rule that
@@ -114,7 +114,7 @@ class StarsOutput:
     counts: the work done for this prompt, a `Counts`.
     seconds: wall seconds of the host by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
         A GPU's work shows where the host waits for it: at the end of a round, in "judge".
-    calibration: a `Calibration`; None where r* and beta were given.
+    calibration: a `Calibration`; None where r* and beta were given, or the rule has none.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
         were asked ("processors").
     memory_limits: what running out of memory halved, and to what: "batch_size", "prompts" of it in a round, "width".

@@ -1,8 +1,8 @@
 """The two sides of a round: a Proposer (the language model) and a Scorer (the reward model).
 
-A round knows prompts by their index in the batch. It is: propose -> score -> (the rule judges) -> commit. Any of
-these may run out of memory, so none changes what another attempt at the round would see: a commit shows only when the
-function that it returns is called.
+A round knows a request by its slot, the index in the batch. Its steps are propose, score, judge (by the rule) and
+commit. Any of them may run out of memory, and the round is then repeated. So none changes what the repeat would see: a
+commit shows only when the function that it returns is called.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rows:
     attempt: Tensor
     key: Tensor
     position: Tensor
-    """Answer tokens accepted so far."""
+    """Answer tokens decided so far."""
 
     def __len__(self) -> int:
         return self.slot.shape[0]
@@ -64,7 +64,7 @@ class Commit:
 
     slot: Tensor
     row: Tensor
-    """The row whose suffix is written behind the prefix (the winner or the best so far); -1 = none."""
+    """The row whose suffix is written behind the prefix: taken, or the best so far; -1 = none."""
     length: Tensor
     """Tokens of the segment that is written or, where row is -1, that already lies behind the prefix."""
     advance: Tensor
@@ -126,13 +126,13 @@ class Proposer(Protocol):
 
 
 class Scorer(Protocol):
-    """Scores candidates behind the accepted answer."""
+    """Scores candidates behind the decided answer."""
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        """Read the prompts; the rewards r(x) of the empty answers, [P]."""
+        """Read the prompts and return r(x), the rewards of the empty answers, [P]."""
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        """The rewards of prompt + accepted answer + tokens[r, :lengths[r]], [R]; may be asked again."""
+        """Return the rewards [R] of prompt + decided answer + tokens[r, :lengths[r]]; may be asked again."""
 
     def commit(self, commit: Commit) -> Settle:
         """Write what is kept of the last round's rows behind the prefixes; it shows once the result is called."""

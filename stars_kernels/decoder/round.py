@@ -2,10 +2,8 @@
 
 A round tries some attempts at each slot's segment side by side and judges them in the order in which
 `decoder/sequential.py` would have tried them, so an answer never depends on how many there are, nor on other slots.
-What may go wrong with a row is in `decoder/faults.py`, running out of memory in `decoder/scheduler.py`.
+What may go wrong with a row is in `faults.py`, running out of memory in `scheduler.py`.
 """
-
-from __future__ import annotations
 
 import math
 import time
@@ -16,20 +14,21 @@ from typing import Any
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
-from stars_kernels.decoder.faults import Fault, faults_of
+from stars_kernels.decoder.faults import Fault, fault_of, faults_of
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
 from stars_kernels.decoder.rules import Candidate, Rule, Verdict
 from stars_kernels.decoder.transfer import to_device, to_host
-from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniform
+from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniforms
 
 
 @dataclass
 class Trial:
     """What a round tried for one slot, and what came of it.
 
-    head: its first row. candidates: of its rows; judged: how many of them were judged. verdict: of the last one judged;
-    None where the first failed. fault: of the candidate behind the judged ones, which ends the answer. sampled: tokens
-    in its rows, those past a candidate's end included. rm_scored: tokens that the reward model read.
+    head: index of its first row. candidates: one per row. judged: how many of them the rule judged, from the first on.
+    verdict: the rule's last; None where the first candidate had a fault. fault: what is wrong with the candidate after
+    the judged ones, which ends the answer. sampled: tokens in its rows, those past a candidate's end included.
+    rm_scored: tokens that the reward model read.
     """
 
     slot: int
@@ -59,7 +58,7 @@ class Round:
     """Of the host, by phase."""
 
     def begin(self) -> None:
-        """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
+        """Read the prompts. Where it raises, no answer has changed, and a smaller batch may fit in memory."""
         prompts = [answer.prompt for answer in self.answers]
         limit = max((answer.limit for answer in self.answers), default=0)
         size = max((answer.size(self.rule.plan(answer)) for answer in self.answers), default=0)
@@ -77,31 +76,35 @@ class Round:
                 answer.fail(f"the reward of the empty answer is {rewards[slot]}, expected a finite number")
 
     def play(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[Trial], Settle]:
-        """Try widths[i] attempts for slots[i]. Nothing that a repeat would see changes before the result is settled.
+        """Try widths[i] attempts for slots[i]; until the result is settled, the round can be repeated.
 
-        On a GPU the host issues all of it ahead and waits once, for what `judge` reads. What it has to see before (stop
-        strings, logits processors, rewards of texts) it waits for there.
+        On a GPU the host queues all of it and waits once, in `judge`. It waits earlier only for what runs on the host:
+        stop strings, logits processors and reward models that read text.
         """
-        rows = self.rows(slots, widths)
-        proposal, ends = self.propose(rows, slots)
+        with self.timed("propose"):
+            rows = self.rows(slots, widths)
+        proposal, ends = self.propose(rows)
         scores = self.score(rows, proposal, ends)
         trials = self.judge(rows, slots, widths, proposal, ends, scores)
         return trials, self.commit(trials)
 
     def rows(self, slots: Sequence[int], widths: Sequence[int]) -> Rows:
-        """One row per attempt, grouped by slot: the next attempts at each one's segment."""
-        of_rows = [slot for slot, width in zip(slots, widths, strict=True) for _ in range(width)]
-        attempts = [
-            len(self.answers[slot].candidates) + i for slot, n in zip(slots, widths, strict=True) for i in range(n)
-        ]
-        keys, positions = [self.answers[s].key for s in of_rows], [len(self.answers[s].tokens) for s in of_rows]
-        return Rows(of_rows, *to_device((of_rows, attempts, keys, positions), self.proposer.device))
+        """Make one row per attempt, grouped by slot: the next attempts at each one's segment."""
+        numbers = self._numbers(slots, widths)
+        return Rows(numbers[0], *to_device(numbers, self.proposer.device))
 
-    def propose(self, rows: Rows, slots: Sequence[int]) -> tuple[Proposal, Ends]:
+    def _numbers(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[int], ...]:
+        """Return the slot, attempt, key and position of each row."""
+        rows = []
+        for slot, width in zip(slots, widths, strict=True):
+            answer = self.answers[slot]
+            rows += [(slot, len(answer.candidates) + i, answer.key, len(answer.tokens)) for i in range(width)]
+        return tuple(map(list, zip(*rows, strict=True)))
+
+    def propose(self, rows: Rows) -> tuple[Proposal, Ends]:
         """Sample a candidate for every row, from one shared prefix per slot, and find where it ends."""
-        plans = {slot: self.rule.plan(self.answers[slot]) for slot in slots}
-        sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
         with self.timed("propose"):
+            sizes = [answer.size(self.rule.plan(answer)) for answer in map(self.answers.__getitem__, rows.slots)]
             proposal = self.proposer.propose(rows, max(sizes), self.sampling, self.noise, self._eos)
         with self.timed("judge"):
             (room,) = to_device([sizes], self.proposer.device)
@@ -117,14 +120,15 @@ class Round:
     ) -> list[Trial]:
         """Let the rule judge each slot's candidates in order, until one is taken or one that failed is reached."""
         with self.timed("judge"):
-            uniforms = accept_uniform(rows.key, rows.position, rows.attempt)  # [R]
-            columns = (scores.rewards, uniforms, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
-            rewards, uniform, tokens, lengths, stopped, broken, read = to_host(columns)
+            _, attempts, keys, positions = self._numbers(slots, widths)
+            uniforms = accept_uniforms(keys, positions, attempts)  # while a GPU is at work
+            columns = (scores.rewards, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
+            rewards, tokens, lengths, stopped, broken, read = to_host(columns)
             faults = faults_of(rewards, broken, proposal.errors, scores.errors, ends.errors)
             trials, head = [], 0
             for slot, width in zip(slots, widths, strict=True):
                 mine = range(head, head + width)
-                tried = [Candidate(tokens[r][: lengths[r]], rewards[r], uniform[r], stopped[r]) for r in mine]
+                tried = [Candidate(tokens[r][: lengths[r]], rewards[r], uniforms[r], stopped[r]) for r in mine]
                 sampled, scored = sum(len(tokens[r]) for r in mine), sum(read[r] for r in mine)
                 trials.append(Trial(slot, head, tried, sampled, scored))
                 self._judge(trials[-1], {r - head: faults[r] for r in mine if r in faults})
@@ -133,39 +137,42 @@ class Round:
 
     def _judge(self, trial: Trial, faults: dict[int, Fault]) -> None:
         answer = self.answers[trial.slot]
-        candidates = list(answer.candidates)
+        candidates, best, planned = list(answer.candidates), answer.chosen, self.rule.plan(answer).attempts
         for column, candidate in enumerate(trial.candidates):
             if column in faults:
                 trial.fault = faults[column]
                 return
             candidates.append(candidate)
-            trial.judged, trial.verdict = column + 1, self.rule.judge(answer, candidates)
-            if trial.verdict.outcome is not None:
+            verdict = self.rule.judge(answer, candidates)
+            trial.fault = fault_of(verdict, best, len(candidates), planned)
+            if trial.fault is not None:
+                return
+            trial.judged, trial.verdict, best = column + 1, verdict, verdict.chosen
+            if verdict.outcome is not None:
                 return
 
     def commit(self, trials: Sequence[Trial]) -> Settle:
-        """Write each slot's chosen candidate behind its prefix, of which it becomes a part where it is taken.
+        """Copy each slot's chosen candidate behind its prefix, which it joins once it is taken.
 
-        Where the rule wants more attempts, the best so far is written all the same: were it taken in the end, nothing
-        would be computed again.
+        While the rule wants more attempts, the best so far is copied too, so that taking it later needs no forward.
         """
         host, last = [], []
         for trial in trials:
             answer, verdict = self.answers[trial.slot], trial.verdict
             if trial.fault is not None or verdict is None:
                 continue
-            column = verdict.chosen - len(answer.candidates)  # < 0: of an earlier round, and written then
+            column = verdict.chosen - len(answer.candidates)  # < 0: of an earlier round, and copied then
             if column < 0 and verdict.outcome is None:
                 continue
-            chosen = trial.candidates[column] if column >= 0 else answer.candidates[verdict.chosen]
+            chosen = [*answer.candidates, *trial.candidates][verdict.chosen]
             row = trial.head + column if column >= 0 else -1
             host.append((trial.slot, row, len(chosen.tokens), verdict.outcome is not None))
             last.append(chosen.tokens[-1])
         if not host:
             return together([])
         with self.timed("commit"):
-            columns = to_device([*zip(*host, strict=True), last], self.proposer.device)
-            slots, rows, lengths, advance, last_tokens = columns
+            numbers = [*zip(*host, strict=True), last]
+            slots, rows, lengths, advance, last_tokens = to_device(numbers, self.proposer.device)
             commit = Commit(host, slots, rows, lengths, advance.bool(), last_tokens)
             return together([self.proposer.commit(commit), self.scorer.commit(commit)])
 

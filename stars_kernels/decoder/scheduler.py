@@ -54,29 +54,29 @@ class Run:
             pass
 
     def begin(self) -> None:
-        """Read the prompts. Where it raises, nothing is done, and less of a batch may fit."""
+        """Read the prompts. Where it raises, no answer has changed, and a smaller batch may fit in memory."""
         self.round.begin()
 
     def close(self) -> None:
-        """Free both sides' memory, whoever still refers to them: the frames of an error that is kept, for one."""
+        """Free both models' memory, even if a kept error's traceback still refers to it."""
         self.round.proposer.close()
         self.round.scorer.close()
 
     def rounds(self) -> Iterator[list[int]]:
         """Bring every begun answer to its end or its error; yields the slots of every round, after it.
 
-        Until all that needs memory is done, a round changes nothing. So where memory runs out, it is tried again with
-        half the attempts, then with half the slots. Any other exception (of a model's forward, say) ends the answers
-        in the round; a warning that the caller has made an error ends the run.
+        A round changes nothing before it settles. If memory runs out before, it is repeated with half the attempts per
+        slot, then with half the slots. Any other exception ends the answers in the round, but for a warning that the
+        caller has made an error, which ends the run.
         """
         history = AcceptanceHistory()
         yield list(range(len(self.answers)))  # begun, or failed there
         while active := [slot for slot, answer in enumerate(self.answers) if answer.active]:
-            turn = active[: self.limits.prompts]
-            widths = self._widths(turn, history)
-            again = False
+            turn, widths, again = active, list[int](), False
             settle: Settle | None = None
             try:
+                turn = self._turn(active)
+                widths = self._widths(turn, history)
                 trials, settle = self.round.play(turn, widths)
                 self._settle(trials, settle, history)
             except Warning:  # which the caller has made an error
@@ -113,11 +113,22 @@ class Run:
         self.round.scorer.release()
         free_memory()
 
+    def _turn(self, active: Sequence[int]) -> list[int]:
+        """Choose a round's slots: attempts of one size, and shorter ones only where they fill the answer's room.
+
+        What follows a row (logits, states) is kept after the round's last step alone.
+        """
+        answers, rule = self.answers, self.round.rule
+        sizes = {slot: answers[slot].size(rule.plan(answers[slot])) for slot in active}
+        largest = max(sizes.values())
+        return [slot for slot in active if sizes[slot] in (largest, answers[slot].room)][: self.limits.prompts]
+
     def _widths(self, slots: Sequence[int], history: AcceptanceHistory) -> list[int]:
         """How many attempts of each slot to decode side by side."""
         plans = [self.round.rule.plan(self.answers[slot]) for slot in slots]
         width = self.width
         if width == "auto":
-            width = history.best_width(len(slots), max(plan.attempts for plan in plans), self.cost)
+            early = history if any(plan.early for plan in plans) else AcceptanceHistory(judged=1, accepted=0)
+            width = early.best_width(len(slots), max(plan.attempts for plan in plans), self.cost)
         left = [plan.attempts - len(self.answers[slot].candidates) for slot, plan in zip(slots, plans, strict=True)]
         return [min(width, self.limits.width or width, attempts) for attempts in left]

@@ -1,1 +1,1 @@
-"""The one door to transformers: models, cache and attention hook, proposer, scorers, and `decode`."""
+"""The one door to transformers: models, cache and attention hook, proposer, scorers."""

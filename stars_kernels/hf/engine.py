@@ -314,7 +314,7 @@ class Engine:
         try:
             return told.event(request, answer, result)
         except Exception as error:  # a tokenizer's, of any kind
-            answer.fail("its text could not be made", error)
+            answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
         result = self._result(request, answer, seconds)
         assert isinstance(result, Exception)
         return failure(self.codec, request.index, request.id, result)
@@ -326,7 +326,7 @@ class Engine:
             try:
                 result = self._output(request, answer, answer.finish_reason, seconds)
             except Exception as error:  # a tokenizer's, of any kind
-                answer.fail("its text could not be made", error)
+                answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
         if answer.error is not None:
             result = like(answer.error, f"prompt {request.index} (request {request.id}), {answer.error}")
         self.results[request.index] = result
@@ -386,7 +386,7 @@ class Engine:
         served = {op: devices[self.lm.device.type] for op, devices in backends().items()}
         if layout_of(self.lm).mode == "gathered":
             served["fork_attention"] = "gathered: the model has no attention hook"
-        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash"))
+        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash", "accept"))
         modules = [module for body in self.bodies for module in body.modules()]
         if not any(isinstance(module, RMSNorm) for module in modules):
             served["rms_norm"] = "the model's own"

@@ -8,6 +8,7 @@ survivors or the order of calls. The same integers come from PyTorch (here) and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +69,13 @@ def accept_uniform(keys: Tensor, position: Tensor, attempt: Tensor) -> Tensor:
     zero = torch.zeros_like(c2)
     bits = philox4x32((zero, position, c2, zero), _split(keys))[0]
     return (bits.double() + 0.5) * 2.0**-32
+
+
+def accept_uniforms(keys: Sequence[int], positions: Sequence[int], attempts: Sequence[int]) -> list[float]:
+    """Return u(a) of several attempts, computed on the host."""
+    numbers = (torch.tensor(column, dtype=torch.int64) for column in (keys, positions, attempts))
+    uniforms: list[float] = accept_uniform(*numbers).tolist()
+    return uniforms
 
 
 def _split(keys: Tensor) -> tuple[Tensor, Tensor]:

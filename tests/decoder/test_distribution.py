@@ -242,9 +242,9 @@ def fallback_before_accept(monkeypatch):
 
 
 def one_u_for_all_segments(monkeypatch):
-    right = round_module.accept_uniform
+    right = round_module.accept_uniforms
     monkeypatch.setattr(
-        round_module, "accept_uniform", lambda key, position, attempt: right(key, position * 0, attempt)
+        round_module, "accept_uniforms", lambda keys, positions, attempts: right(keys, [0] * len(keys), attempts)
     )
     return BASE
 
@@ -264,7 +264,7 @@ def the_last_of_a_block(monkeypatch):
 
 
 def a_schedule_that_never_decays(monkeypatch):
-    monkeypatch.setattr(Answer, "blocks", 0)
+    monkeypatch.setattr(Answer, "decided", 0)
     return PLAIN.replace(rule=RULES["decaying-schedule"])
 
 

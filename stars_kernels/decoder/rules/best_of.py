@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stars_kernels.decoder.checks import check, check_count, is_int, plain
-from stars_kernels.decoder.rules.rule import Candidate, Plan, Progress, Verdict, best
+from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Plan, Verdict, best
 from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 
@@ -19,10 +19,10 @@ class BestOf:
     def __post_init__(self) -> None:
         check_count(self, "n", MAX_ATTEMPTS)
 
-    def plan(self, answer: Progress) -> Plan:
+    def plan(self, answer: AnswerSoFar) -> Plan:
         return Plan(answer.limit, self.n)
 
-    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
         return Verdict(best(candidates), "best" if len(candidates) == self.n else None)
 
 
@@ -46,19 +46,20 @@ class BlockBestOf:
 
     def __post_init__(self) -> None:
         check_count(self, "segment_size")
-        if isinstance(self.n, list | tuple):
-            object.__setattr__(self, "n", tuple(map(plain, self.n)))
+        numbers = tuple(map(plain, self.n)) if isinstance(self.n, list | tuple) else plain(self.n)
+        object.__setattr__(self, "n", numbers)
         valid = all(is_int(count) and 1 <= count < MAX_ATTEMPTS for count in self.schedule)
-        check(self, "n", valid and bool(self.schedule), "an integer >= 1, or a list of them, one for each block")
+        expected = f"an integer from 1 to {MAX_ATTEMPTS - 1}, or a list of them, one per block"
+        check(self, "n", valid and bool(self.schedule), expected)
 
     @property
     def schedule(self) -> tuple[int, ...]:
-        """Attempts at each block; the last number goes on."""
+        """Attempts per block; the last number holds for all further blocks."""
         return self.n if isinstance(self.n, tuple) else (self.n,)
 
-    def plan(self, answer: Progress) -> Plan:
-        return Plan(self.segment_size, self.schedule[min(answer.blocks, len(self.schedule) - 1)])
+    def plan(self, answer: AnswerSoFar) -> Plan:
+        return Plan(self.segment_size, self.schedule[min(answer.decided, len(self.schedule) - 1)])
 
-    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
         done = len(candidates) == self.plan(answer).attempts
         return Verdict(best(candidates), "best" if done else None)

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 Outcome = Literal["accepted", "fallback", "best"]
-"""How a candidate came to be taken: it passed the rule's test, or none did, or there was no test but to be the best."""
+"""How an attempt came to be taken: accepted = it passed the test; fallback = none did; best = there is no test."""
 
 
 @dataclass
 class Candidate:
     """An attempt at a segment, as a rule sees it.
 
-    tokens: of the segment, up to its end. reward: of the answer with them. uniform: the attempt's random number in
-    (0, 1), u(a). stopped: whether a stop string or criterion ends the answer with them. threshold: what a rule with a
-    threshold asked of it.
+    tokens: of the segment, cut where it ends. reward: of the answer with these tokens. uniform: u, the attempt's random
+    number in (0, 1). stopped: whether a stop ends the answer with them. threshold: tau; NaN for a rule without one.
     """
 
     tokens: list[int]
@@ -27,20 +26,20 @@ class Candidate:
     threshold: float = math.nan
 
 
-class Progress(Protocol):
-    """What a rule sees of an answer (`decoder.answer.Answer`) while its next segment is under decision."""
+class AnswerSoFar(Protocol):
+    """What a rule sees of an answer while its next segment is under decision."""
 
     tokens: list[int]
     """Of the segments that are decided."""
     prompt_reward: float
-    """r(x), of the empty answer."""
+    """r(x), of the empty answer; NaN when the first plan is asked for."""
     limit: int
     """Tokens the answer may have."""
     max_new_tokens: int
     """The budget, which is more than `limit` where the context ends sooner."""
 
     @property
-    def blocks(self) -> int:
+    def decided(self) -> int:
         """How many segments are decided."""
 
 
@@ -48,17 +47,19 @@ class Progress(Protocol):
 class Plan:
     """How the attempts at one segment come to be.
 
-    size: tokens of an attempt, at most. attempts: how many are judged, at most.
+    size: tokens per attempt, at most; >= 1. attempts: per segment, at most; >= 1. `judge` takes one at the last.
+    early: whether one may be taken before the last, so that not all need to be sampled.
     """
 
     size: int
     attempts: int
+    early: bool = False
 
 
 class Verdict(NamedTuple):
-    """What follows from the attempts so far: candidate `chosen` is taken, or is the best until there are more.
+    """What follows from the attempts so far.
 
-    chosen: index of a candidate. outcome: None = one more attempt is wanted.
+    chosen: index of the one that is taken or, with outcome None, of the best so far.
     """
 
     chosen: int
@@ -68,13 +69,14 @@ class Verdict(NamedTuple):
 class Rule(Protocol):
     """Decides a segment, by nothing but the methods' arguments, so that an answer does not depend on its batch."""
 
-    def plan(self, answer: Progress) -> Plan:
-        """Plan the answer's next segment. No later plan of an answer is for more tokens than its first."""
+    def plan(self, answer: AnswerSoFar) -> Plan:
+        """Plan the next segment. The first plan is asked for before r(x) is known; none later is for more tokens."""
 
-    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
-        """Judge the last of `candidates`; those before it were judged before, and none of them was taken."""
+    def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
+        """Judge the last of `candidates`; none before it was taken. Choose it, or the one chosen before it came."""
 
 
 def best(candidates: Sequence[Candidate]) -> int:
     """Return the index of the candidate with the highest reward, of equal ones the first."""
-    return max(range(len(candidates)), key=lambda i: (candidates[i].reward, -i))
+    rewards = [candidate.reward for candidate in candidates]
+    return rewards.index(max(rewards))

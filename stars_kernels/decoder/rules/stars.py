@@ -1,4 +1,4 @@
-"""STARS (arXiv 2511.03827): a segment is sampled again until its reward passes a rising threshold."""
+"""STARS (arXiv 2511.03827): a segment is sampled until an attempt is accepted against a rising threshold."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stars_kernels.decoder.checks import check, check_count, check_number
-from stars_kernels.decoder.rules.rule import Candidate, Plan, Progress, Verdict, best
+from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Plan, Verdict, best
 from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 
 @dataclass(frozen=True)
 class Stars:
-    """Take the first attempt that u < exp((r - tau) / beta) accepts; after max_attempts, the best of them.
-
-    The settings are those of `StarsConfig`; r* and beta are calibrated where they are None.
-    """
+    """Take the first attempt that is accepted, after max_attempts the best. `StarsConfig` explains the settings."""
 
     segment_size: int = 15
     max_attempts: int = 20
@@ -34,27 +31,27 @@ class Stars:
         check_number(self, "reward_threshold", lambda x: True, "a finite number", optional=True)
         check(self, "accept", self.accept in ("soft", "hard"), '"soft" or "hard"')
 
-    def plan(self, answer: Progress) -> Plan:
-        return Plan(self.segment_size, self.max_attempts)
+    def plan(self, answer: AnswerSoFar) -> Plan:
+        return Plan(self.segment_size, self.max_attempts, early=True)
 
-    def judge(self, answer: Progress, candidates: Sequence[Candidate]) -> Verdict:
+    def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
         last = candidates[-1]
         last.threshold = self.threshold(answer, len(answer.tokens) + len(last.tokens))
         if self.accepts(last):
             return Verdict(len(candidates) - 1, "accepted")
         return Verdict(best(candidates), "fallback" if len(candidates) == self.max_attempts else None)
 
-    def threshold(self, answer: Progress, tokens: int) -> float:
-        """tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens), with r0 = (1 - alpha) r(x) + alpha r*."""
-        assert self.reward_threshold is not None, "r* is calibrated before anything is judged"
+    def threshold(self, answer: AnswerSoFar, tokens: int) -> float:
+        """Return tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens), with r0 = (1 - alpha) r(x) + alpha r*."""
         target = self.reward_threshold
+        assert target is not None, "r* is calibrated before anything is judged"
         start = (1 - self.alpha) * answer.prompt_reward + self.alpha * target
         return min(target, start + tokens * (target - start) / answer.max_new_tokens)
 
     def accepts(self, candidate: Candidate) -> bool:
-        """u < min(1, exp((r - tau) / beta)); hard: r >= tau."""
+        """Say whether u < min(1, exp((r - tau) / beta)); hard: whether r >= tau."""
         gap = candidate.reward - candidate.threshold
         if self.accept == "hard":
             return gap >= 0
-        assert self.beta is not None, "beta is calibrated before anything is judged"
+        assert self.beta is not None
         return candidate.uniform < math.exp(min(0.0, gap / self.beta))

@@ -130,7 +130,7 @@ class TokenRules:
     mode: CallersMode = field(default_factory=CallersMode)
 
     def find_stop(self, index: int, tokens: list[int], accepted: int) -> int | None:
-        """How many of the answer's `tokens` there are when a criterion first ends it (see `decoder.loop.FindStop`)."""
+        """How many of the answer's `tokens` there are when a criterion first ends it (see `FindStop`)."""
         with self.mode.active():
             ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
             length = self.inputs.shape[1]

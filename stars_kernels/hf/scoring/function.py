@@ -49,6 +49,8 @@ class CallableScorer(TextScorer[tuple[str, str]]):
             try:
                 rewards[row] = self._rewards([one])[0]
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 errors[row] = error
         return Scores(rewards.to(self.device), errors=errors)
 

@@ -11,7 +11,7 @@ from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
 
 
 class SumScorer:
-    """Every part reads every row; each part's rewards are on its own scale, the sum is what the loop sees."""
+    """Every part reads every row; each part's rewards are on its own scale, the sum is what the rule sees."""
 
     def __init__(self, parts: Sequence[tuple[Scorer, float]]) -> None:
         """parts: scorers and their weights."""
