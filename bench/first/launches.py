@@ -284,7 +284,7 @@ def accept_cases(setting: Setting, name: str) -> Iterator[Case]:
         rewards = setting.noise(shape.prompts, shape.width).float()
         kernel = Kernel(
             "accept", 17 * rewards.numel() + 56 * len(rewards)
-        )  # of no phase: the engine decides on the host
+        )  # the engine decides on the host
         yield accept_case(f"accept, {shape}", rewards, kernel)
 
 
