@@ -282,9 +282,7 @@ def commit_case(what: str, shape: Shape, suffix: Tensor, kernel: Kernel) -> Case
 def accept_cases(setting: Setting, name: str) -> Iterator[Case]:
     for shape in setting.shapes(name):
         rewards = setting.noise(shape.prompts, shape.width).float()
-        kernel = Kernel(
-            "accept", 17 * rewards.numel() + 56 * len(rewards)
-        )  # the engine decides on the host
+        kernel = Kernel("accept", 17 * rewards.numel() + 56 * len(rewards))  # the engine decides on the host
         yield accept_case(f"accept, {shape}", rewards, kernel)
 
 

@@ -95,16 +95,16 @@ class Round:
 
     def _numbers(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[int], ...]:
         """Return the slot, attempt, key and position of each row."""
-        rows = []
-        for slot, width in zip(slots, widths, strict=True):
-            answer = self.answers[slot]
-            rows += [(slot, len(answer.candidates) + i, answer.key, len(answer.tokens)) for i in range(width)]
-        return tuple(map(list, zip(*rows, strict=True)))
+        places = [(slot, i) for slot, width in zip(slots, widths, strict=True) for i in range(width)]
+        answers = [self.answers[slot] for slot, _ in places]
+        attempts = [len(answer.candidates) + i for answer, (_, i) in zip(answers, places, strict=True)]
+        return [slot for slot, _ in places], attempts, [a.key for a in answers], [len(a.tokens) for a in answers]
 
     def propose(self, rows: Rows) -> tuple[Proposal, Ends]:
         """Sample a candidate for every row, from one shared prefix per slot, and find where it ends."""
         with self.timed("propose"):
-            sizes = [answer.size(self.rule.plan(answer)) for answer in map(self.answers.__getitem__, rows.slots)]
+            size = {slot: self.answers[slot].size(self.rule.plan(self.answers[slot])) for slot in set(rows.slots)}
+            sizes = [size[slot] for slot in rows.slots]
             proposal = self.proposer.propose(rows, max(sizes), self.sampling, self.noise, self._eos)
         with self.timed("judge"):
             (room,) = to_device([sizes], self.proposer.device)

@@ -43,8 +43,7 @@ class AnswerSoFar(Protocol):
         """How many segments are decided."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How the attempts at one segment come to be.
 
     size: tokens per attempt, at most; >= 1. attempts: per segment, at most; >= 1. `judge` takes one at the last.
