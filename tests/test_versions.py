@@ -106,3 +106,13 @@ def test_the_sets_span_the_range():
             found.append(versions.release(pins[package]))
     for package, (first, last) in ranges.items():
         assert (str(min(pinned[package])), str(max(pinned[package]))) == (first, last), package
+
+
+def test_the_document_has_what_each_set_passed():
+    """docs/versions.md holds the table that `make matrix` made with these pins, and nothing failed."""
+    document = (ROOT / "docs/versions.md").read_text()
+    for file in (ROOT / ".ci/pins").glob("torch-*.txt"):
+        pins = dict(re.findall(r"^(?:# )?(\w+)(?:==| )([\d.]+)$", file.read_text(), re.MULTILINE))
+        versions_of = rf"{pins['python']}[.\d]* \| {pins['torch']}\S* \| {pins['triton']} \| {pins['transformers']}"
+        row = re.search(rf"^\| `{file.stem}` \| {versions_of} \| (\d+) \| 0 \| \d+ \|$", document, re.MULTILINE)
+        assert row and int(row[1]) > 3000, file.stem

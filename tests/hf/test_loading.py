@@ -177,7 +177,7 @@ def test_half_precision(dtype):
 def test_quantized_weights():
     """torchao lies in a folder of its own, as transformers imports it wherever it finds it."""
     if not TORCHAO.is_dir():
-        pytest.skip(f"torchao is not at {TORCHAO}")
+        pytest.skip("torchao is not beside the environment (`make build` puts it there)")
     path = os.pathsep.join([str(TORCHAO), str(Path(__file__).parents[2])])
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.hf.quantized"],
