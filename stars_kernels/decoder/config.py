@@ -45,6 +45,7 @@ class StarsConfig:
     calibration_acceptance: beta such that this share of them would be accepted at r*.
     progress: show a bar on runs longer than a few seconds.
     rule: what decides; None = `Stars` of the settings above that it takes.
+    resolved_rule: the rule, made of the settings of STARS where none is given.
     """
 
     segment_size: int = Stars.segment_size
