@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench.arguments import output_file
+from demo.arguments import output_file
 
 TIMED = ("decode", "ops")
 """Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.device and its args.rates."""

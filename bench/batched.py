@@ -7,20 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from bench.common import (
-    Decision,
-    Judge,
-    KeysAndValues,
-    Result,
-    append,
-    cached_rewards,
-    check_plain,
-    fork,
-    prefill,
-    sampler,
-    tail,
-)
+from bench.common import KeysAndValues, Result, append, cached_rewards, check_plain, fork, prefill, sampler, tail
+from demo.naive import Judge, judge_attempt
 from stars_kernels import StarsConfig
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.hf.view.layout import cache_argument
 
 
@@ -31,8 +21,9 @@ def batched_decode(
     prompts: Sequence[Sequence[int]],
     config: StarsConfig,
     rows: int,
-    keys: Sequence[int] | None = None,
-    judges: Sequence[Judge | None] | None = None,
+    keys: Sequence[int],
+    judges: Sequence[Judge] | None = None,
+    seeded: bool = True,
 ) -> list[Result]:
     """STARS on prompts of EQUAL length, about `rows` attempts a round; other arguments as in `naive_decode`.
 
@@ -41,36 +32,30 @@ def batched_decode(
     must be ().
     """
     check_plain(config)
-    draw = sampler(config, keys)
-    count = len(prompts)
+    draw = sampler(config, keys if seeded else None)
+    rule = config.resolved_rule
     cache, prefix_logits, rm_cache, prompt_rewards = prefill(model, rm, torch.tensor(prompts, device=model.device))
-    results = [Result(reward=reward) for reward in prompt_rewards.tolist()]
-    for position in range(0, config.max_new_tokens, config.segment_size):
+    answers = [
+        Answer(key, prompt, config.max_new_tokens, prompt_reward=reward)
+        for key, prompt, reward in zip(keys, prompts, prompt_rewards.tolist(), strict=True)
+    ]
+    while answers[0].active:
+        position = len(answers[0].tokens)
         if position:  # the last accepted tokens are not read yet
-            last = torch.tensor([result.token_ids[-1:] for result in results], device=model.device)
+            last = torch.tensor([answer.tokens[-1:] for answer in answers], device=model.device)
             prefix_logits = model(input_ids=last, **{cache_argument(model): cache}).logits[:, -1]
         start, rm_start = cache.get_seq_length(), rm_cache.get_seq_length()
-        size = min(config.segment_size, config.max_new_tokens - position)
-        decisions = [
-            Decision(
-                config,
-                prompt_rewards[p].item(),
-                position,
-                None if keys is None else keys[p],
-                None if judges is None else judges[p],
-            )
-            for p in range(count)
-        ]
-        best: list[list[int]] = [[]] * count
-        tails: list[KeysAndValues] = [[]] * count
-        rm_tails: list[KeysAndValues] = [[]] * count
-        while undecided := [p for p in range(count) if not decisions[p].done]:
+        plan = rule.plan(answers[0])
+        size = answers[0].size(plan)
+        tails: list[KeysAndValues] = [[]] * len(answers)
+        rm_tails: list[KeysAndValues] = [[]] * len(answers)
+        while undecided := [p for p, answer in enumerate(answers) if len(answer.tokens) == position]:
             width = max(rows // len(undecided), 1)
             row_prompts: list[int] = []
             row_attempts: list[int] = []
             for p in undecided:
-                first = decisions[p].attempts
-                attempts = range(first, min(first + width, config.max_attempts))
+                first = len(answers[p].candidates)
+                attempts = range(first, min(first + width, plan.attempts))
                 row_prompts += [p] * len(attempts)
                 row_attempts += attempts
             forked, rm_forked = fork(cache, row_prompts), fork(rm_cache, row_prompts)
@@ -82,13 +67,11 @@ def batched_decode(
             tokens = torch.stack(steps, dim=1)  # [R, size]
             rewards = cached_rewards(rm, rm_forked, tokens).tolist()
             for row, p in enumerate(row_prompts):
-                if not decisions[p].done and decisions[p].take(rewards[row], size):
-                    best[p] = tokens[row].tolist()
+                answer, judge = answers[p], None if judges is None else judges[p]
+                if len(answer.tokens) > position:  # decided by an attempt before
+                    continue
+                if judge_attempt(answer, rule, tokens[row].tolist(), rewards[row], judge):
                     tails[p], rm_tails[p] = tail(forked, row, start), tail(rm_forked, row, rm_start)
         append(cache, tails)
         append(rm_cache, rm_tails)
-        for result, decision, chosen in zip(results, decisions, best, strict=True):
-            result.token_ids += chosen
-            result.reward = decision.reward
-            result.attempts.append(decision.attempts)
-    return results
+    return [Result.of(answer) for answer in answers]

@@ -1,4 +1,4 @@
-"""What the hand-written contestants share: the draw, the decision on an attempt, cache surgery."""
+"""What the contestants share: their result, the draw, cache surgery."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +21,10 @@ from transformers import (
 
 from bench.report import CheckError
 from stars_kernels import StarsConfig, backends
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.hf.view.layout import cache_argument
 from stars_kernels.ops import segment_sample
-from stars_kernels.ops.philox import accept_uniform
 
-Judge = Callable[[int, int, float], float]
-"""(segment, attempt, the reward model's reward) -> the reward that decides."""
 Sampler = Callable[[Tensor, Sequence[int], Sequence[int], int], Tensor]
 """(logits [R, V], prompt of each row, attempt of each row, position in the answer) -> tokens [R]."""
 KeysAndValues = list[tuple[Tensor, Tensor]]
@@ -41,18 +38,11 @@ class Result:
     reward: float = math.nan
     """The deciding reward of the answer."""
     attempts: list[int] = field(default_factory=list)
-    """Attempts judged, for each segment."""
+    """Attempts judged, segment by segment."""
 
-
-def generate_options(config: StarsConfig) -> dict[str, Any]:
-    """The config's draw as keywords of `model.generate`."""
-    return {
-        "do_sample": True,
-        "temperature": config.temperature,
-        "top_k": config.top_k or 0,
-        "top_p": 1.0 if config.top_p is None else config.top_p,
-        "min_p": config.min_p or None,  # 0.0 would cost transformers a pass over the vocabulary
-    }
+    @staticmethod
+    def of(answer: Answer) -> Result:
+        return Result(answer.tokens, answer.reward, [segment.attempts for segment in answer.segments])
 
 
 def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:
@@ -76,48 +66,6 @@ def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:
         return segment_sample(logits, own, attempt, torch.full_like(own, position), **config.sampling)[0]
 
     return draw
-
-
-class Decision:
-    """STARS' choice among the attempts at one segment of one prompt, in the order they are tried."""
-
-    def __init__(
-        self, config: StarsConfig, prompt_reward: float, position: int, key: int | None, judge: Judge | None
-    ) -> None:
-        self.config, self.prompt_reward, self.position = config, prompt_reward, position
-        self.key, self.judge = key, judge
-        self.attempts = 0
-        self.reward = -math.inf
-        """Of the attempt that is taken, or of the best so far."""
-        self.done = False
-
-    def take(self, reward: float, length: int) -> bool:
-        """Judge the next attempt, of `length` tokens: whether it is the one to keep, for good or for now."""
-        config, attempt = self.config, self.attempts
-        if self.judge is not None:
-            reward = self.judge(self.position // config.segment_size, attempt, reward)
-        self.attempts += 1
-        accepted = self._accepts(reward, length, attempt)
-        self.done = accepted or self.attempts == config.max_attempts
-        better = accepted or attempt == 0 or reward > self.reward
-        self.reward = reward if better else self.reward
-        return better
-
-    def _accepts(self, reward: float, length: int, attempt: int) -> bool:
-        config = self.config
-        target, beta = config.reward_threshold, config.beta
-        assert target is not None and beta is not None, "no calibration here: give reward_threshold and beta"
-        start = (1 - config.alpha) * self.prompt_reward + config.alpha * target
-        tau = start + (self.position + length) * (target - start) / config.max_new_tokens
-        tau = min(target, tau)
-        if config.accept == "hard":
-            return reward >= tau
-        if self.key is None:
-            uniform = torch.rand(()).item()
-        else:
-            counter = (torch.tensor(n) for n in (self.key, self.position, attempt))
-            uniform = accept_uniform(*counter).item()
-        return uniform < math.exp(min(0.0, (reward - tau) / beta))
 
 
 def check_plain(config: StarsConfig) -> None:

@@ -8,22 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from bench import heads, models
-from bench.arguments import whole
 from bench.batched import batched_decode
 from bench.cached import cached_decode
-from bench.common import Judge, Result, check_triton, generate_options
+from bench.common import Result, check_triton
 from bench.machine import Forward, wait
-from bench.naive import naive_decode
 from bench.ours import ours_decode, segment_graphs
 from bench.report import CheckError, Row
+from demo.arguments import whole
+from demo.naive import Judge, generate_options, naive_decode
 from stars_kernels import StarsConfig, decode
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.ops.philox import request_key
+
+T = TypeVar("T")
 
 SEGMENT = 15
 SEGMENTS = 8
@@ -119,7 +122,7 @@ def eager(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
 
 
 def naive(job: Job) -> list[Result]:
-    return _one_by_one(naive_decode, job)
+    return [Result.of(answer) for answer in _one_by_one(naive_decode, job)]
 
 
 def cached(job: Job) -> list[Result]:
@@ -128,9 +131,7 @@ def cached(job: Job) -> list[Result]:
 
 def batched(job: Job) -> list[Result]:
     rows = BATCHED_ROWS.get(len(job.prompts), 3 * len(job.prompts))
-    return batched_decode(
-        job.model, job.rm, job.prompts, job.config, rows, job.keys if job.seeded else None, job.judges
-    )
+    return batched_decode(job.model, job.rm, job.prompts, job.config, rows, job.keys, job.judges, job.seeded)
 
 
 def plain(job: Job) -> list[Result]:
@@ -157,10 +158,10 @@ OTHERS = {**CONTESTANTS, "plain": plain, "ours, eager": eager}
 """What ours may be timed against."""
 
 
-def _one_by_one(decode_one: Callable[..., Result], job: Job) -> list[Result]:
+def _one_by_one(decode_one: Callable[..., T], job: Job) -> list[T]:
     judges: Sequence[Judge | None] = job.judges or [None] * len(job.prompts)
     return [
-        decode_one(job.model, job.rm, prompt, job.config, key if job.seeded else None, judge)
+        decode_one(job.model, job.rm, prompt, job.config, key, judge, job.seeded)
         for prompt, key, judge in zip(job.prompts, job.keys, judges, strict=True)
     ]
 

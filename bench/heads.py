@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bench import models
-from bench.common import generate_options
-from bench.naive import naive_decode
 from bench.report import CheckError, Row
+from demo.naive import generate_options, naive_decode
 from stars_kernels import RewardModel, StarsConfig, StarsOutput, decode
 from stars_kernels.ops.philox import request_key
 
@@ -103,8 +102,8 @@ def check_exact(model_name: str) -> None:
             with torch.inference_mode():
                 reward = of_prompt(len(prompt))
                 expected = naive_decode(setup.model, reward, prompt, CHECK, request_key(CHECK.seed, p))
-            attempts = [segment.attempts for segment in output.segments]
-            if (output.token_ids, attempts) != (expected.token_ids, expected.attempts):
+            attempts, theirs = ([segment.attempts for segment in given.segments] for given in (output, expected))
+            if (output.token_ids, attempts) != (expected.tokens, theirs):
                 raise CheckError(f"{name} and the naive loop differ in float64 at prompt {p}:\n{output}\n{expected}")
             if abs(output.reward - expected.reward) > 1e-5:
                 raise CheckError(f"{name}: reward {output.reward} in float64, by hand {expected.reward}")

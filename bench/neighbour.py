@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from functools import partial
 
 from bench import machine, models
-from bench.arguments import whole
 from bench.common import Result
 from bench.decode import Job, make_job, ours, timed
 from bench.report import CheckError, Row, missed_targets, table
+from demo.arguments import whole
 
 TARGET = 0.35
 """Of the speed alone: one core of two would give half, or less where threads wait for each other."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.common import Judge, Result
+from bench.common import Result
 from bench.machine import Forward
+from demo.naive import Judge
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle
@@ -89,7 +90,7 @@ def ours_decode(
     for answer in answers:
         if answer.error is not None:
             raise answer.error
-    return [Result(a.tokens, a.reward, [segment.attempts for segment in a.segments]) for a in answers]
+    return [Result.of(answer) for answer in answers]
 
 
 def _count_forwards(module: nn.Module, body: nn.Module, head: nn.Module | None, forwards: list[Forward]) -> None:

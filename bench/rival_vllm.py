@@ -8,13 +8,14 @@ every width; the best of them is the rival's figure.
 Limits: vLLM's random numbers are its own, so its tokens differ and only the number of attempts is the same. Its prefix
 cache holds whole blocks of 16 tokens, so up to 15 tokens of a prefix are read again. `--rm hf` keeps no cache.
 Requests have no seed: with one, a rejected segment would be drawn again. vLLM pins its own torch: it may need an
-environment of its own, where stars_kernels runs by its definitions (it only accepts here).
+environment of its own, where stars_kernels runs by its definitions (here it only judges).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -27,14 +28,12 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from bench import models
-from bench.arguments import output_file, whole
-from bench.common import Judge, Result, check_plain
+from bench.common import Result, check_plain
 from bench.decode import SEGMENTS, Job, make_job
+from demo.arguments import output_file, whole
+from demo.naive import Judge, judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.rules import Stars
-from stars_kernels.ops import accept
-from stars_kernels.ops.accept import ACCEPTED, NAN, RETRY
 
 Texts = list[list[int]]
 Generate = Callable[[Texts, list[int], list[int]], list[Texts]]
@@ -53,56 +52,28 @@ def align(
 ) -> list[Result]:
     """STARS over two engines. config: with reward_threshold and beta; keys: of each request, for its decisions."""
     check_plain(config)
-    rule, beta = config.resolved_rule, config.beta
-    assert isinstance(rule, Stars) and beta is not None
-    prompt_rewards = score([list(prompt) for prompt in prompts])
-    results = [Result(reward=reward) for reward in prompt_rewards]
-    judged = [0] * len(prompts)  # attempts at the segment under decision
-    nothing: tuple[float, int, list[int]] = (-torch.inf, -1, [])
-    best = [nothing] * len(prompts)  # of those: reward, attempt, tokens
-    while active := [p for p, result in enumerate(results) if len(result.token_ids) < config.max_new_tokens]:
-        widths = [min(width, config.max_attempts - judged[p]) for p in active]
-        positions = [len(results[p].token_ids) for p in active]
-        sizes = [min(config.segment_size, config.max_new_tokens - position) for position in positions]
-        texts = [[*prompts[p], *results[p].token_ids] for p in active]
+    rule = config.resolved_rule
+    answers = [
+        Answer(key, prompt, config.max_new_tokens, prompt_reward=reward)
+        for key, prompt, reward in zip(keys, prompts, score([list(prompt) for prompt in prompts]), strict=True)
+    ]
+    while active := [p for p, answer in enumerate(answers) if answer.active]:
+        plans = [rule.plan(answers[p]) for p in active]
+        widths = [min(width, plan.attempts - len(answers[p].candidates)) for p, plan in zip(active, plans, strict=True)]
+        sizes = [answers[p].size(plan) for p, plan in zip(active, plans, strict=True)]
+        texts = [[*prompts[p], *answers[p].tokens] for p in active]
         samples = generate(texts, widths, sizes)
         scored = iter(score([text + sample for text, row in zip(texts, samples, strict=True) for sample in row]))
-
-        rewards, taus = torch.zeros(2, len(active), width, dtype=torch.float64)
-        for i, p in enumerate(active):
-            answer = Answer(keys[p], prompts[p], config.max_new_tokens, prompt_reward=prompt_rewards[p])
-            taus[i] = rule.threshold(answer, positions[i] + sizes[i])
-            for column in range(widths[i]):
+        for p, row in zip(active, samples, strict=True):
+            answer, judge, position = answers[p], None if judges is None else judges[p], len(answers[p].tokens)
+            for tokens in row:
                 reward = next(scored)
-                if judges is not None:
-                    reward = judges[p](positions[i] // config.segment_size, judged[p] + column, reward)
-                rewards[i, column] = reward
-        chosen, outcome = accept(
-            rewards,
-            torch.arange(width) < torch.tensor(widths)[:, None],
-            taus,
-            torch.tensor([keys[p] for p in active]),
-            torch.tensor(positions),
-            torch.tensor([judged[p] for p in active]),
-            torch.tensor([best[p][0] for p in active], dtype=torch.float64),
-            torch.tensor([best[p][1] for p in active]),
-            max_attempts=config.max_attempts,
-            beta=beta,
-            hard=config.accept == "hard",
-        )
-        for i, (p, column, what) in enumerate(zip(active, chosen.tolist(), outcome.tolist(), strict=True)):
-            if what == NAN:
-                raise ValueError(f"prompt {p}: a reward is nan, expected a number")
-            if column >= 0:
-                best[p] = (rewards[i, column].item(), judged[p] + column, samples[i][column])
-            judged[p] += column + 1 if what == ACCEPTED else widths[i]
-            if what == RETRY:
-                continue
-            results[p].reward = best[p][0]
-            results[p].token_ids += best[p][2]
-            results[p].attempts.append(judged[p])
-            judged[p], best[p] = 0, nothing
-    return results
+                if len(answer.tokens) > position:  # decided by a sample before
+                    continue
+                if math.isnan(reward):
+                    raise ValueError(f"prompt {p}: a reward is nan, expected a number")
+                judge_attempt(answer, rule, tokens, reward, judge)
+    return [Result.of(answer) for answer in answers]
 
 
 def vllm_generate(folder: Path, job: Job, share: float) -> Generate:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from bench import costs, kernels, rivals, schedule
-from bench.arguments import output_file, share, whole
 from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
 from bench.costs import launches, ours, round_seconds
 from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
@@ -21,6 +20,7 @@ from bench.rivals import RIVALS
 from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job, best_width
 from bench.tables import bullets, table
 from bench.variants import BUILT, NOT_BUILT, Batch, Contestant, batches, contestants, one_batch
+from demo.arguments import output_file, share, whole
 
 HEADING = "MODEL, not a measurement"
 SEGMENTS = (15, 30)

@@ -14,9 +14,9 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
-from bench.arguments import whole
-from bench.naive import naive_decode
+from demo.arguments import whole
 from demo.models import load_language_model, load_reward_model, vader
+from demo.naive import naive_decode
 from demo.prompts import UNSEEN_PROMPTS, messages
 from stars_kernels.ops.philox import request_key
 
@@ -94,8 +94,8 @@ def main() -> None:
     same = 0
     for output, chat in zip(aligned, chats, strict=True):
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        result = naive_decode(lm, rm, ids, settings, key=request_key(settings.seed, output.request_id))
-        same += result.token_ids == output.token_ids
+        answer = naive_decode(lm, rm, ids, settings, key=request_key(settings.seed, output.request_id))
+        same += answer.tokens == output.token_ids
     naive_seconds = time.perf_counter() - began
     print(
         f"naive: {naive_seconds:.1f} s, {naive_seconds / stars_seconds:.1f}x STARS' time, and the same answer for "

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
-from bench.arguments import whole
+from demo.arguments import whole
 from demo.models import load_language_model, load_reward_model
 from demo.prompts import UNSEEN_PROMPTS, messages
 

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 import stars_kernels
-from bench.arguments import whole
+from demo.arguments import whole
 from demo.models import (
     ENCODER_TEMPLATE,
     load_encoder_reward_model,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import stars_kernels
-from bench.arguments import whole
+from demo.arguments import whole
 from demo.models import (
     ENCODER_HEAD_FILE,
     ENCODER_TEMPLATE,

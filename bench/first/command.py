@@ -19,11 +19,11 @@ import torch
 
 import stars_kernels
 from bench import machine
-from bench.arguments import whole
 from bench.first import decodes, launches
 from bench.first.figures import Figure, Report, number, percent
 from bench.first.roofline import SIZES
 from bench.first.setting import DTYPE, SEED, Setting
+from demo.arguments import whole
 
 SECONDS = 540
 """By default: for a command that may take ten minutes."""

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import generate_options
 from bench.first import roofline
 from bench.first.clock import Clock, Timing
 from bench.first.figures import Figure, duration
 from bench.first.roofline import SEGMENT, SIZES, Shape
 from bench.first.setting import SEED, Setting
-from bench.naive import naive_decode
 from bench.report import CheckError
+from demo.naive import generate_options, naive_decode
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.protocols import Rows
@@ -219,9 +218,14 @@ def naive(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
     prompt = setting.prompts(name, shape)[0]
     # Never accepted: every attempt is made, and the best is taken.
     config = settings(shape, 1).replace(max_attempts=NAIVE_ATTEMPTS, reward_threshold=1e6)
-    seconds, result = setting.clock.whole(lambda: naive_decode(model, rm, prompt, config))
-    if (len(result.token_ids), result.attempts) != (SEGMENT, [NAIVE_ATTEMPTS]):
-        raise CheckError(f"the naive loop gave {result}, expected {SEGMENT} tokens after {NAIVE_ATTEMPTS} attempts")
+    key = request_key(SEED, 0)
+    seconds, answer = setting.clock.whole(lambda: naive_decode(model, rm, prompt, config, key, seeded=False))
+    attempts = [segment.attempts for segment in answer.segments]
+    if (len(answer.tokens), attempts) != (SEGMENT, [NAIVE_ATTEMPTS]):
+        raise CheckError(
+            f"the naive loop gave {len(answer.tokens)} tokens after {attempts} attempts, "
+            f"expected {SEGMENT} after {[NAIVE_ATTEMPTS]}"
+        )
     timing = Timing.of([seconds / NAIVE_ATTEMPTS])
     yield duration(f"{name}: naive loop, an attempt", timing, "ms", note="generate, and the reward of the whole text")
     for rows in setting.shapes(name):
