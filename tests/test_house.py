@@ -58,6 +58,11 @@ def test_no_private_name_of_another_package(module):
         assert not private or FILES[target].parent == folder, (target, name)
 
 
+@pytest.mark.parametrize("folder", sorted({FILES[module].parent for module in FILES}, key=str), ids=lambda f: f.name)
+def test_a_folder_says_what_lies_in_it(folder):
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+
 def test_no_circles():
     TopologicalSorter({module: {target for target, _ in imported(FILES[module])} for module in FILES}).prepare()
 

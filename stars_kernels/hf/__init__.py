@@ -1,1 +1,4 @@
-"""The one door to transformers: models, cache and attention hook, proposer, scorers."""
+"""The engine on models of transformers: it loads them, and makes a proposer of one and a scorer of the other.
+
+`decoder/` and `ops/` know nothing of transformers.
+"""
