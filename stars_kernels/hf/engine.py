@@ -38,7 +38,7 @@ from stars_kernels.hf.modes import run_without_autocast
 from stars_kernels.hf.progress import Progress
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
 from stars_kernels.hf.proposing.output_layer import why_unfused
-from stars_kernels.hf.proposing.processors import TokenRules
+from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer, is_unfiltered
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.scoring.reward_model import Reward, check_reward
@@ -66,9 +66,9 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None,
         config: StarsConfig,
         trust_remote_code: bool,
-        rules: TokenRules | None = None,
+        hooks: TokenHooks | None = None,
     ) -> None:
-        self.rules = TokenRules() if rules is None else rules
+        self.hooks = TokenHooks() if hooks is None else hooks
         seed = secrets.randbits(63) if config.seed is None else config.seed
         self.config = config.replace(seed=seed)
         self.calibration: Calibration | None = None
@@ -265,7 +265,7 @@ class Engine:
         hidden = HiddenStates(self.lm) if self.rewarder.reads_hidden else None
         scorer = self.rewarder.scorer([r.prompt for r in requests], self.codec, self.lm.device, hidden)
         graphs = SegmentGraphs(CudaCapture(self.lm.device)) if self.eager is None else None
-        processors = self.rules.batch([r.index for r in requests])
+        processors = self.hooks.batch([r.index for r in requests])
         proposer = ModelProposer(self.lm, graphs, fuse=self.unfused is None, hidden=hidden, processors=processors)
         cost = round_cost(self.lm, self.reward_models, self._first_plan(rule).size, graphs is not None)
         played = Round(proposer, scorer, rule, config.sampling, answers, self.eos, noise)
@@ -274,8 +274,8 @@ class Engine:
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""
         finders = [self.codec.find_stop] if self.codec.stops else []
-        if self.rules.criteria:
-            finders.append(functools.partial(self.rules.find_stop, index))
+        if self.hooks.criteria:
+            finders.append(functools.partial(self.hooks.find_stop, index))
 
         def find_stop(tokens: list[int], accepted: int) -> int | None:
             stop = None
@@ -357,7 +357,7 @@ class Engine:
             return "the model is not on a GPU"
         if not self.config.graphs:
             return "graphs=False"
-        if self.rules.processors:
+        if self.hooks.processors:
             return "logits processors are asked at each token"
         if (why := layout_of(self.lm).why_eager) is not None:
             return why
@@ -375,7 +375,7 @@ class Engine:
             return "the model is not on a GPU"
         if (implementation := backends()["lm_head_sample"]["cuda"]) != "triton":
             return f"lm_head_sample is served by its {implementation}"
-        if self.rules.processors:
+        if self.hooks.processors:
             return "logits processors are asked at each token"
         if not is_unfiltered(self.config.sampling):
             return "top_k, top_p or min_p is set"
@@ -396,8 +396,8 @@ class Engine:
             linear += f"; torch: {plain} layers"
         if self.unfused is not None:
             served["lm_head_sample"] = f"not used: {self.unfused}"
-        if self.rules.processors:
-            served["processors"] = ", ".join(type(processor).__name__ for processor in self.rules.processors)
+        if self.hooks.processors:
+            served["processors"] = ", ".join(type(processor).__name__ for processor in self.hooks.processors)
         if self.lm.device.type == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
         return {**served, "linear": linear}

@@ -26,7 +26,7 @@ from stars_kernels.decoder.rules import Rule
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.loading.language_model import unwrapped
 from stars_kernels.hf.loading.reward_model import TokenizerMissing
-from stars_kernels.hf.proposing.processors import TokenRules, lift_criteria, lift_processors
+from stars_kernels.hf.proposing.processors import TokenHooks, lift_criteria, lift_processors
 from stars_kernels.hf.requests import Results, carrying, collect, number_requests
 from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.text.prompts import Prompt
@@ -124,11 +124,11 @@ def generate(
             max_new_tokens=stops.max_length - input_ids.shape[1],
             eos_token_id=tuple(stops.eos),
         )
-        rules = TokenRules(processors, stops.rest, input_ids)
+        hooks = TokenHooks(processors, stops.rest, input_ids)
         results: Results = [None] * len(prompts)
         with carrying(results):
             try:
-                engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, rules=rules)
+                engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, hooks=hooks)
             except TokenizerMissing as error:
                 raise ValueError(unbound(error.why)) from error
             ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)

@@ -19,7 +19,7 @@ from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.hf.cache.storage import Group
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.proposing.graphs import captured
-from stars_kernels.hf.proposing.processors import TokenRules
+from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.scoring.likelihood import LikelihoodScorer
@@ -306,8 +306,8 @@ def test_a_failed_answer_holds_no_memory(kind, lm, rm, monkeypatch):
             raise ValueError("once") from KeyError("before")
 
         ids = torch.tensor([byte_tokenizer()(text)["input_ids"] for text in texts])
-        rules = TokenRules([process], (), ids)
-        engine = Engine(lm, rm, byte_tokenizer(), StarsConfig(**settings), False, rules)
+        hooks = TokenHooks([process], (), ids)
+        engine = Engine(lm, rm, byte_tokenizer(), StarsConfig(**settings), False, hooks)
         results = [None] * len(texts)
         list(engine.run(texts, IDS, results))
     else:

@@ -117,7 +117,7 @@ def lift_criteria(criteria: Iterable[Criterion]) -> Stops:
 
 
 @dataclass(frozen=True)
-class TokenRules:
+class TokenHooks:
     """What is asked at every token of a call's answers; the default asks nothing.
 
     inputs: [P, T] int64, the prompts as processors and criteria see them; these are asked on its device, and in the
