@@ -1,6 +1,6 @@
 """fork_attention: rows attend to ONE stored prefix of their prompt and to their own short suffix.
 
-The prefix keys and values of prompt p are the arena's slots [offset_p, offset_p + length_p), stored once and read once
+The prefix keys and values of prompt p are the arena's places [offset_p, offset_p + length_p), stored once and read once
 for all rows of p (their queries are stacked), so `width` candidates cost `width * segment_size` tokens of KV.
 """
 
@@ -35,7 +35,7 @@ def fork_attention(
 
     Args:
         query: [R, S, Hq, Dk]. A row's queries are the last `query_len` tokens of its suffix; the rest is padding.
-        suffix_key, suffix_value: [R, T, Hkv, Dk], [R, T, Hkv, Dv]; slots from `suffix_len` on are never read.
+        suffix_key, suffix_value: [R, T, Hkv, Dk], [R, T, Hkv, Dv]; tokens from `suffix_len` on are never read.
         suffix_len, query_len: [R] int64, query_len <= min(S, suffix_len), suffix_len <= T.
         arena_key, arena_value: [N, Hkv, Dk], [N, Hkv, Dv]: every prompt's prefix.
         offsets, lengths: [P] int64, the prefix of prompt p is arena[offsets[p] : offsets[p] + lengths[p]].

@@ -42,9 +42,9 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
         for group in cache.groups:
             group.arena.fill_(torch.nan)
         for chunk in packed_chunks(prompts, cache):
-            with cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = view(input_ids=torch.tensor([chunk.ids]), **inputs).logits[0]
-            for p, part in zip(chunk.owners, logits.split(chunk.counts), strict=True):
+            for p, part in zip(chunk.slots, logits.split(chunk.counts), strict=True):
                 compare(part, ROWS.index(p), 0)
 
         def feed(rows, start, stop):
@@ -58,8 +58,8 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
                 feed(rows, step, step + 1)
 
         at_once = feed_steps if steps_only else feed
-        rows, owners = list(range(len(ROWS))), torch.tensor(ROWS)
-        cache.fork(owners)
+        rows, slot = list(range(len(ROWS))), torch.tensor(ROWS)
+        cache.fork(slot)
         for group in cache.groups:
             group.suffix.fill_(torch.nan)
         feed_steps(rows, 0, 3)
@@ -71,7 +71,7 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
         chosen, held = torch.tensor([1, 3, 4]), torch.tensor([again + 4] * 3)
         advance = torch.tensor([False, False, True])
         cache.commit(torch.arange(3), chosen, held, advance)()
-        cache.fork(owners)
+        cache.fork(slot)
         cache.commit(torch.arange(2), torch.tensor([-1, -1]), held[:2], ~advance[:2])()
         cache.fork(torch.arange(3))
         feed(chosen.tolist(), again + 4, again + 5)

@@ -26,7 +26,7 @@ def cache(lm):
 
 def fill(view, cache, prompts=PROMPTS):
     for chunk in packed_chunks(prompts, cache):
-        with cache.prefill(chunk.owners, chunk.counts) as inputs:
+        with cache.prefill(chunk.slots, chunk.counts) as inputs:
             view(input_ids=torch.tensor([chunk.ids]), **inputs)
 
 
@@ -83,7 +83,7 @@ def poison(cache):
 
 @torch.inference_mode()
 def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
-    """After each round: committed slots equal the winner's suffix, every other slot is as before, NaN poison too."""
+    """After each round: committed places equal the winner's suffix, every other place is as before, NaN poison too."""
     seen = {"advanced": 0, "best so far": 0, "stored earlier": 0}
 
     def watch(cache):
@@ -138,7 +138,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
 @torch.inference_mode()
 @pytest.mark.parametrize("width", [1, 4, 7])
 def test_memory_of_a_round(lm, rm, width):
-    """KV of a round: the prompts' slots + rows * segment_size tokens, for the LM and for the RM."""
+    """KV of a round: the slots' capacities + rows * segment_size tokens, for the LM and for the RM."""
     config = StarsConfig(
         segment_size=5,
         max_new_tokens=10,
@@ -150,9 +150,9 @@ def test_memory_of_a_round(lm, rm, width):
     )
     loop = loop_of(lm, rm, config)
     loop.run()
-    slots = sum(len(prompt) + config.max_new_tokens for prompt in PROMPTS)
+    capacity = sum(len(prompt) + config.max_new_tokens for prompt in PROMPTS)
     for cache in (loop.round.proposer.cache, loop.round.scorer.cache):
-        tokens = slots + max(width, 1) * len(PROMPTS) * config.segment_size
+        tokens = capacity + max(width, 1) * len(PROMPTS) * config.segment_size
         per_token = lm.config.num_hidden_layers * 2 * lm.config.num_key_value_heads * lm.config.head_dim * 8
         assert cache.kv_tokens == tokens
         assert cache.kv_bytes == tokens * per_token

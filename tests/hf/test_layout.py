@@ -259,7 +259,7 @@ def filled(model, capacity=12):
     cache = open_cache(view, [len(p) + capacity for p in PROMPTS], 6)
     with torch.no_grad():
         for chunk in packed_chunks(PROMPTS, cache):
-            with cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 view(input_ids=torch.tensor([chunk.ids]), **inputs)
     return view, cache
 
@@ -269,7 +269,7 @@ def test_states_know_no_earlier_token():
     view, cache = filled(lfm2())
     with pytest.raises(ValueError, match="a forward of 2 prompts, expected one"), cache.prefill([0, 1], [1, 1]):
         pass
-    with pytest.raises(ValueError, match="prompt 0 has 11 tokens already, expected 0"), cache.prefill([0], [1]):
+    with pytest.raises(ValueError, match="slot 0 has 11 tokens already, expected 0"), cache.prefill([0], [1]):
         pass
     with pytest.raises(ValueError, match="a prefix is to be cut short"):
         cache.cut(torch.tensor([0]), torch.tensor([3]))

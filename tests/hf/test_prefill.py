@@ -47,9 +47,9 @@ def test_logits_are_the_models_own_whatever_is_read_beside():
     cut = list(zip(prompts, cuts, strict=True))
     for pieces in ([p[:n] for p, n in cut], [p[n:] for p, n in cut]):
         for chunk in packed_chunks(pieces, cache):
-            with cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = view(input_ids=torch.tensor([chunk.ids]), **inputs).logits[0]
-            for p, new in zip(chunk.owners, logits.split(chunk.counts), strict=True):
+            for p, new in zip(chunk.slots, logits.split(chunk.counts), strict=True):
                 found[p] = torch.cat([found[p], new])
     assert cache.lengths.tolist() == LENGTHS
     for prompt, logits in zip(prompts, found, strict=True):
@@ -70,7 +70,7 @@ def test_rows_of_a_prompt_are_its_one_row(dtype, options):
     query, key, value = (torch.randn(total, heads, 8).to(dtype) for heads in (6, 2, 2))
     plan = Packed.of(starts, LENGTHS, offsets, CPU)
     written = arena.clone()
-    written[0, plan.slots], written[1, plan.slots] = key, value
+    written[0, plan.where], written[1, plan.where] = key, value
     rows = [plan.in_rows(tokens) for tokens in (query, key, value)]
     found = plan.end_to_end(
         ops.fork_attention(
@@ -120,7 +120,7 @@ def test_padding_is_bounded():
     cache = open_cache(view_of(tiny_language_model()), capacity([1] * 200), 2)
     chunks = list(packed_chunks([[1]] * 200, cache))
     assert [len(chunk.ids) for chunk in chunks] == [PREFILL_PIECES] * 3 + [200 - 3 * PREFILL_PIECES]
-    assert [p for chunk in chunks for p in chunk.owners] == list(range(200))
+    assert [p for chunk in chunks for p in chunk.slots] == list(range(200))
     worst = Packed.of([0] * 64, [PREFILL_TOKENS - 63] + [1] * 63, range(0, 64 * 1024, 1024), CPU)
     assert len(worst.tokens) <= PREFILL_TOKENS + PREFILL_PIECES * PREFILL_ROW
     assert len(Packed.of([0] * 9, [3] * 9, range(0, 27, 3), CPU).tokens) == 27  # rows are no longer than the longest
@@ -128,6 +128,6 @@ def test_padding_is_bounded():
 
 def test_a_prompt_twice_in_a_forward_is_refused():
     cache = open_cache(view_of(tiny_language_model()), [8, 8], 2)
-    with pytest.raises(ValueError, match=r"a forward of prompts \[1, 1\], expected each once"):
+    with pytest.raises(ValueError, match=r"a forward of slots \[1, 1\], expected each once"):
         with cache.prefill([1, 1], [2, 2]):
             pass

@@ -92,7 +92,7 @@ def texts_read(monkeypatch):
     monkeypatch.setattr(
         RowReader,
         "read",
-        lambda self, owners, rows: (seen.append(list(zip(owners, rows, strict=True))), real(self, owners, rows))[1],
+        lambda self, slots, rows: (seen.append(list(zip(slots, rows, strict=True))), real(self, slots, rows))[1],
     )
     return seen
 

@@ -1,4 +1,4 @@
-"""What a model keeps of its past: one stored prefix per prompt, and per row what it has read since."""
+"""What a model keeps of its past: one stored prefix per slot, and per row what it has read since."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stars_kernels.hf.view.layout import layout_of
 
 
 def open_cache(model: PreTrainedModel, capacities: Sequence[int], segment_size: int) -> ForkCache:
-    """Open an empty cache of a view for prompts of up to `capacities` tokens each."""
+    """Open an empty cache of a view for one slot per entry of `capacities`, of up to as many tokens."""
     layout = layout_of(model)
     kind = ForkCache if layout.mode == "hook" else GatheredCache
     states = States(model.config, len(capacities)) if layout.states else None

@@ -1,9 +1,9 @@
-"""ForkCache: one stored prefix per prompt, one short suffix per row, read through transformers' attention hook.
+"""ForkCache: one stored prefix per slot, one short suffix per row, read through transformers' attention hook.
 
-    arena   [G, 2, N, Hkv, D]    prompt p owns slots from offset_p on, the first length_p of them are its prefix
+    arena   [G, 2, N, Hkv, D]    slot p has the places from offset_p on, the first length_p of them hold its prefix
     suffix  [G, 2, R, T, Hkv, D] a row's own tokens since the prefix
 
-`fork` opens rows on their prompts' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
+`fork` opens rows on their slots' prefixes, `rollback` shortens what the rows hold, `commit` moves chosen suffixes
 behind the prefixes. The model is never patched: its attention calls reach the cache of the forward that runs in their
 thread (`hf.view.attention`). Keys and values are stored there, not in `update()`, which latent attention calls before
 it expands them. Layers whose keys and values are of one shape, dtype and device share an arena and a suffix (`Group`).
@@ -30,13 +30,13 @@ from stars_kernels.hf.view.layout import Layout
 
 
 class ForkCache(Cache):
-    """Storage and attention of one model for a batch of prompts."""
+    """Storage and attention of one model for a batch of requests, one per slot."""
 
     def __init__(
         self, layout: Layout, capacities: Sequence[int], segment_size: int, device: torch.device,
         states: States | None = None,
     ) -> None:  # fmt: skip
-        """capacities: tokens each prompt may hold, answer included. device: where the bookkeeping lies."""
+        """capacities: tokens each slot may hold, prompt and answer. device: where the bookkeeping lies."""
         self.layout, self.segment_size, self.device, self.states = layout, segment_size, device, states
         self.packs = layout.mode == "hook" and states is None
         """Whether a forward may read several prompts, one after the other."""
@@ -46,7 +46,7 @@ class ForkCache(Cache):
         sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
         self.offsets = sizes.cumsum(0)[:-1]  # [P]
         self.lengths = torch.zeros_like(self.offsets)  # [P]
-        self._forked = self.prompt = self.lengths[:0]  # [R] the prompt of each forked row, and of each selected one
+        self._forked = self.slot = self.lengths[:0]  # [R] the slot of each forked row, and of each selected one
         self.held = 0  # suffix tokens every open row holds
         own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
         self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size) for plane in own}
@@ -62,7 +62,7 @@ class ForkCache(Cache):
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV this cache takes: the prompts' arena slots, and rows * segment_size of suffix."""
+        """Tokens of KV this cache takes: the slots' part of the arena, and rows * segment_size of suffix."""
         return max((g.arena.shape[2] + g.suffix.shape[2] * g.suffix.shape[3] for g in self.groups), default=0)
 
     @property
@@ -74,28 +74,28 @@ class ForkCache(Cache):
         """Where the buffers lie; a captured graph of this cache is worth nothing once they have moved."""
         return tuple(tensor.data_ptr() for group in self.groups for tensor in (group.arena, group.suffix))
 
-    def fork(self, prompt: Tensor) -> None:
-        """Open one row for each entry of `prompt` [R] on that prompt's prefix; no key or value is copied."""
-        self._forked = prompt.to(self.device)
+    def fork(self, slot: Tensor) -> None:
+        """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
+        self._forked = slot.to(self.device)
         for group in self.groups:
-            group.make_room(prompt.shape[0])
+            group.make_room(slot.shape[0])
         if self.states is not None:
             self.states.fork(self._forked)
-        self.select(slice(prompt.shape[0]))
+        self.select(slice(slot.shape[0]))
 
     def select(self, rows: slice) -> None:
         """Let the next forwards extend these of the forked rows alone, from the start of their suffixes."""
-        self.prompt, self.held, self._selected = self._forked[rows], 0, rows
+        self.slot, self.held, self._selected = self._forked[rows], 0, rows
         self._layers = self._bind(rows)
         self._send()
         if self.states is not None:
             self.states.open(rows)
 
-    def cut(self, prompt: Tensor, length: Tensor) -> None:
-        """Shorten the prefixes of `prompt` [C] to `length` [C] tokens where they are longer; no byte moves."""
-        if self.states is not None and bool((self.lengths[prompt] > length).any()):
+    def cut(self, slot: Tensor, length: Tensor) -> None:
+        """Shorten the prefixes of `slot` [C] to `length` [C] tokens where they are longer; no byte moves."""
+        if self.states is not None and bool((self.lengths[slot] > length).any()):
             raise ValueError("a prefix is to be cut short, but this model has states, which have no tokens to cut")
-        self.lengths[prompt] = torch.minimum(self.lengths[prompt], length)
+        self.lengths[slot] = torch.minimum(self.lengths[slot], length)
 
     def rollback(self, held: int = 0) -> None:
         """Forget all but the first `held` suffix tokens of every row; no key or value moves."""
@@ -119,19 +119,19 @@ class ForkCache(Cache):
             group.close()
         self._layers, self.states, self.layers = [], None, []
 
-    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:
-        """Write `count` suffix tokens of `row` behind the prefix of `prompt` (see `ops.kv_commit`); forget the rest.
+    def commit(self, slot: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:
+        """Write `count` suffix tokens of `row` behind the prefix of `slot` (see `ops.kv_commit`); forget the rest.
 
         Nothing is written before the result is called: the tokens that lie behind the prefix may still be wanted.
         """
-        prompt, row, count, advance = (t.to(self.device) for t in (prompt, row, count, advance))
-        settle_states = None if self.states is None else self.states.commit(prompt, row, count, advance, self.held)
-        where = [self.lengths, self.offsets, prompt, row, count]
+        slot, row, count, advance = (t.to(self.device) for t in (slot, row, count, advance))
+        settle_states = None if self.states is None else self.states.commit(slot, row, count, advance, self.held)
+        where = [self.lengths, self.offsets, slot, row, count]
         calls = [
             (group, [t.to(group.device) for t in (*where, torch.zeros_like(advance))]) for group in self.groups[1:]
         ]
         calls += [(group, [*where, advance]) for group in self.groups[:1]]  # the last: it moves the lengths
-        lengths = None if self.groups else self.lengths.index_add(0, prompt, count * advance)
+        lengths = None if self.groups else self.lengths.index_add(0, slot, count * advance)
 
         def settle() -> None:
             for group, arguments in calls:
@@ -145,24 +145,24 @@ class ForkCache(Cache):
         return settle
 
     @contextmanager
-    def prefill(self, prompts: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
-        """Forward [1, sum(counts)] packed tokens, the next counts[i] of prompts[i]; yields the forward's arguments."""
-        if len(set(prompts)) < len(prompts):
-            raise ValueError(f"a forward of prompts {prompts}, expected each once")
-        if len(prompts) > 1 and not self.packs:
-            raise ValueError(f"a forward of {len(prompts)} prompts, expected one: this model's prompts are not packed")
+    def prefill(self, slots: list[int], counts: list[int]) -> Iterator[dict[str, Any]]:
+        """Forward packed tokens [1, sum(counts)], the next counts[i] of slots[i]; yields the forward's arguments."""
+        if len(set(slots)) < len(slots):
+            raise ValueError(f"a forward of slots {slots}, expected each once")
+        if len(slots) > 1 and not self.packs:
+            raise ValueError(f"a forward of {len(slots)} prompts, expected one: this model's prompts are not packed")
         starts, offsets = to_host((self.lengths, self.offsets))
-        starts, offsets = [starts[p] for p in prompts], [offsets[p] for p in prompts]
-        owners, added = to_device((prompts, counts), self.device)
+        starts, offsets = [starts[p] for p in slots], [offsets[p] for p in slots]
+        slot, added = to_device((slots, counts), self.device)
         self._send()
         if self.states is not None:
-            self.states.start(prompts[0], starts[0])
+            self.states.start(slots[0], starts[0])
         plan = Packed.of(starts, counts, offsets, self.device)
         with self._forward(plan):
             yield self._arguments(plan.positions[None])
         if self.states is not None:
-            self.states.keep(prompts[0])
-        self.lengths.index_add_(0, owners, added)
+            self.states.keep(slots[0])
+        self.lengths.index_add_(0, slot, added)
 
     @contextmanager
     def extend(self, steps: int, query_len: Tensor | None = None) -> Iterator[dict[str, Any]]:
@@ -175,8 +175,8 @@ class ForkCache(Cache):
         if steps > 1 and self.layout.steps:
             raise ValueError(f"{steps} tokens at once, expected 1: behind a state this model reads one at a time")
         if query_len is None:
-            query_len = torch.full_like(self.prompt, steps)
-        positions = self.lengths[self.prompt][:, None] + torch.arange(start, start + steps, device=self.prompt.device)
+            query_len = torch.full_like(self.slot, steps)
+        positions = self.lengths[self.slot][:, None] + torch.arange(start, start + steps, device=self.slot.device)
         positions.clamp_(max=self.layout.limit - 1)  # of padding, which may lie where there are no learned positions
         with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
             yield self._arguments(positions)
@@ -217,19 +217,19 @@ class ForkCache(Cache):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if isinstance(plan, Suffix):
             if layer.stores:
-                layer.keys[:, plan.slots], layer.values[:, plan.slots] = key, value
+                layer.keys[:, plan.where], layer.values[:, plan.where] = key, value
             return ops.call_op(  # its arguments are right by construction, and this runs thousands of times a second
                 "fork_attention", query, layer.keys, layer.values, plan.suffix_len, plan.query_len, layer.arena_keys,
-                layer.arena_values, place.offsets, place.lengths, place.prompt, scale, mask.window, layer.softcap,
+                layer.arena_values, place.offsets, place.lengths, place.slot, scale, mask.window, layer.softcap,
                 layer.sinks,
             )  # fmt: skip
         if plan is None:
             raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
         check_options(mask, options)
         if layer.stores:  # first: a row's prefix may be new itself
-            layer.arena_keys[plan.slots], layer.arena_values[plan.slots] = key[0], value[0]
+            layer.arena_keys[plan.where], layer.arena_values[plan.where] = key[0], value[0]
         # One call for all prompts, and copies into rows for it. A CPU, to which calls cost little, takes it too: the
-        # copies are less than a hundredth of a forward's work, and what they cost a call a prompt would cost again.
+        # copies are less than a hundredth of a forward's work, and what they cost a call per slot would cost again.
         query, key, value = (plan.in_rows(tokens[0]) for tokens in (query, key, value))
         attended = ops.fork_attention(
             query, key, value, plan.counts, plan.counts, layer.arena_keys, layer.arena_values, plan.offsets,
@@ -238,12 +238,12 @@ class ForkCache(Cache):
         return plan.end_to_end(attended)[None]
 
     def _place(self, device: torch.device) -> Place:
-        return Place(device, self.offsets.to(device), self.lengths.to(device), self.prompt.to(device))
+        return Place(device, self.offsets.to(device), self.lengths.to(device), self.slot.to(device))
 
     def _send(self) -> None:
         """Tell the other devices what has changed."""
         for place in self._places.values():
-            place.lengths, place.prompt = self.lengths.to(place.device), self.prompt.to(place.device)
+            place.lengths, place.slot = self.lengths.to(place.device), self.slot.to(place.device)
 
     def _bind(self, rows: slice) -> list[BoundLayer]:
         arenas = {plane: iter(group.arena_planes) for plane, group in self._groups.items()}

@@ -23,20 +23,20 @@ class GatheredCache(ForkCache):
 
     @contextmanager
     def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
-        """Before it: which slots [R, T] each row's keys come from, and which of them are real."""
+        """Before it: the places [R, T] in the arena that each row's keys come from, and which of them are real."""
         if isinstance(plan, Suffix):
-            lengths, offsets = self.lengths[self.prompt], self.offsets[self.prompt]
-            self._past, new = int(lengths.max()) + plan.slots.start, plan.slots.stop - plan.slots.start
-            prefix = self._past - plan.slots.start
+            lengths, offsets = self.lengths[self.slot], self.offsets[self.slot]
+            self._past, new = int(lengths.max()) + plan.where.start, plan.where.stop - plan.where.start
+            prefix = self._past - plan.where.start
         else:
             lengths, offsets = plan.lengths[:1], plan.offsets[:1]  # of one prompt's first row
             prefix = self._past = int(lengths)
-            new = len(plan.slots)
+            new = len(plan.where)
         # Of what is longer than the context, the beginning goes: padding, or what a row past its end would read.
         beyond = max(0, self._past + new - self.layout.limit)
         self._past -= beyond
         place = torch.arange(beyond, prefix, device=self.device) - prefix + lengths[:, None]  # [R, T] negative: padding
-        self._slots = offsets[:, None] + place.clamp(min=0)  # padding reads a finite key, which the mask hides
+        self._where = offsets[:, None] + place.clamp(min=0)  # padding reads a finite key, which the mask hides
         self._mask = torch.nn.functional.pad((place >= 0).long(), (0, self._past + new - place.shape[1]), value=1)
         with super()._forward(plan):
             yield
@@ -48,17 +48,17 @@ class GatheredCache(ForkCache):
         """[B, Hkv, S, D] of the new tokens -> [B, Hkv, T + S, D] of all."""
         layer = self._layers[self._asked]
         self._asked += 1
-        plan, slots = layer.place.plan, self._slots.to(layer.place.device)
+        plan, where = layer.place.plan, self._where.to(layer.place.device)
         new = key_states.transpose(1, 2), value_states.transpose(1, 2)  # [B, S, Hkv, D]
         arenas, suffixes = (layer.arena_keys, layer.arena_values), (layer.keys, layer.values)
         if isinstance(plan, Suffix):
             for suffix, tokens in zip(suffixes, new, strict=True):
-                suffix[:, plan.slots] = tokens
-            new = layer.keys[:, : plan.slots.stop], layer.values[:, : plan.slots.stop]
+                suffix[:, plan.where] = tokens
+            new = layer.keys[:, : plan.where.stop], layer.values[:, : plan.where.stop]
         elif plan is not None:
             for arena, tokens in zip(arenas, new, strict=True):
-                arena[plan.slots] = tokens[0]
-        gathered = (torch.cat([a[slots], tokens], dim=1) for a, tokens in zip(arenas, new, strict=True))
+                arena[plan.where] = tokens[0]
+        gathered = (torch.cat([a[where], tokens], dim=1) for a, tokens in zip(arenas, new, strict=True))
         return tuple(tensor.transpose(1, 2).contiguous() for tensor in gathered)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -15,13 +15,13 @@ PREFILL_PIECES = 64
 
 @dataclass
 class Chunk:
-    """One packed forward: counts[i] next tokens of prompt owners[i], one after the other in `ids`."""
+    """One packed forward: the next counts[i] tokens of slots[i]'s prompt, one after the other in `ids`."""
 
-    owners: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
-    """The prompts whose last token is in here."""
+    """The slots whose prompt's last token is in here."""
     last: list[int] = field(default_factory=list)
     """Where in `ids` that token is."""
 
@@ -36,11 +36,11 @@ def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterato
         size = PREFILL_TOKENS if cache.cuts else len(prompt)
         for begin in range(0, len(prompt), size):
             piece = prompt[begin : begin + size]
-            full = len(chunk.ids) + len(piece) > PREFILL_TOKENS or len(chunk.owners) == PREFILL_PIECES
+            full = len(chunk.ids) + len(piece) > PREFILL_TOKENS or len(chunk.slots) == PREFILL_PIECES
             if chunk.ids and (full or not cache.packs):
                 yield chunk
                 chunk = Chunk()
-            chunk.owners.append(p)
+            chunk.slots.append(p)
             chunk.counts.append(len(piece))
             chunk.ids += piece
         chunk.finished.append(p)

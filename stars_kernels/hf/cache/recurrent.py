@@ -1,6 +1,6 @@
 """The conv and recurrent states of hybrid models, which have no token to point at: copied for each row.
 
-A prompt has one state per layer, after its prefix, and one after its best candidate so far. Rows start from copies of
+A slot has one state per layer, after its prefix, and one after its best candidate so far. Rows start from copies of
 the first. A state cannot be cut back to an earlier token: rows go back to their prefix or not at all.
 """
 
@@ -18,62 +18,62 @@ from stars_kernels.decoder.protocols import Settle
 
 
 class States:
-    """The states of a batch of `prompts` prompts, and those of the rows of the running forward."""
+    """The states of a batch of `slots` slots, and those of the rows of the running forward."""
 
-    def __init__(self, config: PreTrainedConfig, prompts: int) -> None:
+    def __init__(self, config: PreTrainedConfig, slots: int) -> None:
         self.layers: list[Any] = DynamicCache(config=config).layers
         """transformers' own; those with states hold the rows'."""
-        self.prompts = prompts
+        self.slots = slots
         self.prefix: dict[Any, Tensor] = {}  # [P, ...] of each state, after the prefix
         self.best: dict[Any, Tensor] = {}  # [P, ...] after the candidate that lies behind the prefix
         self.rows: dict[Any, Tensor] = {}  # [R, ...] of the forked rows
         self.ready = False
-        """Whether the rows continue their prompts' prefixes."""
+        """Whether the rows continue their slots' prefixes."""
 
-    def start(self, prompt: int, length: int) -> None:
+    def start(self, slot: int, length: int) -> None:
         """Before the forward that reads a prompt, all of it at once."""
         if length:
-            raise ValueError(f"prompt {prompt} has {length} tokens already, expected 0: states need it in one forward")
-        for layer, held, ready, index in self._slots():
+            raise ValueError(f"slot {slot} has {length} tokens already, expected 0: states need it in one forward")
+        for layer, held, ready, index in self._states():
             held[index], ready[index] = None, False
             layer.has_previous_state[index] = False
 
-    def keep(self, prompt: int) -> None:
+    def keep(self, slot: int) -> None:
         """After that forward."""
-        for layer, held, _, index in self._slots():
+        for layer, held, _, index in self._states():
             key, state = (id(layer), held is layer.conv_states, index), held[index]
             if state is None:
                 continue
             if key not in self.prefix:
-                shape = (self.prompts, *state.shape[1:])
+                shape = (self.slots, *state.shape[1:])
                 self.prefix[key], self.best[key] = (state.new_full(shape, torch.nan) for _ in range(2))
-            self.prefix[key][prompt] = state[0]
+            self.prefix[key][slot] = state[0]
 
-    def fork(self, prompt: Tensor) -> None:
-        """Room for a state of each row; prompt: [R], the prompt of each."""
-        self.prompt = prompt
-        self.rows = {key: stored.new_empty(len(prompt), *stored.shape[1:]) for key, stored in self.prefix.items()}
+    def fork(self, slot: Tensor) -> None:
+        """Make room for a state of each row; slot: [R], the slot of each."""
+        self.slot = slot
+        self.rows = {key: stored.new_empty(len(slot), *stored.shape[1:]) for key, stored in self.prefix.items()}
 
     def open(self, rows: slice) -> None:
-        """Give each of these rows its prompt's state; the layers then work on these alone, in place."""
+        """Give each of these rows its slot's state; the layers then work on these alone, in place."""
         self.ready = True
-        for layer, held, ready, index in self._slots():
+        for layer, held, ready, index in self._states():
             key = (id(layer), held is layer.conv_states, index)
             if key in self.rows:
                 stored = self.prefix[key]
-                self.rows[key][rows] = stored[self.prompt[rows].to(stored.device)]
+                self.rows[key][rows] = stored[self.slot[rows].to(stored.device)]
                 held[index], ready[index] = self.rows[key][rows], True
                 layer.has_previous_state[index] = True
 
-    def commit(self, prompt: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int) -> Settle:
-        """Keep the rows' states for their prompts; it shows once the result is called.
+    def commit(self, slot: Tensor, row: Tensor, count: Tensor, advance: Tensor, held: int) -> Settle:
+        """Keep the rows' states for their slots; it shows once the result is called.
 
         A state is that after all `held` tokens. A candidate with fewer was ended by EOS, a stop string or the limit:
         if it is chosen its answer is finished and its state never read. NaN makes sure of that: read, it would show.
         """
         kept_best, kept_prefix = {}, {}
         for key, state in self.rows.items():
-            p, r, n, go = (t.to(state.device) for t in (prompt, row, count, advance))
+            p, r, n, go = (t.to(state.device) for t in (slot, row, count, advance))
             one = (-1, *[1] * (state.dim() - 1))
             new = state[r.clamp(min=0)].masked_fill((n != held).view(one), torch.nan)
             best = torch.where((r >= 0).view(one), new, self.best[key][p])
@@ -88,7 +88,7 @@ class States:
 
         return settle
 
-    def _slots(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
+    def _states(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
         """Each layer that may have a state, where it holds it, where it says so, and its index there."""
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):

@@ -24,7 +24,7 @@ class Packed:
     """
 
     positions: Tensor  # [N] of the tokens in their prompts
-    slots: Tensor  # [N] of the arena, where their keys and values go
+    where: Tensor  # [N] places in the arena, of their keys and values
     tokens: Tensor  # [R * S] which token each query is; padding repeats a row's first
     queries: Tensor  # [N] which query each token is
     offsets: Tensor  # [R]
@@ -37,7 +37,7 @@ class Packed:
         """Read counts[i] tokens of a prompt that has starts[i] already, in the arena from offsets[i] on."""
         size = min(PREFILL_ROW, max(counts))
         positions: list[int] = []
-        slots: list[int] = []
+        where: list[int] = []
         tokens: list[int] = []
         queries: list[int] = []
         rows: list[tuple[int, int, int]] = []
@@ -47,9 +47,9 @@ class Packed:
                 queries += range(len(tokens), len(tokens) + n)
                 tokens += [*range(first, first + n), *[first] * (size - n)]
                 positions += range(before, before + n)
-                slots += range(offset + before, offset + before + n)
+                where += range(offset + before, offset + before + n)
                 rows.append((offset, before, n))
-        columns = (positions, slots, tokens, queries, *zip(*rows, strict=True), range(len(rows)))
+        columns = (positions, where, tokens, queries, *zip(*rows, strict=True), range(len(rows)))
         return Packed(*to_device(columns, device))
 
     def in_rows(self, packed: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class Suffix:
-    """A forward of a few tokens a row, stored in the suffixes' `slots`."""
+    """A forward of a few tokens per row, stored in the suffixes at `where`."""
 
-    slots: slice
+    where: slice
     query_len: Tensor  # [R]
     suffix_len: Tensor  # [R]
 
@@ -77,7 +77,7 @@ class Place:
     device: torch.device
     offsets: Tensor  # [P]
     lengths: Tensor  # [P]
-    prompt: Tensor  # [R]
+    slot: Tensor  # [R]
     plan: Packed | Suffix | None = None
 
 
@@ -98,10 +98,10 @@ class BoundLayer:
 class Group:
     """The storage of all planes (a layer's keys, or its values) of one shape, dtype and device, two by two."""
 
-    def __init__(self, plane: Plane, planes: int, slots: int, segment_size: int) -> None:
+    def __init__(self, plane: Plane, planes: int, tokens: int, segment_size: int) -> None:
         heads, size, dtype, self.device = plane
         pairs = -(-planes // 2)
-        self.arena = torch.empty(pairs, 2, slots, heads, size, dtype=dtype, device=self.device)
+        self.arena = torch.empty(pairs, 2, tokens, heads, size, dtype=dtype, device=self.device)
         self.suffix = self.arena.new_empty(pairs, 2, 0, segment_size, heads, size)
         self.arena_planes = self.arena.flatten(0, 1).unbind()
 

@@ -1,7 +1,7 @@
 """Whole segments as CUDA graphs: every forward, draw and feed-back of `segment_size` tokens is one launch.
 
 A segment is static: its length is known, nothing in it waits for the host, and what changes from round to round (which
-prompts, attempts and positions) is read from a few tensors. Rows are padded to a bucket, so that few graphs serve all
+slots, attempts and positions) is read from a few tensors. Rows are padded to a bucket, so that few graphs serve all
 rounds. Capturing needs every kernel compiled, so a bucket's first segment runs eagerly and its second is captured.
 """
 
@@ -30,7 +30,7 @@ def bucket_of(rows: int) -> int:
 
 
 def padded(rows: Rows, count: int) -> Rows:
-    """`rows` with its last one repeated up to `count`; still grouped by prompt."""
+    """`rows` with its last one repeated up to `count`; still grouped by slot."""
     index = torch.arange(count, device=rows.slot.device).clamp(max=len(rows) - 1)
     slots = [*rows.slots, *[rows.slots[-1]] * (count - len(rows))]
     return rows.map(lambda column: column[index], slots)

@@ -181,16 +181,16 @@ class BatchProcessors:
         """
         scores = logits.to(torch.float32, copy=True)
         done = ended.tolist()
-        for prompt, group in groupby((r for r in range(len(rows)) if not done[r]), key=rows.slots.__getitem__):
+        for slot, group in groupby((r for r in range(len(rows)) if not done[r]), key=rows.slots.__getitem__):
             index = list(group)
-            scores[index] = self._process(prompt, index, suffix[index], logits[index]).to(scores)
+            scores[index] = self._process(slot, index, suffix[index], logits[index]).to(scores)
         return scores
 
-    def _process(self, prompt: int, index: list[int], suffix: Tensor, logits: Tensor) -> Tensor:
-        """Rows `index` of the round, all of one prompt; where they fail together, each alone."""
+    def _process(self, slot: int, index: list[int], suffix: Tensor, logits: Tensor) -> Tensor:
+        """Rows `index` of the round, all of one slot; where they fail together, each alone."""
         try:
             with self.mode.active():
-                return self._ask(prompt, suffix, logits)
+                return self._ask(slot, suffix, logits)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -198,13 +198,13 @@ class BatchProcessors:
                 self.errors[index[0]] = error
                 return torch.full_like(logits, math.nan, dtype=torch.float32)
         rows = zip(index, suffix.split(1), logits.split(1), strict=True)
-        return torch.cat([self._process(prompt, [row], *one).to(logits.device) for row, *one in rows])
+        return torch.cat([self._process(slot, [row], *one).to(logits.device) for row, *one in rows])
 
-    def _ask(self, prompt: int, suffix: Tensor, logits: Tensor) -> Tensor:
-        known = self.accepted[prompt].expand(len(suffix), -1)
+    def _ask(self, slot: int, suffix: Tensor, logits: Tensor) -> Tensor:
+        known = self.accepted[slot].expand(len(suffix), -1)
         ids = torch.cat([known, suffix.to(self.device)], dim=1)
         scores = logits.to(self.device, torch.float32, copy=True)  # as in `model.generate`: it may be written on
-        for processor in self.processors[prompt]:
+        for processor in self.processors[slot]:
             scores = processor(ids, scores)
             if scores.shape != logits.shape:
                 name = type(processor).__name__

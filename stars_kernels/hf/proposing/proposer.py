@@ -56,11 +56,11 @@ class ModelProposer:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size)
         self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the accepted answer
-        self.unread: frozenset[int] = frozenset()  # the prompts whose last token is not in the cache yet
+        self.unread: frozenset[int] = frozenset()  # the slots whose last token is not in the cache yet
         states = []
         for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
-            with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = self._logits(ids[None], inputs, last)[0]
             if i == 0:
                 self.logits = logits.new_empty(len(prompts), logits.shape[1])  # [P, V] what follows each prefix
@@ -96,7 +96,7 @@ class ModelProposer:
         tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
-        source: Tensor | None = rows.slot  # every first token comes from its prompt's one row of logits
+        source: Tensor | None = rows.slot  # every first token comes from its slot's one row of logits
         head = self.head if is_unfiltered(sampling) else None
         for step in range(size):
             if self.processors is not None:
@@ -166,17 +166,17 @@ class ModelProposer:
             self.hidden.close()
         close_cache_of(self)
 
-    def _read_last(self, owners: list[int]) -> None:
-        """Feed the last accepted token of these prompts: one row a prompt."""
-        if not owners:
+    def _read_last(self, slots: list[int]) -> None:
+        """Feed the last accepted token of these slots: one row per slot."""
+        if not slots:
             return
-        (prompts,) = to_device([owners], self.device)
-        self.cache.fork(prompts)
+        (slot,) = to_device([slots], self.device)
+        self.cache.fork(slot)
         with self.cache.extend(1) as inputs:
-            self.logits[prompts] = self._logits(self.last_token[prompts, None], inputs, 1)[:, 0]
-        one, rows = torch.ones_like(prompts), torch.arange(len(prompts), device=self.device)
-        settle = self.cache.commit(prompts, rows, one, one.bool())
-        unread = self.unread.difference(owners)
+            self.logits[slot] = self._logits(self.last_token[slot, None], inputs, 1)[:, 0]
+        one, rows = torch.ones_like(slot), torch.arange(len(slot), device=self.device)
+        settle = self.cache.commit(slot, rows, one, one.bool())
+        unread = self.unread.difference(slots)
         settle()  # the two go together: with one of them alone, tokens would be fed twice, or not at all
         self.unread = unread
 

@@ -38,7 +38,7 @@ class ClassifierScorer:
         rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
         for chunk in packed_chunks(prompts, self.cache):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
-            with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 hidden = self._hidden(ids[None], inputs)
             rewards[finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))

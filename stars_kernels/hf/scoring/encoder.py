@@ -46,7 +46,7 @@ class EncoderScorer(TextScorer[Encoding]):
         check_length(len(encoding["input_ids"]), self.limit)
         return encoding
 
-    def read(self, owners: list[int], inputs: list[Encoding]) -> Scores:
+    def read(self, slots: list[int], inputs: list[Encoding]) -> Scores:
         counts = [len(encoding["input_ids"]) for encoding in inputs]
 
         def forward(chunk: slice) -> Tensor:

@@ -31,7 +31,7 @@ class CallableScorer(TextScorer[tuple[str, str]]):
     def prepare(self, prompt: TextPrompt, answer: str) -> tuple[str, str]:
         return prompt.text, answer
 
-    def read(self, owners: list[int], inputs: list[tuple[str, str]]) -> Scores:
+    def read(self, slots: list[int], inputs: list[tuple[str, str]]) -> Scores:
         """One call for all rows; where it raises, one call a row, so that only the rows at fault have no reward.
 
         Rewards of the wrong number or kind are a mistake in the function, and no row's fault: it is not asked again.

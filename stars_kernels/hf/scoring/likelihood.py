@@ -80,21 +80,21 @@ class _Likelihood:
         logits = []
         for chunk in packed_chunks(prompts, self.cache):
             ids, last = to_device([chunk.ids, chunk.last], self.device)
-            with self.cache.prefill(chunk.owners, chunk.counts) as inputs:
+            with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits.append(logits_of(self.model, ids[None], inputs, last)[0])
         self.best_logits = torch.cat(logits)
         self.next_log_probs = self.best_logits.log_softmax(-1, self.dtype)
         self.total = torch.zeros(len(prompts), dtype=torch.float64, device=self.device)
         self.best = self.total.clone()
 
-    def score(self, prompt: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """log p [R] of the accepted answer of `prompt` [R] and tokens[r, :lengths[r]] behind it."""
-        prompt, tokens, lengths = (column.to(self.device) for column in (prompt, tokens, lengths))
+    def score(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """log p [R] of the accepted answer of `slot` [R] and tokens[r, :lengths[r]] behind it."""
+        slot, tokens, lengths = (column.to(self.device) for column in (slot, tokens, lengths))
         rows, size = tokens.shape
         log_probs = torch.empty(rows, size, dtype=torch.float64, device=self.device)
-        log_probs[:, 0] = self.next_log_probs[prompt, tokens[:, 0]]
+        log_probs[:, 0] = self.next_log_probs[slot, tokens[:, 0]]
         self.row_logits = self.best_logits.new_empty(rows, self.best_logits.shape[1])
-        self.cache.fork(prompt)
+        self.cache.fork(slot)
 
         def forward(some: slice) -> None:
             ids, count = tokens[some], lengths[some]  # [r, S], [r]
@@ -112,16 +112,16 @@ class _Likelihood:
 
         self.chunks.run([size] * rows, forward)
         # In order, so that a sum does not depend on what lies behind the candidate's end.
-        self.row_total = self.total[prompt] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
+        self.row_total = self.total[slot] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
         return self.row_total
 
     def commit(self, commit: Commit) -> Settle:
         columns = (commit.slot, commit.row, commit.length, commit.advance)
-        prompt, row, length, advance = (column.to(self.device) for column in columns)
-        settle_cache = self.cache.commit(prompt, row, length, advance)
-        found, grown = row >= 0, prompt[advance]
-        best = self.best.index_put((prompt[found],), self.row_total[row[found]])
-        best_logits = self.best_logits.index_put((prompt[found],), self.row_logits[row[found]])
+        slot, row, length, advance = (column.to(self.device) for column in columns)
+        settle_cache = self.cache.commit(slot, row, length, advance)
+        found, grown = row >= 0, slot[advance]
+        best = self.best.index_put((slot[found],), self.row_total[row[found]])
+        best_logits = self.best_logits.index_put((slot[found],), self.row_logits[row[found]])
         total = self.total.index_put((grown,), best[grown])
         log_probs = best_logits[grown].log_softmax(-1, self.dtype)
         next_log_probs = self.next_log_probs.index_put((grown,), log_probs)

@@ -77,7 +77,7 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         check_length(len(ids), self.limit)
         return ids, ends
 
-    def read(self, owners: list[int], inputs: list[tuple[list[int], list[int]]]) -> Scores:
-        values, counts = self.reader.read(owners, [ids for ids, _ in inputs])
+    def read(self, slots: list[int], inputs: list[tuple[list[int], list[int]]]) -> Scores:
+        values, counts = self.reader.read(slots, [ids for ids, _ in inputs])
         rewards = [self.reduce([row[end] for end in ends]) for row, (_, ends) in zip(values, inputs, strict=True)]
         return Scores(torch.tensor(rewards, dtype=torch.float64, device=self.device), torch.tensor(counts))

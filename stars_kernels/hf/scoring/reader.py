@@ -21,7 +21,7 @@ SPARE_TOKENS = 32
 
 
 class RowReader:
-    """A value for each token of each row; what the arena holds of each prompt is known here, as token ids."""
+    """A value for each token of each row; what the arena holds in each slot is known here, as token ids."""
 
     def __init__(self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks) -> None:
         """backbone: a view with the stars attention. head: hidden [..., D] -> values [...]."""
@@ -33,50 +33,50 @@ class RowReader:
         self.backbone, self.head, self.chunks = backbone, head, chunks
         self.device = backbone.device
 
-    def begin(self, prompts: int, max_new_tokens: int, segment_size: int) -> None:
-        self.room = 2 * max_new_tokens + SPARE_TOKENS  # of a prompt's slot behind the first rows
+    def begin(self, slots: int, max_new_tokens: int, segment_size: int) -> None:
+        self.room = 2 * max_new_tokens + SPARE_TOKENS  # of a slot, behind the first rows
         self.steps = 2 * segment_size + SPARE_TOKENS  # of a row's suffix
-        self.capacities = [0] * prompts
+        self.capacities = [0] * slots
         self.cache: ForkCache | None = None
 
-    def read(self, owners: list[int], rows: list[list[int]]) -> tuple[list[list[float]], list[int]]:
+    def read(self, slots: list[int], rows: list[list[int]]) -> tuple[list[list[float]], list[int]]:
         """Values of all tokens of `rows`, and how many tokens were read for each.
 
-        owners: the prompt of each row, rows of one prompt side by side. What all of them share is kept in the prompt's
+        slots: the slot of each row, rows of one slot side by side. What all of them share is kept in the slot's
         prefix, or read into it once; of a row, its last token at least is read behind it.
         """
         shared: dict[int, list[int]] = {}
-        for p in dict.fromkeys(owners):
-            mine = [row[:-1] for owner, row in zip(owners, rows, strict=True) if owner == p]
+        for p in dict.fromkeys(slots):
+            mine = [row[:-1] for slot, row in zip(slots, rows, strict=True) if slot == p]
             first, last = min(mine), max(mine)  # what these two share, all do
             shared[p] = first[: shared_length(first, last)]
-        news = [row[len(shared[p]) :] for p, row in zip(owners, rows, strict=True)]
-        cache = self._fitting(owners, rows, max(map(len, news)))
+        news = [row[len(shared[p]) :] for p, row in zip(slots, rows, strict=True)]
+        cache = self._fitting(slots, rows, max(map(len, news)))
         read = self._read_shared(cache, shared)
-        values = self._read_rows(cache, owners, news)
-        self.owners, self.rows, self.news = owners, rows, news
-        self.values = [self.held_values[p][: len(shared[p])] + v for p, v in zip(owners, values, strict=True)]
+        values = self._read_rows(cache, slots, news)
+        self.slots, self.rows, self.news = slots, rows, news
+        self.values = [self.held_values[p][: len(shared[p])] + v for p, v in zip(slots, values, strict=True)]
         counts = [len(new) for new in news]
         for p, count in read.items():
-            counts[owners.index(p)] += count
+            counts[slots.index(p)] += count
         return self.values, counts
 
     def keep(self, kept: Sequence[int]) -> Settle:
-        """Move these rows of the last `read`, one of a prompt at most, behind their prompts' prefixes.
+        """Move these rows of the last `read`, one of a slot at most, behind their slots' prefixes.
 
         It shows once the result is called.
         """
         if not kept or self.cache is None:
             return lambda: None
-        prompt, row, count = (
-            self._tensor(column) for column in zip(*((self.owners[r], r, len(self.news[r])) for r in kept), strict=True)
+        slot, row, count = (
+            self._tensor(column) for column in zip(*((self.slots[r], r, len(self.news[r])) for r in kept), strict=True)
         )
-        settle_cache = self.cache.commit(prompt, row, count, torch.ones_like(prompt, dtype=torch.bool))
+        settle_cache = self.cache.commit(slot, row, count, torch.ones_like(slot, dtype=torch.bool))
 
         def settle() -> None:
             settle_cache()
             for r in kept:
-                self.held[self.owners[r]], self.held_values[self.owners[r]] = self.rows[r], self.values[r]
+                self.held[self.slots[r]], self.held_values[self.slots[r]] = self.rows[r], self.values[r]
 
         return settle
 
@@ -87,10 +87,10 @@ class RowReader:
     def close(self) -> None:
         close_cache_of(self)
 
-    def _fitting(self, owners: list[int], rows: list[list[int]], steps: int) -> ForkCache:
+    def _fitting(self, slots: list[int], rows: list[list[int]], steps: int) -> ForkCache:
         """The cache, or a new and empty one where its slots or its suffixes are too short for these rows."""
         longest = self.capacities.copy()
-        for p, row in zip(owners, rows, strict=True):
+        for p, row in zip(slots, rows, strict=True):
             longest[p] = max(longest[p], len(row))
         if self.cache is not None and longest == self.capacities and steps <= self.steps:
             return self.cache
@@ -105,26 +105,26 @@ class RowReader:
         return self.cache
 
     def _read_shared(self, cache: ForkCache, shared: dict[int, list[int]]) -> dict[int, int]:
-        """Make each prompt's prefix what its rows share; how many tokens that took."""
-        prompts = list(shared)
+        """Make each slot's prefix what its rows share; how many tokens that took."""
+        slots = list(shared)
         for p, ids in shared.items():
             kept = shared_length(self.held[p], ids)
             self.held[p], self.held_values[p] = self.held[p][:kept], self.held_values[p][:kept]
-        cache.cut(self._tensor(prompts), self._tensor([len(self.held[p]) for p in prompts]))
-        pieces = [shared[p][len(self.held[p]) :] for p in prompts]
+        cache.cut(self._tensor(slots), self._tensor([len(self.held[p]) for p in slots]))
+        pieces = [shared[p][len(self.held[p]) :] for p in slots]
         for chunk in packed_chunks(pieces, cache):
-            chunk_prompts = [prompts[i] for i in chunk.owners]
-            with cache.prefill(chunk_prompts, chunk.counts) as inputs:
+            chunk_slots = [slots[i] for i in chunk.slots]
+            with cache.prefill(chunk_slots, chunk.counts) as inputs:
                 hidden = self.backbone(input_ids=self._tensor([chunk.ids]), **inputs).last_hidden_state
             values = self.head(hidden)[0].split(chunk.counts)
-            for p, new in zip(chunk_prompts, values, strict=True):
+            for p, new in zip(chunk_slots, values, strict=True):
                 start = len(self.held[p])
                 self.held[p] = shared[p][: start + len(new)]
                 self.held_values[p] = self.held_values[p] + new.tolist()
-        return {p: len(piece) for p, piece in zip(prompts, pieces, strict=True)}
+        return {p: len(piece) for p, piece in zip(slots, pieces, strict=True)}
 
-    def _read_rows(self, cache: ForkCache, owners: list[int], news: list[list[int]]) -> list[list[float]]:
-        cache.fork(self._tensor(owners))
+    def _read_rows(self, cache: ForkCache, slots: list[int], news: list[list[int]]) -> list[list[float]]:
+        cache.fork(self._tensor(slots))
         counts = [len(new) for new in news]
 
         def forward(chunk: slice) -> list[list[float]]:

@@ -60,14 +60,14 @@ class TextScorer(ABC, Generic[Input]):
         """What is to be read of one row; may raise, which fails this row alone."""
 
     @abstractmethod
-    def read(self, owners: list[int], inputs: list[Input]) -> Scores:
-        """The rewards of prepared rows; owners: the prompt of each."""
+    def read(self, slots: list[int], inputs: list[Input]) -> Scores:
+        """The rewards of prepared rows; slots: the slot of each."""
 
-    def _scores(self, owners: list[int], answers: list[list[int]]) -> Scores:
+    def _scores(self, slots: list[int], answers: list[list[int]]) -> Scores:
         """answers: the tokens of each row's whole answer."""
         inputs: dict[int, Input] = {}
         errors: dict[int, Exception] = {}
-        for row, (p, ids) in enumerate(zip(owners, answers, strict=True)):
+        for row, (p, ids) in enumerate(zip(slots, answers, strict=True)):
             try:
                 inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
             except Exception as error:  # a template's and a tokenizer's errors are of many kinds
@@ -75,14 +75,14 @@ class TextScorer(ABC, Generic[Input]):
         ready = self.ready = list(inputs)
         found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
         if ready:
-            found = self.read([owners[row] for row in ready], list(inputs.values()))
+            found = self.read([slots[row] for row in ready], list(inputs.values()))
         if not errors:
             return found
-        rewards = torch.full((len(owners),), torch.nan, dtype=torch.float64, device=self.device)
+        rewards = torch.full((len(slots),), torch.nan, dtype=torch.float64, device=self.device)
         rewards[ready] = found.rewards.to(self.device)
         tokens = None
         if found.tokens is not None:
-            tokens = torch.zeros(len(owners), dtype=torch.int64, device=found.tokens.device)
+            tokens = torch.zeros(len(slots), dtype=torch.int64, device=found.tokens.device)
             tokens[ready] = found.tokens
         return Scores(rewards, tokens, errors | {ready[row]: error for row, error in found.errors.items()})
 
@@ -97,7 +97,7 @@ class ReaderScorer(TextScorer[Input]):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         self.reader.begin(len(prompts), max_new_tokens, segment_size)
         scores = super().begin(prompts, max_new_tokens, segment_size)
-        self.reader.keep(range(len(self.ready)))()  # the empty answers, one of a prompt
+        self.reader.keep(range(len(self.ready)))()  # the empty answers, one per slot
         return scores
 
     def commit(self, commit: Commit) -> Settle:
@@ -141,8 +141,8 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
         check_length(len(ids), self.limit)
         return ids
 
-    def read(self, owners: list[int], inputs: list[list[int]]) -> Scores:
-        values, counts = self.reader.read(owners, inputs)
+    def read(self, slots: list[int], inputs: list[list[int]]) -> Scores:
+        values, counts = self.reader.read(slots, inputs)
         rewards = torch.tensor([row[-1] for row in values], dtype=torch.float64, device=self.device)
         return Scores(rewards, torch.tensor(counts))
 
