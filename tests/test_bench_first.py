@@ -16,7 +16,7 @@ from bench import __main__ as bench
 from bench.first import command, decodes, figures, launches, setting
 from bench.kernels import GPUS, MODELS, Model, smooth_max
 from bench.report import CheckError
-from tests.hf.test_graphs import rerun
+from tests.hf.proposing.test_graphs import rerun
 from tests.test_bench_gpu import FakeEvent
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import torch
 from bench import __main__ as command
 from bench import common, decode, machine, ops, ours, report, versions
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
-from tests.hf.test_graphs import rerun
+from tests.hf.proposing.test_graphs import rerun
 
 RATES = machine.Rates(1e10, 1e11)
 

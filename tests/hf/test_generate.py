@@ -24,8 +24,8 @@ import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.generate import OF_TRANSFORMERS, OPTIONS
 from stars_kernels.hf.view.layout import cache_argument
+from tests.hf.scoring.test_encoder_rewards import encoder
 from tests.hf.test_api import text_model
-from tests.hf.test_encoder_rewards import encoder
 from tests.tiny import EOS, byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
 
 STARS = dict(seed=0, reward_threshold=1.0, beta=1.0, segment_size=4)

@@ -13,10 +13,10 @@ from stars_kernels import RewardModel
 from stars_kernels.hf import engine
 from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
-from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
+from tests.hf.scoring.test_encoder_rewards import encoder, pair_tokenizer
+from tests.hf.scoring.test_process_rewards import process_model
+from tests.hf.scoring.test_text_rewards import MERGING
 from tests.hf.test_exactness import CONFIGS, EOS_IDS, IDS, PROMPTS
-from tests.hf.test_process_rewards import process_model
-from tests.hf.test_text_rewards import MERGING
 from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 pytestmark = [

@@ -15,7 +15,7 @@ from stars_kernels.hf.scoring.own_head import OwnHeadScorer
 from stars_kernels.hf.scoring.total import SumScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import loop_of, stop_at
-from tests.hf.test_segment_waits import Watch
+from tests.hf.proposing.test_segment_waits import Watch
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]

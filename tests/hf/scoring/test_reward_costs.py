@@ -8,9 +8,9 @@ from torch import nn
 
 import stars_kernels
 from stars_kernels import Likelihood, RewardModel
-from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
-from tests.hf.test_process_rewards import process_model
-from tests.hf.test_text_rewards import MERGING, OTHER_IDS, RM_TEMPLATE
+from tests.hf.scoring.test_encoder_rewards import encoder, pair_tokenizer
+from tests.hf.scoring.test_process_rewards import process_model
+from tests.hf.scoring.test_text_rewards import MERGING, OTHER_IDS, RM_TEMPLATE
 from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 ANSWER, SEGMENT = 80, 5
@@ -59,7 +59,7 @@ def empty(kind):
 
 
 def test_the_documented_costs():
-    text = (Path(__file__).parents[2] / "docs/reward_models.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/reward_models.md").read_text()
     found = {kind: (f"{read(kind, 1):.1f}", f"{read(kind, 4):.1f}") for kind in KINDS}
     print(*(f"| {kind} | {one} | {four} |" for kind, (one, four) in found.items()), sep="\n")
     documented = {

@@ -12,7 +12,7 @@ from stars_kernels import RewardModel, StarsConfig
 from stars_kernels.hf.loading.reward_model import PROCESS_MODELS
 from tests.hf import families
 from tests.hf.loops import decode_as_the_sequential_loop
-from tests.hf.test_text_rewards import CHAT, LM_TEMPLATE, MERGES, RM_TEMPLATE, THINKING, text_of
+from tests.hf.scoring.test_text_rewards import CHAT, LM_TEMPLATE, MERGES, RM_TEMPLATE, THINKING, text_of
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, tiny_config
 
 SET = dict(seed=1, reward_threshold=0.7, beta=0.1, max_new_tokens=24, segment_size=4, max_attempts=6, progress=False)

@@ -11,7 +11,7 @@ from stars_kernels.hf.view import copying
 from stars_kernels.hf.view.copying import eval_copy, view_of
 from stars_kernels.hf.view.rewrites.rope import OuterProducts, keep_phases_exact
 from tests.hf import families
-from tests.hf.test_encoder_rewards import encoder
+from tests.hf.scoring.test_encoder_rewards import encoder
 from tests.tiny import tiny_language_model
 
 PRODUCTS = (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.ops.aten.mm.default)

@@ -11,7 +11,7 @@ from stars_kernels.hf.cache.storage import PREFILL_ROW, Packed
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf import bits_check, families
-from tests.hf.test_segment_waits import Watch
+from tests.hf.proposing.test_segment_waits import Watch
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 CPU = torch.device("cpu")

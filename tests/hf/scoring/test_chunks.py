@@ -12,9 +12,9 @@ from stars_kernels import Likelihood, RewardModel
 from stars_kernels.hf.scoring import chunks, likelihood
 from stars_kernels.hf.scoring import rewarder as rewards
 from stars_kernels.hf.scoring.chunks import Chunks
-from tests.hf.test_encoder_rewards import encoder, pair_tokenizer
-from tests.hf.test_process_rewards import process_model
-from tests.hf.test_text_rewards import MERGING
+from tests.hf.scoring.test_encoder_rewards import encoder, pair_tokenizer
+from tests.hf.scoring.test_process_rewards import process_model
+from tests.hf.scoring.test_text_rewards import MERGING
 from tests.tiny import byte_tokenizer, spelling_model, tiny_language_model, tiny_reward_model
 
 SET = dict(seed=1, reward_threshold=9.0, beta=1.0, max_new_tokens=12, segment_size=4, max_attempts=6, width=6)

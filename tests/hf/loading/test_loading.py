@@ -178,9 +178,9 @@ def test_quantized_weights():
     """torchao lies in a folder of its own, as transformers imports it wherever it finds it."""
     if not TORCHAO.is_dir():
         pytest.skip("torchao is not beside the environment (`make build` puts it there)")
-    path = os.pathsep.join([str(TORCHAO), str(Path(__file__).parents[2])])
+    path = os.pathsep.join([str(TORCHAO), str(Path(__file__).parents[3])])
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.hf.quantized"],
+        [sys.executable, "-W", "ignore", "-m", "tests.hf.loading.quantized"],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -6,7 +6,7 @@ import torch
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from tests.hf.loops import decode_as_the_sequential_loop
-from tests.hf.test_text_rewards import MERGING, reward_of, text_of
+from tests.hf.scoring.test_text_rewards import MERGING, reward_of, text_of
 from tests.tiny import byte_tokenizer, spelling_model, tiny_reward_model
 
 SET = dict(seed=1, reward_threshold=2.0, beta=1.0, max_new_tokens=20, segment_size=4, max_attempts=6, progress=False)

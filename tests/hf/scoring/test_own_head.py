@@ -15,8 +15,8 @@ from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.own_head import OwnHeadScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
+from tests.hf.proposing.test_segment_waits import Watch
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
-from tests.hf.test_segment_waits import Watch
 from tests.sequential import sequential_decode
 from tests.tiny import byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
 

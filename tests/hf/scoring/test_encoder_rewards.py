@@ -10,7 +10,7 @@ import stars_kernels
 from stars_kernels import RewardModel, StarsConfig, StarsError
 from stars_kernels.hf.loading.reward_model import ENCODERS
 from tests.hf.loops import decode_as_the_sequential_loop
-from tests.hf.test_text_rewards import text_of
+from tests.hf.scoring.test_text_rewards import text_of
 from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model
 
 SET = dict(seed=1, reward_threshold=0.5, beta=0.5, max_new_tokens=16, segment_size=4, max_attempts=6, progress=False)
