@@ -25,7 +25,7 @@ def batched_decode(
     judges: Sequence[Judge] | None = None,
     seeded: bool = True,
 ) -> list[Result]:
-    """STARS on prompts of EQUAL length, about `rows` attempts a round; other arguments as in `naive_decode`.
+    """STARS on prompts of EQUAL length, about `rows` attempts per round; other arguments as in `naive_decode`.
 
     A DynamicCache is a rectangle, so the prompts go from segment to segment together: those that are decided
     leave their share of the rows to the others, and wait. Answers do not end on a token: config.eos_token_id

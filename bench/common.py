@@ -46,7 +46,7 @@ class Result:
 
 
 def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:
-    """transformers' warpers and a multinomial draw; with keys (one a prompt), exactly the engine's tokens."""
+    """transformers' warpers and a multinomial draw; with keys (one per prompt), exactly the engine's tokens."""
     if keys is None:
         warpers = LogitsProcessorList()
         if config.temperature != 1.0:

@@ -250,7 +250,7 @@ def timed(name: str, work: Callable[[], list[Result]], device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds a segment of one prompt."""
+    """Seconds per segment of one prompt."""
 
     mine: float
     theirs: float

@@ -39,7 +39,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def run(job: Job, processes: int, runs: int, target: float | None = TARGET) -> Row:
-    """One row: seconds a segment beside the neighbour, against those alone; the tokens must be the same."""
+    """Time a segment beside the neighbour against one alone, as one row; the tokens must be the same."""
     expected = ours(job)  # warms up
     alone: list[float] = []
     beside: list[float] = []

@@ -52,13 +52,13 @@ def why_no_triton() -> str | None:
 
 
 def rope_by_matmul() -> bool:
-    """Whether the installed transformers computes rotary phases as a matrix product."""
+    """Say whether the installed transformers computes rotary phases as a matrix product."""
     found = installed("transformers")
     return found is not None and release(found) <= Version(ROPE_BY_MATMUL)
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed package, or of Python; None where it is missing."""
+    """Return the version of an installed package, or of Python; None where it is missing."""
     if name == "python":
         return platform.python_version()
     try:
@@ -68,5 +68,5 @@ def installed(name: str) -> str | None:
 
 
 def release(version: str) -> Version:
-    """Its minor release: 2.13 of "2.13.1a0+cu130"."""
+    """Return a version's minor release: 2.13 of "2.13.1a0+cu130"."""
     return Version(".".join(map(str, Version(version).release[:2])))

@@ -20,7 +20,7 @@ handed back: asked for that in the middle of another thread's capture, torch's a
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it was explicitly raised from, says so: less work at once may then succeed.
+    """Say whether `error`, or what it was explicitly raised from, is of memory: less work at once may then succeed.
 
     What was handled while it was raised does not count: it may be the caller's, and over.
     """

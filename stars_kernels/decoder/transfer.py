@@ -31,7 +31,7 @@ def to_host(tensors: Iterable[Tensor]) -> list[list[Any]]:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """[numel] int64, by value or, of a float64, by bits."""
+    """Return a tensor as int64 [numel]: by value or, of a float64, by bits."""
     if tensor.dtype not in (torch.float64, torch.int64, torch.bool):
         raise TypeError(f"a tensor of {tensor.dtype}, expected float64, int64 or bool")
     flat = tensor.reshape(-1)

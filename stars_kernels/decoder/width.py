@@ -53,7 +53,7 @@ class GpuCost:
     A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
-    operations a second. graphs: whether segments run as CUDA graphs.
+    operations per second. graphs: whether segments run as CUDA graphs.
     """
 
     model: ModelSize
@@ -91,7 +91,7 @@ class AcceptanceHistory:
     accepted: int = 1
 
     def best_width(self, prompts: int, max_attempts: int, cost: Cost) -> int:
-        """The width with the lowest expected cost of a decided segment.
+        """Return the width with the lowest expected cost of a decided segment.
 
         A round takes place if all attempts before it were rejected; after max_attempts the best is taken.
         """

@@ -22,18 +22,18 @@ from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, 
 CPU_BATCH = 8
 """Prompts of a batch on a CPU, and where not all that a row keeps is known."""
 MAX_BATCH = 256
-"""On a GPU: about where the steps of one attempt a prompt are bound by arithmetic, and more rows gain nothing."""
+"""On a GPU: about where the steps of one attempt per prompt are bound by arithmetic, and more rows gain nothing."""
 MEMORY_SHARE = 0.8
 """Of the free memory, for what prompts and rows keep; the rest is for a forward's activations."""
 HALF_FLOPS = {(8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (9, 4): 2048, (10, 0): 8192, (12, 0): 1024}
-"""Operations a clock of a multiprocessor in half precision, dense, from this compute capability on; gfx942 is 9.4."""
+"""Operations per clock of a multiprocessor in half precision, dense, from a compute capability on; gfx942 is 9.4."""
 FLOAT_FLOPS = {(8, 0): 128, (8, 6): 256}
 """The same in fp32."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """bandwidth: bytes a second. flops: operations a second, dense. Both the datasheet's."""
+    """bandwidth: bytes per second. flops: operations per second, dense. Both are the datasheet's."""
 
     bandwidth: float
     flops: float
@@ -63,7 +63,7 @@ def free_memory_of(device: torch.device) -> int:
 
 
 def models_in(bodies: Iterable[nn.Module]) -> list[PreTrainedModel]:
-    """The models among the reward models' bodies: a head on hidden states is none, and a likelihood may have two."""
+    """Find the models among the reward models' bodies: a head on hidden states is none, a likelihood may have two."""
     parts = [part for body in bodies for part in (body if isinstance(body, nn.ModuleList) else [body])]
     return [part for part in parts if isinstance(part, PreTrainedModel)]
 
@@ -149,7 +149,7 @@ def prompt_bytes(
 
 
 def _is_known(layout: Layout) -> bool:
-    """Whether the layout tells all that a row keeps."""
+    """Say whether the layout tells all that a row keeps."""
     return layout.mode == "hook" and not layout.states
 
 
@@ -158,7 +158,7 @@ def _has_cache(model: PreTrainedModel) -> bool:
 
 
 def _planes(model: PreTrainedModel) -> list[Plane]:
-    """The keys and values that a view keeps, layer by layer."""
+    """List the keys and values that a view keeps, layer by layer."""
     layers = layout_of(model).layers if _has_cache(model) else []
     return [plane for layer in layers if layer.source is None for plane in (layer.key, layer.value)]
 

@@ -1,4 +1,4 @@
-"""The kernels: one file an op, each with its schema, its PyTorch definition, its fake and its public function."""
+"""The kernels: one file per op, each with its schema, its PyTorch definition, its fake and its public function."""
 
 from stars_kernels.ops.accept import accept
 from stars_kernels.ops.content_hash import content_hash

@@ -38,7 +38,7 @@ def call_op(name: str, *args: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def build_info() -> dict[str, Any]:
-    """What setup.py left behind: {"extension", "reason", "torch", "cuda", "cuda_reason"}, or nothing."""
+    """Read what setup.py left behind: {"extension", "reason", "torch", "cuda", "cuda_reason"}, or nothing."""
     file = Path(__file__).parents[1] / "_build_info.json"
     info: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return info
@@ -81,7 +81,7 @@ def load_triton() -> str | None:
 
 
 def has_kernel(name: str, device: str) -> bool:
-    """Whether op `name` has a kernel for `device` besides its definition."""
+    """Say whether op `name` has a kernel for `device` besides its definition."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"stars::{name}", device.upper()))
 
 
@@ -101,7 +101,7 @@ def _load() -> None:
 
 
 def backend(name: str, device: str) -> str:
-    """Which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp" | "cuda" | "triton", or
+    """Say which implementation serves op `name` on `device` ("cpu" | "cuda"): "cpp" | "cuda" | "triton", or
     "definition: <why>"."""
     if is_forced():
         return "definition: forced by stars_kernels.reference()"
@@ -120,5 +120,5 @@ def backend(name: str, device: str) -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each op and device, the implementation that serves it, and why not a better one."""
+    """Say, for each op and device, which implementation serves it, and why not a better one."""
     return {name: {device: backend(name, device) for device in DEVICES} for name in definitions}

@@ -26,7 +26,7 @@ def lm_head_sample(
     temperature: float = 1.0,
     stream: int = STREAM_SAMPLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row from softmax(hidden weight^T / temperature).
+    """Sample one token per row from softmax(hidden weight^T / temperature).
 
     Args:
         hidden: [R, D], any float dtype. weight: [V, D] of the same dtype.

@@ -22,7 +22,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """weight [N, K] -> packed [ceil(N / PANEL), K, PANEL] in `dtype` (of `weight` where None), missing outputs zero."""
+    """Pack weight [N, K] -> [ceil(N / PANEL), K, PANEL] in `dtype` (of `weight` where None), missing outputs zero."""
     check_shape("weight", weight, None, None)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in WEIGHT_DTYPES:
@@ -33,7 +33,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def packed_linear(x: Tensor, weight: Tensor, columns: int, *, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, with sums in fp32.
+    """Compute y = x W^T + bias, with sums in fp32.
 
     Args:
         x: [.., K] float32. weight: [ceil(N / PANEL), K, PANEL] of `pack_linear`, float32 or bfloat16.
@@ -52,7 +52,7 @@ def packed_linear(x: Tensor, weight: Tensor, columns: int, *, bias: Tensor | Non
 
 
 def packed_swiglu(x: Tensor, gate: Tensor, up: Tensor, columns: int) -> Tensor:
-    """y = silu(x gate^T) * (x up^T), the first half of a Llama MLP, with sums in fp32.
+    """Compute y = silu(x gate^T) * (x up^T), the first half of a Llama MLP, with sums in fp32.
 
     Args:
         x: [.., K] float32. gate, up: [ceil(N / PANEL), K, PANEL] of `pack_linear`, of one dtype. columns: N.

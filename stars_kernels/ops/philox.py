@@ -42,7 +42,7 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def request_key(seed: int, request_id: int | str) -> int:
-    """The 64-bit key of a request, as a signed integer: blake2b of (seed, request id)."""
+    """Return the 64-bit key of a request, as a signed integer: blake2b of (seed, request id)."""
     kind = "int" if isinstance(request_id, int) else "str"
     text = f"{seed}|{kind}|{request_id}".encode(errors="surrogatepass")  # a str may hold half a character
     digest = hashlib.blake2b(text, digest_size=8).digest()
@@ -50,7 +50,7 @@ def request_key(seed: int, request_id: int | str) -> int:
 
 
 def token_bits(keys: Tensor, ids: Tensor | int, position: Tensor, attempt: Tensor, stream: int) -> Tensor:
-    """The 32 random bits of each token.
+    """Return the 32 random bits of each token.
 
     keys, position, attempt: [R] int64; ids: [R, M] int64 token ids, or an int V for all ids 0..V-1.
     Returns [R, M] (or [R, V]) int64 in [0, 2^32).
@@ -64,7 +64,7 @@ def token_bits(keys: Tensor, ids: Tensor | int, position: Tensor, attempt: Tenso
 
 
 def accept_uniform(keys: Tensor, position: Tensor, attempt: Tensor) -> Tensor:
-    """u(a) of each attempt, float64 in (0, 1): keys, position, attempt broadcast to one shape."""
+    """Return u(a) of each attempt, float64 in (0, 1): keys, position, attempt broadcast to one shape."""
     c2 = (STREAM_ACCEPT << 24) | attempt
     zero = torch.zeros_like(c2)
     bits = philox4x32((zero, position, c2, zero), _split(keys))[0]

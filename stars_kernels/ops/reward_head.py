@@ -19,7 +19,7 @@ def reward_head(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """reward[r] = weight . norm(hidden[r, last[r]]) + bias
+    """Compute reward[r] = weight . norm(hidden[r, last[r]]) + bias.
 
     Args:
         hidden: [R, S, D], any float dtype. last: [R] int64, the index of each row's last token, >= 0.

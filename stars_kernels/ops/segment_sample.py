@@ -33,7 +33,7 @@ def segment_sample(
     min_p: float = 0.0,
     stream: int = STREAM_SAMPLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row.
+    """Sample one token per row.
 
     Args:
         logits: [N, V], any float dtype; the arithmetic is fp32.

@@ -6,7 +6,7 @@ from torch import Tensor, dtype
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
-    """`expected` has one entry a dimension; None admits any size."""
+    """Refuse a tensor of another shape; `expected` has one entry per dimension, None admits any size."""
     found = tensor.shape
     if len(found) == len(expected):
         for size, wanted in zip(found, expected, strict=True):  # a plain loop: ops run thousands of times a second

@@ -23,7 +23,7 @@ class GatheredCache(ForkCache):
 
     @contextmanager
     def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
-        """Before it: the places [R, T] in the arena that each row's keys come from, and which of them are real."""
+        """First find the places [R, T] in the arena that each row's keys come from, and which of them are real."""
         if isinstance(plan, Suffix):
             lengths, offsets = self.lengths[self.slot], self.offsets[self.slot]
             self._past, new = int(lengths.max()) + plan.where.start, plan.where.stop - plan.where.start
@@ -45,7 +45,7 @@ class GatheredCache(ForkCache):
         return super()._arguments(positions) | {"attention_mask": self._mask}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """[B, Hkv, S, D] of the new tokens -> [B, Hkv, T + S, D] of all."""
+        """Store keys and values [B, Hkv, S, D] of the new tokens; return those of all, [B, Hkv, T + S, D]."""
         layer = self._layers[self._asked]
         self._asked += 1
         plan, where = layer.place.plan, self._where.to(layer.place.device)

@@ -31,7 +31,7 @@ class States:
         """Whether the rows continue their slots' prefixes."""
 
     def start(self, slot: int, length: int) -> None:
-        """Before the forward that reads a prompt, all of it at once."""
+        """Clear the states before the forward that reads a slot's prompt, all of it at once."""
         if length:
             raise ValueError(f"slot {slot} has {length} tokens already, expected 0: states need it in one forward")
         for layer, held, ready, index in self._states():
@@ -39,7 +39,7 @@ class States:
             layer.has_previous_state[index] = False
 
     def keep(self, slot: int) -> None:
-        """After that forward."""
+        """Keep what that forward left as the state after the slot's prefix."""
         for layer, held, _, index in self._states():
             key, state = (id(layer), held is layer.conv_states, index), held[index]
             if state is None:
@@ -89,7 +89,7 @@ class States:
         return settle
 
     def _states(self) -> Iterator[tuple[Any, dict[int, Tensor | None], dict[int, bool], int]]:
-        """Each layer that may have a state, where it holds it, where it says so, and its index there."""
+        """Yield each layer that may have a state, where it holds it, where it says so, and its index there."""
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for index in range(layer.number_of_states):

@@ -50,7 +50,7 @@ def load_language_model(
     trust_remote_code: bool,
     argument: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model itself, or loaded from a path with its tokenizer; refused by name where it is not a tested class."""
+    """Return the model, loaded with its tokenizer where it is a path; refuse by name a class that is not tested."""
     if isinstance(model, str | os.PathLike):
         path, options = _source(model)
         if tokenizer is None:
@@ -71,7 +71,7 @@ def load_language_model(
 
 
 def unwrapped(model: object, argument: str) -> Any:
-    """The transformers model inside a PEFT model, its adapters in place; anything else as it is."""
+    """Return the transformers model inside a PEFT model, its adapters in place; anything else as it is."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
         return model
@@ -85,7 +85,7 @@ def unwrapped(model: object, argument: str) -> Any:
 
 
 def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
-    """The linear layer behind a classifier's rewards; PEFT's wrapper of a trained one is looked into."""
+    """Return the linear layer that gives a classifier's rewards; PEFT's wrapper of a trained one is looked into."""
     head, peft = model.score, sys.modules.get("peft")
     if peft is not None and isinstance(head, peft.utils.ModulesToSaveWrapper):
         trained = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
@@ -97,7 +97,7 @@ def score_head(model: PreTrainedModel, argument: str) -> nn.Linear:
 
 
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The model's end-of-sequence ids, as `model.generate` would use them."""
+    """Return the model's end-of-sequence ids, as `model.generate` would use them."""
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
@@ -106,7 +106,7 @@ def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """from_pretrained's arguments for a folder, a hub name or a .gguf file."""
+    """Return from_pretrained's arguments for a folder, a hub name or a .gguf file."""
     path = os.path.expanduser(path)
     if path.endswith(".gguf"):
         if find_spec("gguf") is None:
@@ -149,7 +149,7 @@ def check_model(model: object, argument: str, works: Collection[str], expected: 
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """The rope types of a config's rope_parameters: one set of them, or one for each type of layer."""
+    """Return the rope types in a config's rope_parameters, which are one dict, or one per type of layer."""
     if not isinstance(parameters, dict):
         return set()
     found = {parameters["rope_type"]} if "rope_type" in parameters else set()

@@ -85,7 +85,7 @@ def why_unfused(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`answer` runs in place of the layer's forward in this block."""
+    """Run `answer` in place of the layer's forward in this block."""
     head.forward = answer
     try:
         yield
@@ -94,7 +94,7 @@ def _answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 def _planted(size: int, like: Tensor) -> Tensor:
-    """[PLANTED_ROWS, 1, size] random numbers of both signs, each row of another size up to what the dtype can hold."""
+    """Make random numbers [PLANTED_ROWS, 1, size] of both signs, each row larger, up to what the dtype can hold."""
     largest = math.log10(torch.finfo(like.dtype).max) - 1
     scales = torch.logspace(math.log10(SMALLEST), largest, PLANTED_ROWS, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

@@ -64,9 +64,9 @@ NO_FUNCTIONS = {
 
 
 def lift_processors(processors: Iterable[Processor]) -> tuple[list[Processor], dict[str, Any]]:
-    """(processors to be asked, `StarsConfig` settings of those that the op applies).
+    """Split processors into those to be asked and the `StarsConfig` settings of those that the sampling op applies.
 
-    Lifted is the longest tail of the list that stands in the op's own order, so that every one is applied once, and in
+    The op takes the longest tail of the list that stands in its own order, so that every one is applied once, and in
     the order of the list.
     """
     rest, settings, names = list(processors), dict(NO_SAMPLING), list(WARPERS.values())
@@ -81,7 +81,7 @@ def lift_processors(processors: Iterable[Processor]) -> tuple[list[Processor], d
 
 
 def _setting_of(processor: Processor) -> str | None:
-    """The setting that a warper is, where the op does the same."""
+    """Name the setting that a warper stands for; None where the op would do something else."""
     special = getattr(processor, "filter_value", -torch.inf) != -torch.inf
     special |= getattr(processor, "min_tokens_to_keep", 1) != 1
     return None if special else WARPERS.get(type(processor))
@@ -130,7 +130,7 @@ class TokenHooks:
     mode: CallersMode = field(default_factory=CallersMode)
 
     def find_stop(self, index: int, tokens: list[int], accepted: int) -> int | None:
-        """How many of the answer's `tokens` there are when a criterion first ends it (see `FindStop`)."""
+        """Return how many of the answer's `tokens` there are when a criterion first ends it; None where none does."""
         with self.mode.active():
             ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
             length = self.inputs.shape[1]
@@ -140,7 +140,7 @@ class TokenHooks:
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.criteria)
 
     def batch(self, indices: Sequence[int]) -> BatchProcessors | None:
-        """The processors for a lock-step batch of prompts; None where there are none."""
+        """Make the processors of a batch of the call's prompts; None where there are none."""
         if not self.processors:
             return None
         own = [[_for_prompt(processor, index) for processor in self.processors] for index in indices]
@@ -148,7 +148,7 @@ class TokenHooks:
 
 
 def _for_prompt(processor: Processor, index: int) -> Processor:
-    """The processor for rows that are all of one prompt, where it counts the rows of the whole call."""
+    """Return a processor for rows that are all of one prompt: some count the rows of the whole call."""
     if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, Tensor):
         return RepetitionPenaltyLogitsProcessor(processor.penalty, int(processor.prompt_ignore_length[index]))
     if type(processor) is PrefixConstrainedLogitsProcessor:
@@ -158,23 +158,23 @@ def _for_prompt(processor: Processor, index: int) -> Processor:
 
 
 class BatchProcessors:
-    """The processors of each prompt of a lock-step batch, and the tokens they read."""
+    """The processors of each slot of a batch, and the tokens they read."""
 
     def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor, mode: CallersMode) -> None:
         """inputs: [P, T] int64. mode: what they are asked in."""
         self.processors, self.device, self.mode = processors, inputs.device, mode
-        self.accepted = list(inputs)  # [T + accepted] of each prompt
+        self.accepted = list(inputs)  # [T + accepted] of each slot
         self.tail = [row[:0] for row in inputs]
         """The candidate to keep so far, behind the accepted tokens."""
         self.errors: dict[int, Exception] = {}
         """The rows of the last round that a processor failed on."""
 
     def forget(self) -> None:
-        """The errors, and what their frames hold."""
+        """Drop the errors, and what their frames hold."""
         self.errors = {}
 
     def __call__(self, rows: Rows, suffix: Tensor, logits: Tensor, ended: Tensor) -> Tensor:
-        """The logits after the processors, [R, V] float32; NaN for a row that one fails on.
+        """Return the logits after the processors, [R, V] float32; NaN for a row that one fails on.
 
         suffix [R, n] int64: each row's tokens since its prefix; logits [R, V]: after them; ended [R] bool: the rows
         that nothing is asked about, as in `model.generate`, which would have stopped.
@@ -187,7 +187,7 @@ class BatchProcessors:
         return scores
 
     def _process(self, slot: int, index: list[int], suffix: Tensor, logits: Tensor) -> Tensor:
-        """Rows `index` of the round, all of one slot; where they fail together, each alone."""
+        """Ask for rows `index` of the round, all of one slot; where they fail together, for each alone."""
         try:
             with self.mode.active():
                 return self._ask(slot, suffix, logits)
@@ -212,7 +212,7 @@ class BatchProcessors:
         return scores
 
     def commit(self, commit: Commit, candidates: Tensor) -> Settle:
-        """candidates [R, S] int64: the round's tokens, as proposed. It shows once the result is called."""
+        """Append what was taken of `candidates` [R, S], the round's tokens; it shows once the result is called."""
         tail, accepted = self.tail.copy(), self.accepted.copy()
         for p, row, length, advance in commit.host:
             if row >= 0:

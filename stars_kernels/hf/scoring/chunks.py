@@ -21,7 +21,7 @@ class Chunks:
         self.tokens = tokens
 
     def run(self, lengths: Sequence[int], forward: Callable[[slice], Result]) -> list[Result]:
-        """`forward` of consecutive rows at a time, in order; lengths: tokens each row takes.
+        """Call `forward` on runs of rows, in order; lengths: tokens that each row takes.
 
         A forward of several rows holds at most `tokens` of them, each row as long as the longest. Where one runs out of
         memory, the limit is halved below its size, with a warning; out of memory for one row is an error.
@@ -42,7 +42,7 @@ class Chunks:
         return done
 
     def _end(self, lengths: Sequence[int], begin: int) -> int:
-        """How far a chunk that starts at row `begin` goes: one row at least."""
+        """Return how far a chunk that starts at row `begin` goes: one row at least."""
         longest, end = lengths[begin], begin + 1
         while end < len(lengths):
             longest = max(longest, lengths[end])

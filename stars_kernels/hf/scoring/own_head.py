@@ -44,7 +44,7 @@ class OwnHeadScorer:
 
 
 def head_rewards(head: nn.Module, states: Tensor, last: Tensor) -> Tensor:
-    """[R] float64: the head's output on states [R, T, D], read at `last` [R]."""
+    """Compute the head's output [R] float64 on states [R, T, D], at the tokens `last` [R]."""
     if is_plain(head, nn.Linear) and len(head.weight) == 1:
         return ops.reward_head(states, last, head.weight[0], bias=head.bias).double()
     states = states[torch.arange(len(last), device=last.device), last]  # [R, D]

@@ -44,17 +44,17 @@ class TextPrompt:
         return self._codec.prompt_text(self._prompt).removesuffix(self.opening)
 
     def answer(self, ids: list[int]) -> str:
-        """The answer's text: whole characters without special tokens, up to its stop string."""
+        """Return the answer's text: whole characters without special tokens, up to its stop string."""
         return self.opening + self._codec.decode(ids)
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How far `a` and `b` agree from their starts on."""
+    """Return how far `a` and `b` agree from their starts on."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def turn_header(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """What the chat template writes before the words of an assistant's turn behind `messages`."""
+    """Return what the chat template writes before the words of an assistant's turn behind `messages`."""
     # Two texts that part where their answers do: whatever the messages and the template say, both say it.
     first, second = (_render(tokenizer, messages, answer) for answer in _ANSWERS)
     length = shared_length(first, second)
@@ -68,7 +68,7 @@ def turn_header(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 def whole_ids(
     tokenizer: PreTrainedTokenizerBase, template: Template | None, prompt: TextPrompt, answer: str
 ) -> list[int]:
-    """Prompt and answer as one text's token ids.
+    """Return prompt and answer as one text's token ids.
 
     template: None = the tokenizer's own chat template where the prompt is chat messages and it has one, the answer as
     the last turn, closing tokens included; else the prompt's text and the answer's, one behind the other.
@@ -80,7 +80,7 @@ def whole_ids(
 
 
 def filled(template: Template, prompt: TextPrompt, answer: str) -> str:
-    """The template's text; a function gets chat messages as such, a format string gets them as the prompt's text."""
+    """Fill the template in; a function gets chat messages as such, a format string gets them as the prompt's text."""
     if isinstance(template, str):
         return template.format(prompt=prompt.text, answer=answer)
     text = template(prompt.text if prompt.messages is None else list(prompt.messages), answer)

@@ -78,7 +78,7 @@ def _stars_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, S, Dk], key [B, Hkv, S, Dk], value [B, Hkv, S, Dv], all of the new tokens -> [B, S, Hq, Dv]."""
+    """Answer a layer's attention call for the new tokens: query [B, Hq, S, Dk], key, value -> [B, S, Hq, Dv]."""
     cache = getattr(_current, "cache", None)
     if cache is None:
         raise RuntimeError('attn_implementation "stars" needs a ForkCache as its cache')
@@ -89,7 +89,7 @@ def _stars_attention(
 def _stars_mask(
     mask_function: Callable[..., Any], local_size: int | None = None, attention_mask: Any = None, **_: Any
 ) -> Mask:
-    """The pattern's name: what is visible follows from the cache's own lengths, so no mask is made."""
+    """Return the pattern in place of a mask: what is visible follows from the cache's own lengths."""
     if attention_mask is not None:  # the engine gives none: some models make one of ones
         _current.cache.makes_mask = True
         if not bool(attention_mask.all()):
@@ -98,7 +98,7 @@ def _stars_mask(
 
 
 def pattern_of(mask_function: Callable[..., Any], local_size: int | None = None) -> Mask:
-    """The pattern of one of transformers' mask functions; another one is refused by its name.
+    """Return the pattern of one of transformers' mask functions; refuse any other by its name.
 
     transformers makes a new closure at each call, so a sliding window is known by its code and what that closes over.
     """
@@ -110,7 +110,7 @@ def pattern_of(mask_function: Callable[..., Any], local_size: int | None = None)
 
 
 def _code_of(function: Any) -> Any:
-    """What a closure does: its code, and the same of what it closes over."""
+    """Return what a closure does: its code, and the same of what it closes over."""
     if isinstance(function, tuple):
         return tuple(map(_code_of, function))
     if not hasattr(function, "__code__"):
@@ -119,7 +119,7 @@ def _code_of(function: Any) -> Any:
 
 
 def describe(mask_function: Callable[..., Any]) -> str:
-    """The names of the functions that a mask function is made of."""
+    """Name the functions that a mask function is made of."""
     parts = [mask_function]
     for cell in getattr(mask_function, "__closure__", None) or ():
         parts += cell.cell_contents if isinstance(cell.cell_contents, tuple) else [cell.cell_contents]

@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
-    """`eval_copy` with our attention; a class without the attention hook keeps its own."""
+    """Make a model's view: an `eval_copy` with our attention, or with its own where its class has no attention hook."""
     view = eval_copy(model)
     if has_hook(view):
         for part in view.modules():  # transformers 5.17 leaves out inner models whose config is of the outer's class
@@ -35,7 +35,7 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def eval_copy(model: Model) -> Model:
-    """A module in eval mode that shares every parameter and buffer with `model` but has its own config and modules.
+    """Copy `model` in eval mode: every parameter and buffer is shared, the config and the modules are the copy's own.
 
     The user's model is left alone, so other threads may go on using it: what a forward may write on a module, such as
     a list or a dict, is the copy's own. What cannot be copied (a lock, an open file, a generator) is shared, and so is
@@ -60,13 +60,13 @@ def eval_copy(model: Model) -> Model:
 
 
 def _copies_itself(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are more than a dict of their state, as TorchScript's are."""
+    """Say whether modules of a class are more than a dict of their state, as TorchScript's are."""
     own = any(getattr(kind, name) is not getattr(nn.Module, name) for name in PLAIN)
     return own or hasattr(kind, "__deepcopy__")
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy`, but that what cannot be copied is shared; of a list and a dict, those parts that cannot."""
+    """Copy deeply, but share what cannot be copied; of a list or a dict, share only those parts that cannot."""
     known = len(memo)
     try:
         return copy.deepcopy(value, memo)

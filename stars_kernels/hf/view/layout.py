@@ -74,7 +74,7 @@ class Layout:
 
 
 def layout_of(view: PreTrainedModel) -> Layout:
-    """The layout of a view, found at its first call."""
+    """Return the layout of a view, which is found at the first call."""
     found: Layout | None = getattr(view, "_stars_layout", None)
     if found is None:
         found = _probe(view)
@@ -107,7 +107,7 @@ def _probe(view: PreTrainedModel) -> Layout:
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of its language model, where a model has other parts too."""
+    """Return the configuration of a model's language model, where the model has other parts too."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     return config
 
@@ -121,24 +121,24 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Tokens of prompt and answer the model's positions are made for; sys.maxsize where it names no limit."""
+    """Return how many tokens a model's positions are made for; sys.maxsize where it names no limit."""
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
     return next((int(limit) for name in names if (limit := getattr(text_config(model), name, None))), sys.maxsize)
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the forward calls its cache; past_key_values where only **kwargs could take it."""
+    """Return the name of the forward's argument for a cache; past_key_values where only **kwargs could take it."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in parameters), "past_key_values")
 
 
 def has_hook(view: PreTrainedModel) -> bool:
-    """Whether the class goes through transformers' attention interface."""
+    """Say whether the class goes through transformers' attention interface."""
     return bool(type(view)._can_set_attn_implementation())
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has a parameter of that name, or takes any."""
+    """Say whether the model's forward has a parameter of that name, or takes any."""
     parameters = inspect.signature(model.forward).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -186,7 +186,7 @@ class _Probe(Cache):
         return value.repeat_interleave(group, dim=1).transpose(1, 2)  # the softmax of one score, but for sinks
 
     def attention_layers(self, hook: bool) -> list[Layer]:
-        """What was seen, in the order in which it is asked for."""
+        """Return the attention layers that the forward showed, in the order in which it called them."""
         answered, updates = len(self._answered), len(self.updates)
         if hook and answered != updates:
             raise UnsupportedModel(

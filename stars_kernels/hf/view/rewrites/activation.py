@@ -42,7 +42,7 @@ class Elementwise(nn.Module):
 
 @cache
 def _in_whole_vectors(size: int, threads: int) -> int:
-    """The next size of which every thread's part is whole vectors."""
+    """Return the next size of which every thread's part is whole vectors."""
     while True:
         parts = 1 if size <= SERIAL else math.lcm(threads, min(threads, -(-size // SHARE)))
         if size % (VECTOR * parts) == 0:

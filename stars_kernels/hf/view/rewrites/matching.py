@@ -11,19 +11,19 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether `module` is a `kind` that does what its class says and nothing else."""
+    """Say whether `module` is a `kind` that does what its class says and nothing else."""
     return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
 
 
 def works_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether `module`, of any class, does what a `kind` does: transformers writes one class for each family."""
+    """Say whether `module`, of any class, does what a `kind` does: transformers writes one class per family."""
     own: type[nn.Module] = type(module)
     return _code(own) == _code(kind) and is_plain(module, own)  # type: ignore[arg-type]
 
 
 @cache
 def _code(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """What a class's forward does: the same for two classes with the same lines of code."""
+    """Return what a class's forward does: the same for two classes with the same lines of code."""
     code = getattr(kind.forward, "__code__", None)
     if code is None or code.co_freevars:  # wrapped: what is inside does not show
         return (kind,)

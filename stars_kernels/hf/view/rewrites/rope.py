@@ -19,7 +19,7 @@ MATMULS = (torch.matmul, Tensor.matmul)
 
 
 class OuterProducts(TorchFunctionMode):
-    """Within it, matrix products with one term a sum, [..., M, 1] @ [..., 1, N], are computed element by element."""
+    """Within it, matrix products with one term per sum, [..., M, 1] @ [..., 1, N], are computed element by element."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
