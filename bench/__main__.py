@@ -24,7 +24,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, ModuleType | None, argparse.Namespace]:
-    """The module is None where no suite is named: then all are meant."""
+    """Return the parser, the suite's module (None where no suite is named: then all are meant) and the arguments."""
     names = TIMED + MODELLED + ALONE
     names = tuple(name for name in names if name in arguments[:1]) or names  # torch is not imported for nothing
     modules = {name: import_module(f"bench.{name}") for name in names}
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def time_all(args: argparse.Namespace) -> int:
-    """Each suite in a process of its own, which gives its memory back; go on whatever becomes of one."""
+    """Run each suite in a process of its own, which gives its memory back; go on whatever becomes of one."""
     quick = ["--quick"] if args.all_quick else []
     commands = [["bench", suite, "--device", args.device, *quick] for suite in ("ops", "decode")]
     if args.device == "cuda" and find_spec("vllm"):

@@ -99,7 +99,7 @@ class Values:
 
 @cache
 def perfect(given: Values) -> Values:
-    """The same GPU under kernels without flaw: what vLLM's are taken for."""
+    """Return the same GPU under kernels without flaw: what vLLM's are taken for."""
     return replace(given, gap_seconds=0.0, small_kernel_seconds=0.0, attention_share=1.0, search_seconds=0.0)
 
 
@@ -109,7 +109,7 @@ def values(shared: End = "middle", own: End = "middle") -> Values:
 
 
 def listed() -> list[dict[str, object]]:
-    """The table of assumptions."""
+    """Return the table of assumptions."""
 
     def shown(value: float, unit: str) -> str:
         if unit.split()[0] != "s":

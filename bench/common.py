@@ -46,7 +46,7 @@ class Result:
 
 
 def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:
-    """transformers' warpers and a multinomial draw; with keys (one per prompt), exactly the engine's tokens."""
+    """Make a draw by transformers' warpers and multinomial; with keys (one per prompt), of the engine's own tokens."""
     if keys is None:
         warpers = LogitsProcessorList()
         if config.temperature != 1.0:
@@ -69,13 +69,13 @@ def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:
 
 
 def check_plain(config: StarsConfig) -> None:
-    """The contestants with caches leave out what the benchmark does not use: the ends of answers."""
+    """Refuse ends of answers: the contestants with caches leave out what the benchmark does not use."""
     if config.eos_token_id != () or config.stop_strings:
         raise ValueError("expected eos_token_id=() and no stop strings")
 
 
 def check_triton() -> None:
-    """A GPU is timed with the Triton kernels alone, never with the definitions that serve where they are missing."""
+    """Refuse to time a GPU but with the Triton kernels: definitions serve where these are missing."""
     expected = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
     wrong = {op: found for op in expected if (found := backends()[op]["cuda"]) != "triton"}
     if (found := backends()["accept"]["cuda"]).startswith("definition"):  # CUDA has one as well
@@ -94,13 +94,13 @@ def prefill(
 
 
 def cached_rewards(rm: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> Tensor:
-    """The rewards [R] at the last of the new tokens `ids` [R, S]; `cache` grows by them."""
+    """Compute the rewards [R] at the last of the new tokens `ids` [R, S]; `cache` grows by them."""
     hidden = rm.model(input_ids=ids, **{cache_argument(rm.model): cache}).last_hidden_state
     return rm.score(hidden[:, -1])[:, 0]
 
 
 def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
-    """A copy of the given rows of the cache; the cache itself stays."""
+    """Copy the given rows of the cache; the cache itself stays."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     forked.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
@@ -108,7 +108,7 @@ def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
 
 
 def tail(cache: DynamicCache, row: int, start: int) -> KeysAndValues:
-    """The keys and values [1, heads, tokens, D] of one row from token `start` on, as a copy."""
+    """Copy the keys and values [1, heads, tokens, D] of one row from token `start` on."""
     part = (slice(row, row + 1), slice(None), slice(start, None))
     return [(layer.keys[part].clone(), layer.values[part].clone()) for layer in cache.layers]
 

@@ -117,7 +117,7 @@ def ours(job: Job, forwards: list[Forward] | None = None, graphs: SegmentGraphs 
 
 
 def eager(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
-    """Ours without CUDA graphs."""
+    """Decode as `ours` does, without CUDA graphs."""
     return ours(replace(job, config=job.config.replace(graphs=False)), forwards)
 
 
@@ -135,7 +135,7 @@ def batched(job: Job) -> list[Result]:
 
 
 def plain(job: Job) -> list[Result]:
-    """`generate` alone: no reward, no rejection."""
+    """Decode by `generate` alone: no reward, no rejection."""
     results = []
     for prompt in job.prompts:
         ids = torch.tensor([prompt], device=job.model.device)
@@ -170,7 +170,7 @@ def _one_by_one(decode_one: Callable[..., T], job: Job) -> list[T]:
 
 
 def check_exact(device: str = "cpu") -> None:
-    """In float64, where rounding cannot tip a choice, all give the same tokens after the same attempts."""
+    """Check that in float64, where rounding tips no choice, all give the same tokens after the same attempts."""
     loaded = models.load("tiny", prompts=3, dtype=torch.float64, device=device)
     config = StarsConfig(segment_size=5, max_new_tokens=22, eos_token_id=(), seed=7, progress=False)
     scripted = config.replace(accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0)
@@ -206,8 +206,10 @@ def _compare(what: str, job: Job) -> list[Result]:
 
 
 def check_graphs(device: str) -> None:
-    """In float32, with graphs or without, the same tokens after the same attempts; 4 and 8 rows are never padded, so
-    that both multiply matrices of the same shapes."""
+    """Check that graphs change no token and no attempt in float32.
+
+    4 and 8 rows are never padded, so that both multiply matrices of the same shapes.
+    """
     job = make_job("tiny", prompts=2, device=device)
     job = replace(job, config=job.config.replace(width=4))
     graphs = segment_graphs(job.model, job.config)
@@ -219,8 +221,10 @@ def check_graphs(device: str) -> None:
 
 
 def agreement(job: Job) -> dict[str, float]:
-    """In the job's own dtype, where rounding may tip a choice: the share of each contestant's tokens that come before
-    its first difference from the naive loop."""
+    """Return the share of each contestant's tokens before its first difference from the naive loop.
+
+    The job runs in its own dtype, where rounding may tip a choice.
+    """
     job = replace(job, seeded=True)
     expected = [result.token_ids for result in naive(job)]
     shares = {}
@@ -259,7 +263,7 @@ class Pair:
 def interleaved(
     job: Job, others: dict[str, Job], forwards: list[Forward] | None = None
 ) -> tuple[dict[str, Pair], float]:
-    """Each of the others on its own job, between two runs of ours on `job`, whose mean it is compared with.
+    """Time each of the others on its own job, between two runs of ours on `job`, whose mean it is compared with.
 
     A shared machine drifts, so only neighbours in time are compared. The naive loop's time is proportional to its
     attempts: it is charged MEAN_ATTEMPTS of them a segment. forwards: gets those of our first run, whose share of time
@@ -354,7 +358,7 @@ def run_on_cpu(args: argparse.Namespace) -> list[Row]:
 
 
 def run_on_gpu(args: argparse.Namespace) -> list[Row]:
-    """The same jobs in float32 and bfloat16, ours as CUDA graphs.
+    """Time the same jobs in float32 and bfloat16, ours as CUDA graphs.
 
     There are no targets, and no share of time outside the forwards: the host runs ahead of them. Everything runs once
     untimed, so that no kernel is compiled or loaded on the clock; capturing the graphs is on it.
@@ -421,7 +425,7 @@ def _rows(
 
 
 def _overhead_row(args: argparse.Namespace, name: str, overhead: float, pair: Pair) -> Row:
-    """What is not the models' arithmetic: sampling, cache, acceptance, bookkeeping."""
+    """Make the row of all that is not the models' arithmetic: sampling, cache, acceptance, bookkeeping."""
     target = 1 / OVERHEAD_TARGET if args.model == "smol" else None
     note = f"{overhead:.1%} of the time lies outside the models' forwards"
     return Row(name, "itself", 1 / overhead, target, None, overhead * pair.mine, pair.mine, note)

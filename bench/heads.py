@@ -38,7 +38,7 @@ class Setup:
 
 
 def load(name: str, prompts: int, dtype: torch.dtype = torch.float32) -> Setup:
-    """`smol`: the demo's models and unseen prompts. `tiny`: a random model and head; it has no text for an encoder."""
+    """Load `smol`, the demo's models and unseen prompts, or `tiny`, a random model and head without text to read."""
     if name == "tiny":
         loaded = models.load("tiny", prompts, dtype)
         torch.manual_seed(0)
@@ -93,7 +93,7 @@ def answer(setup: Setup, rm: RewardModel, prompt: int, config: StarsConfig) -> S
 
 
 def check_exact(model_name: str) -> None:
-    """In float64, on the models to be timed: the naive loop, with the rewards by hand, gives the same answers."""
+    """Check in float64, on the models to be timed, that the naive loop gives the same answers by rewards of its own."""
     setup = load(model_name, 1, torch.float64)
     assert CHECK.seed is not None
     for name, (rm, of_prompt) in setup.rewards.items():
@@ -110,7 +110,7 @@ def check_exact(model_name: str) -> None:
 
 
 def plain(setup: Setup, config: StarsConfig) -> Iterator[int]:
-    """`generate` alone, one prompt at a time: the tokens of each answer."""
+    """Decode by `generate` alone, one prompt at a time; yields how many tokens each answer has."""
     for prompt in setup.prompts:
         ids = torch.tensor([prompt])
         options: dict[str, Any] = generate_options(config)

@@ -42,7 +42,7 @@ class Rates:
     gemm_flops_per_second: float
 
     def floor(self, forwards: Sequence[Forward]) -> float:
-        """Seconds for `forwards`: each is bound by reading its weights or by multiplying with them.
+        """Return the least seconds for `forwards`: each is bound by reading its weights or by multiplying with them.
 
         Attention, KV reads, sampling and Python count as free, so the floor is a little too low.
         """
@@ -52,7 +52,7 @@ class Rates:
 
 
 def measure(device: str = "cpu") -> Rates:
-    """Reading by a sum over a large buffer, multiplying by a square product: the best of a few rounds."""
+    """Measure reading by a sum over a large buffer and multiplying by a square product, each the best of a few."""
     bytes_read, size, dtype = READ_BYTES[device], GEMM_SIZE[device], GEMM_DTYPE[device]
     buffer = torch.ones(bytes_read // 4, dtype=torch.float32, device=device)
     square = torch.ones(size, size, dtype=dtype, device=device)
@@ -60,7 +60,7 @@ def measure(device: str = "cpu") -> Rates:
 
 
 def wait(device: torch.device | str) -> None:
-    """For all that a GPU has been given to do; a CPU has done it."""
+    """Wait for all that a GPU has been given to do; a CPU has done it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -74,7 +74,7 @@ def describe(rates: Rates, device: str = "cpu") -> dict[str, Any]:
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
-    """What is known without measuring."""
+    """Return what is known of the machine without measuring."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

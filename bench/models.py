@@ -37,7 +37,7 @@ def load(
     prompt_tokens: int = PROMPT_TOKENS,
     device: str = "cpu",
 ) -> Models:
-    """`smol` is the demo's language model, `tiny` a random one of two layers; the reward model is as deep."""
+    """Load `smol`, the demo's language model, or `tiny`, a random one of two layers; the reward model is as deep."""
     words = TEXT.split()
     repeats = 3 + prompt_tokens // len(words)
     texts = [" ".join(words[7 * p :] + words * repeats) for p in range(prompts)]  # each starts at another word
@@ -54,7 +54,7 @@ def load(
 
 
 def reward_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model's own layers, sharing its weights, under a fixed random head."""
+    """Make a reward model of the language model's own layers and weights under a fixed random head."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, None
     with torch.device("meta"):

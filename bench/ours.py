@@ -52,7 +52,7 @@ class _Judged:
 
 
 def segment_graphs(model: PreTrainedModel, config: StarsConfig) -> SegmentGraphs | None:
-    """What `stars_kernels.decode` runs segments with; None = eagerly, as in float64, whose ops are the definitions."""
+    """Make what `decode` runs segments with; None = eagerly, as in float64, whose ops are the definitions."""
     if model.device.type != "cuda" or not config.graphs or model.dtype == torch.float64:
         return None
     return SegmentGraphs(CudaCapture(model.device))
@@ -69,7 +69,7 @@ def ours_decode(
     forwards: list[Forward] | None = None,
     graphs: SegmentGraphs | None = None,
 ) -> list[Result]:
-    """What `stars_kernels.decode` does with admitted prompts of known keys, all in one lock-step batch.
+    """Decode as `stars_kernels.decode` does once prompts and keys are known, all in one lock-step batch.
 
     forwards: gets an entry for each forward of either model (not for those inside of graphs). Answers do not end on a
     token.

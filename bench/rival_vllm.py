@@ -77,7 +77,7 @@ def align(
 
 
 def vllm_generate(folder: Path, job: Job, share: float) -> Generate:
-    """share: of the GPU's memory."""
+    """Load the language model in vLLM; share: of the GPU's memory that it may take."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(**_engine(folder, job, share))
@@ -132,7 +132,7 @@ def _requests(texts: Texts) -> list[dict[str, list[int]]]:
 
 
 def hf_score(rm: LlamaForSequenceClassification) -> Score:
-    """transformers' classifier over whole texts, padded on the right, which a causal model does not see."""
+    """Score whole texts by transformers' classifier, padded on the right, which a causal model does not see."""
 
     @torch.inference_mode()
     def score(texts: Texts) -> list[float]:
@@ -148,7 +148,7 @@ def hf_score(rm: LlamaForSequenceClassification) -> Score:
 
 
 def save(job: Job, folder: Path) -> None:
-    """The models as folders that vLLM can load: `lm` and `rm`."""
+    """Save the models as folders that vLLM can load: `lm` and `rm`."""
     job.model.save_pretrained(folder / "lm")
     job.rm.save_pretrained(folder / "rm")
 

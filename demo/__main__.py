@@ -23,7 +23,7 @@ from stars_kernels.ops.philox import request_key
 
 @torch.inference_mode()
 def plain(lm, rm, tokenizer, chat, tokens: int) -> tuple[list[int], str, float]:
-    """An answer of `model.generate` (token ids and text), and its reward."""
+    """Sample an answer by `model.generate`; return its token ids, its text and its reward."""
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     start = encoded["input_ids"].shape[1]
     ids = lm.generate(**encoded, do_sample=True, temperature=1.0, top_k=40, max_new_tokens=tokens)

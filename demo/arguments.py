@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number from `low` to `high`."""
+    """Make the type of a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
         number = int(text) if text.removeprefix("-").isdecimal() else None
@@ -22,7 +22,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def share(text: str) -> float:
-    """A number above 0, up to 1."""
+    """Read a number above 0, up to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -33,7 +33,7 @@ def share(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """A file to be written, whose folder exists."""
+    """Read the name of a file to be written, whose folder exists."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise ArgumentTypeError(f"it is {text!r}, expected a file in a folder that exists")

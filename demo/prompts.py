@@ -148,5 +148,5 @@ UNSEEN_PROMPTS = (
 
 
 def messages(prompt: str) -> list[dict]:
-    """The chat that asks `prompt`."""
+    """Return the chat that asks `prompt`."""
     return [{"role": "user", "content": prompt}]

@@ -46,7 +46,7 @@ class Clock:
         return self.device.type
 
     def launched(self, work: Callable[[int], Any], copies: int = 1) -> Timing:
-        """Seconds of a call that the host issues."""
+        """Time a call that the host issues."""
         calls = EVENT_CALLS if self.kind == "cuda" else 1
         turn = 0
 
@@ -59,7 +59,7 @@ class Clock:
         return self._repeated(some, calls)
 
     def replayed(self, work: Callable[[int], Any], copies: int = 1, calls: int = 0) -> Timing:
-        """Seconds of a call inside a CUDA graph that holds `calls` of them (default: one for each copy, or more)."""
+        """Time a call inside a CUDA graph that holds `calls` of them (default: one for each copy, or more)."""
         calls = calls or max(copies, GRAPH_CALLS)
         work(0)  # compiles what a capture cannot
         wait(self.device)
@@ -70,11 +70,11 @@ class Clock:
         return self._repeated(graph.replay, calls)
 
     def bare(self, work: Callable[[int], Any], copies: int = 1) -> Timing:
-        """Seconds of a call without the host's part in it, as far as the device allows: a CPU has no graphs."""
+        """Time a call without the host's part in it, as far as the device allows: a CPU has no graphs."""
         return self.replayed(work, copies) if self.kind == "cuda" else self.launched(work, copies)
 
     def whole(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds of one run of `work`, all that it gives the device included, and its result."""
+        """Run `work` once; return its seconds, all that it gives the device included, and its result."""
         wait(self.device)
         began = time.perf_counter()
         result = work()

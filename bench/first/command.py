@@ -45,7 +45,7 @@ class Part:
 
 
 def parts(setting: Setting) -> list[Part]:
-    """What a run measures, the most important first: later parts are for the time that is left."""
+    """List what a run measures, the most important first: later parts are for the time that is left."""
     found = [Part("copy", launches.copy)]
     for name in setting.models:
         found.append(Part(f"{name}: gemm", partial(launches.gemm, name=name)))

@@ -38,7 +38,7 @@ NAIVE_ATTEMPTS = 2
 
 
 def settings(shape: Shape, rounds: int) -> StarsConfig:
-    """Every round accepts its first attempt, so that each is a whole one: it reads, draws, scores, judges, commits."""
+    """Let every round accept its first attempt, so that each is whole: it reads, draws, scores, judges, commits."""
     return StarsConfig(
         segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, width=shape.width, temperature=1.0, top_k=40, seed=SEED,
         eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=-1e6, beta=1.0,
@@ -194,7 +194,7 @@ def check_modes(setting: Setting, name: str, shape: Shape, how: str, tokens: lis
 
 @torch.inference_mode()
 def generate(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
-    """transformers' own decoding of a round's rows: no reward, no rejection."""
+    """Time transformers' own decoding of a round's rows: no reward, no rejection."""
     model, _ = setting.load(name)
     ids = torch.tensor(setting.prompts(name, shape), device=setting.device).repeat_interleave(shape.width, dim=0)
     options = {**generate_options(settings(shape, 1)), "max_new_tokens": SEGMENT, "eos_token_id": None}
@@ -213,7 +213,7 @@ def generate(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
 
 @torch.inference_mode()
 def naive(setting: Setting, name: str, shape: Shape) -> Iterator[Figure]:
-    """The loop by hand on one prompt, an attempt at a time, and a round's attempts at this rate."""
+    """Time the naive loop on one prompt, an attempt at a time, and a round's attempts at this rate."""
     model, rm = setting.load(name)
     prompt = setting.prompts(name, shape)[0]
     # Never accepted: every attempt is made, and the best is taken.
