@@ -11,7 +11,9 @@ from bench.common import KeysAndValues, Result, append, cached_rewards, check_pl
 from demo.naive import Judge, judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.rules import Candidate
 from stars_kernels.hf.view.layout import cache_argument
+from stars_kernels.ops.philox import accept_uniforms
 
 
 @torch.inference_mode()
@@ -66,11 +68,13 @@ def batched_decode(
                     logits = model(input_ids=steps[-1][:, None], **{cache_argument(model): forked}).logits[:, -1]
             tokens = torch.stack(steps, dim=1)  # [R, size]
             rewards = cached_rewards(rm, rm_forked, tokens).tolist()
+            uniforms = accept_uniforms([keys[p] for p in row_prompts], [position] * len(row_prompts), row_attempts)
             for row, p in enumerate(row_prompts):
                 answer, judge = answers[p], None if judges is None else judges[p]
                 if len(answer.tokens) > position:  # decided by an attempt before
                     continue
-                if judge_attempt(answer, rule, tokens[row].tolist(), rewards[row], judge):
+                candidate = Candidate(tokens[row].tolist(), rewards[row], uniforms[row])
+                if judge_attempt(answer, rule, candidate, judge):
                     tails[p], rm_tails[p] = tail(forked, row, start), tail(rm_forked, row, rm_start)
         append(cache, tails)
         append(rm_cache, rm_tails)

@@ -11,7 +11,9 @@ from bench.common import Result, append, cached_rewards, check_plain, prefill, s
 from demo.naive import Judge, judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.rules import Candidate
 from stars_kernels.hf.view.layout import cache_argument
+from stars_kernels.ops.philox import accept_uniforms
 
 
 @torch.inference_mode()
@@ -50,7 +52,8 @@ def cached_decode(
                     logits = model(input_ids=token[:, None], **{cache_argument(model): cache}).logits[:, -1]
             tokens = torch.stack(steps, dim=1)  # [1, size]
             reward = float(cached_rewards(rm, rm_cache, tokens))
-            if judge_attempt(answer, rule, tokens[0].tolist(), reward, judge):
+            (uniform,) = accept_uniforms([key], [position], [len(answer.candidates)])
+            if judge_attempt(answer, rule, Candidate(tokens[0].tolist(), reward, uniform), judge):
                 best_tails = (tail(cache, 0, start), tail(rm_cache, 0, rm_start))
             _crop(cache, start)
             _crop(rm_cache, rm_start)

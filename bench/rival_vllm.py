@@ -34,6 +34,8 @@ from demo.arguments import output_file, whole
 from demo.naive import Judge, judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.rules import Candidate
+from stars_kernels.ops.philox import accept_uniforms
 
 Texts = list[list[int]]
 Generate = Callable[[Texts, list[int], list[int]], list[Texts]]
@@ -63,16 +65,22 @@ def align(
         sizes = [answers[p].size(plan) for p, plan in zip(active, plans, strict=True)]
         texts = [[*prompts[p], *answers[p].tokens] for p in active]
         samples = generate(texts, widths, sizes)
-        scored = iter(score([text + sample for text, row in zip(texts, samples, strict=True) for sample in row]))
+        rewards = iter(score([text + sample for text, row in zip(texts, samples, strict=True) for sample in row]))
+        numbers = [
+            (keys[p], len(answers[p].tokens), len(answers[p].candidates) + column)
+            for p, count in zip(active, widths, strict=True)
+            for column in range(count)
+        ]
+        uniforms = iter(accept_uniforms(*zip(*numbers, strict=True)))
         for p, row in zip(active, samples, strict=True):
             answer, judge, position = answers[p], None if judges is None else judges[p], len(answers[p].tokens)
             for tokens in row:
-                reward = next(scored)
+                candidate = Candidate(tokens, next(rewards), next(uniforms))
                 if len(answer.tokens) > position:  # decided by a sample before
                     continue
-                if math.isnan(reward):
+                if math.isnan(candidate.reward):
                     raise ValueError(f"prompt {p}: a reward is nan, expected a number")
-                judge_attempt(answer, rule, tokens, reward, judge)
+                judge_attempt(answer, rule, candidate, judge)
     return [Result.of(answer) for answer in answers]
 
 

@@ -64,17 +64,14 @@ def naive_decode(
             eos_token_id=list(eos) or None,
             **how,
         )
-        judge_attempt(answer, rule, longer[0, ids.shape[1] :].tolist(), reward(longer), judge, eos)
+        tokens = longer[0, ids.shape[1] :].tolist()
+        (uniform,) = accept_uniforms([key], [len(answer.tokens)], [len(answer.candidates)])
+        judge_attempt(answer, rule, Candidate(tokens, reward(longer), uniform), judge, eos)
     return answer
 
 
 def judge_attempt(
-    answer: Answer,
-    rule: Rule,
-    tokens: list[int],
-    reward: float,
-    judge: Judge | None = None,
-    eos: Collection[int] = (),
+    answer: Answer, rule: Rule, candidate: Candidate, judge: Judge | None = None, eos: Collection[int] = ()
 ) -> bool:
     """Let the rule judge the next attempt at the answer's segment; say whether that one is taken, or the best so far.
 
@@ -82,9 +79,7 @@ def judge_attempt(
     """
     attempt = len(answer.candidates)
     if judge is not None:
-        reward = judge(answer.decided, attempt, reward)
-    (uniform,) = accept_uniforms([answer.key], [len(answer.tokens)], [attempt])
-    candidate = Candidate(tokens, reward, uniform)
+        candidate.reward = judge(answer.decided, attempt, candidate.reward)
     verdict = rule.judge(answer, [*answer.candidates, candidate])
     answer.add([candidate], verdict, width=1)
     if verdict.outcome is not None:
