@@ -59,6 +59,16 @@ class Answer:
         """Return the tokens that an attempt may have: the plan's, or the answer's room."""
         return min(plan.size, self.room)
 
+    def number(self, plan: Plan, attempt: int) -> int:
+        """Return the number that an attempt's random numbers are made from: its own, where all are of one length.
+
+        A rejected attempt may reach behind the one that is taken where they end by entropy. The next segment must not
+        draw its noise again, in which what was just rejected would be rare: numbers go on from segment to segment.
+        """
+        if plan.entropy is None or plan.draw == "likeliest":
+            return attempt
+        return self.counts.attempts - len(self.candidates) + attempt
+
     def add(self, candidates: Sequence[Candidate], verdict: Verdict, width: int) -> None:
         """Record judged attempts of a round of `width` at the segment under decision."""
         if not self.candidates:

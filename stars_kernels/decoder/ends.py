@@ -1,4 +1,4 @@
-"""Where candidates end: at an end-of-sequence token, a stop, or the answer's last token; and which are broken."""
+"""Where candidates end: at an end-of-sequence token, a stop, the plan's size or its entropy; and which are broken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.memory import is_out_of_memory
-from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.protocols import Proposal, Rows
 from stars_kernels.decoder.transfer import to_device, to_host
 
 
@@ -29,19 +29,23 @@ class Ends:
     errors: dict[int, Exception] = field(default_factory=dict)
 
 
-def find_ends(answers: Sequence[Answer], rows: Rows, tokens: Tensor, room: Tensor, eos: Tensor) -> Ends:
+def find_ends(
+    answers: Sequence[Answer], rows: Rows, proposal: Proposal, room: Tensor, eos: Tensor, entropy: float | None = None
+) -> Ends:
     """Find the ends of candidates.
 
     Waits for a GPU only where an answer has stops to be looked for.
 
     Args:
-        tokens: [R, S] int64, -1 where a row's logits were not usable.
         room: [R] tokens that each row may have.
         eos: [E] end-of-sequence tokens.
+        entropy: a bound: a row ends before the first token whose distribution reaches it.
     """
+    tokens = proposal.tokens
     size = tokens.shape[1]
-    is_end = torch.isin(tokens, eos)
-    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, size).clamp(max=room)
+    lengths = torch.minimum(_first(torch.isin(tokens, eos)) + 1, room).clamp(max=size)
+    if entropy is not None and proposal.entropies is not None:
+        lengths = torch.minimum(lengths, _first(proposal.entropies >= entropy))
     ends = Ends(lengths, torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths, dtype=torch.bool))
     if any(answer.find_stop is not None for answer in answers):
         _find_stops(answers, rows, tokens, ends)
@@ -50,6 +54,11 @@ def find_ends(answers: Sequence[Answer], rows: Rows, tokens: Tensor, room: Tenso
     if ends.errors:
         ends.broken[list(ends.errors)] = True
     return ends
+
+
+def _first(found: Tensor) -> Tensor:
+    """Return the index of each row's first True in [R, S], S where it has none."""
+    return torch.where(found.any(dim=1), found.int().argmax(dim=1), found.shape[1])
 
 
 def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:

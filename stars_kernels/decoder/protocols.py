@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stars_kernels.decoder.rules import Plan
+
 Settle = Callable[[], None]
 """Makes a commit visible. It assigns, and copies into memory that is there, so it does not run out of memory.
 
@@ -78,10 +80,21 @@ class Proposal:
     """Candidates of a round's rows.
 
     tokens: [R, <= size] int64, -1 where a row's logits were not usable. errors: why, where it was not for the logits.
+    logprobs: of the tokens, float, as in `Candidate.logprob`. entropies: [R, <= size] float64, in nats, of the
+    softmax(logits) that each token is from, NaN at the first; None where the plan has no bound.
     """
 
     tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor | None = None
     errors: dict[int, Exception] = field(default_factory=dict)
+
+    def logprob(self, lengths: Tensor) -> Tensor:
+        """Sum the log-probabilities of the first lengths[r] tokens of each row, [R] float64.
+
+        In order, so that a sum does not depend on what lies behind the candidate's end.
+        """
+        return self.logprobs.cumsum(dim=1, dtype=torch.float64).gather(1, lengths[:, None] - 1)[:, 0]
 
 
 @dataclass
@@ -108,11 +121,14 @@ class Proposer(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         """Read the prompts' token ids; room for `max_new_tokens` more each, and for rows of up to `segment_size`."""
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
-        """Sample up to `size` tokens for every row, from the noise stream `noise`.
+    def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
+        """Draw up to plan.size tokens for every row as the plan has it, from the noise stream `noise`.
 
-        Sampling may go on past a row's end of sequence, and may stop early once every row has ended.
-        May be asked again before a commit, for other rows.
+        It may go on past a row's end, and may stop early once every row has ended. May be asked again before a commit,
+        for other rows.
+
+        Args:
+            plan: what the plans of the rows' slots have in common; size, attempts: the most of any.
         """
 
     def commit(self, commit: Commit) -> Settle:

@@ -14,31 +14,12 @@ from typing import Any
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
-from stars_kernels.decoder.faults import Fault, fault_of, faults_of
+from stars_kernels.decoder.faults import faults_of
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
-from stars_kernels.decoder.rules import Candidate, Rule, Verdict
+from stars_kernels.decoder.rules import Candidate, Rule
 from stars_kernels.decoder.transfer import to_device, to_host
+from stars_kernels.decoder.trial import Trial
 from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniforms
-
-
-@dataclass
-class Trial:
-    """What a round tried for one slot, and what came of it.
-
-    head: index of its first row. candidates: one per row. judged: how many of them the rule judged, from the first on.
-    verdict: the rule's last; None where the first candidate had a fault. fault: what is wrong with the candidate after
-    the judged ones, which ends the answer. sampled: tokens in its rows, those past a candidate's end included.
-    rm_scored: tokens that the reward model read.
-    """
-
-    slot: int
-    head: int
-    candidates: list[Candidate]
-    sampled: int
-    rm_scored: int
-    judged: int = 0
-    verdict: Verdict | None = None
-    fault: Fault | None = None
 
 
 @dataclass
@@ -95,20 +76,25 @@ class Round:
 
     def _numbers(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[int], ...]:
         """Return the slot, attempt, key and position of each row."""
-        places = [(slot, i) for slot, width in zip(slots, widths, strict=True) for i in range(width)]
-        answers = [self.answers[slot] for slot, _ in places]
-        attempts = [len(answer.candidates) + i for answer, (_, i) in zip(answers, places, strict=True)]
-        return [slot for slot, _ in places], attempts, [a.key for a in answers], [len(a.tokens) for a in answers]
+        owners, attempts = list[int](), list[int]()
+        for slot, width in zip(slots, widths, strict=True):
+            answer = self.answers[slot]
+            plan, first = self.rule.plan(answer), len(answer.candidates)
+            owners += [slot] * width
+            attempts += [answer.number(plan, first + i) for i in range(width)]
+        answers = [self.answers[slot] for slot in owners]
+        return owners, attempts, [answer.key for answer in answers], [len(answer.tokens) for answer in answers]
 
     def propose(self, rows: Rows) -> tuple[Proposal, Ends]:
         """Sample a candidate for every row, from one shared prefix per slot, and find where it ends."""
         with self.timed("propose"):
-            size = {slot: self.answers[slot].size(self.rule.plan(self.answers[slot])) for slot in set(rows.slots)}
-            sizes = [size[slot] for slot in rows.slots]
-            proposal = self.proposer.propose(rows, max(sizes), self.sampling, self.noise, self._eos)
+            plans = {slot: self.rule.plan(self.answers[slot]) for slot in set(rows.slots)}
+            sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
+            plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
+            proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos)
         with self.timed("judge"):
             (room,) = to_device([sizes], self.proposer.device)
-            return proposal, find_ends(self.answers, rows, proposal.tokens, room, self._eos)
+            return proposal, find_ends(self.answers, rows, proposal, room, self._eos, plan.entropy)
 
     def score(self, rows: Rows, proposal: Proposal, ends: Ends) -> Scores:
         """Score every candidate behind its slot's answer."""
@@ -123,33 +109,22 @@ class Round:
             _, attempts, keys, positions = self._numbers(slots, widths)
             uniforms = accept_uniforms(keys, positions, attempts)  # while a GPU is at work
             columns = (scores.rewards, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
-            rewards, tokens, lengths, stopped, broken, read = to_host(columns)
+            rewards, tokens, lengths, stopped, broken, read, logprobs = to_host(
+                (*columns, proposal.logprob(ends.lengths))
+            )
             faults = faults_of(rewards, broken, proposal.errors, scores.errors, ends.errors)
             trials, head = [], 0
             for slot, width in zip(slots, widths, strict=True):
                 mine = range(head, head + width)
-                tried = [Candidate(tokens[r][: lengths[r]], rewards[r], uniforms[r], stopped[r]) for r in mine]
+                tried = [
+                    Candidate(tokens[r][: lengths[r]], rewards[r], uniforms[r], stopped[r], logprob=logprobs[r])
+                    for r in mine
+                ]
                 sampled, scored = sum(len(tokens[r]) for r in mine), sum(read[r] for r in mine)
                 trials.append(Trial(slot, head, tried, sampled, scored))
-                self._judge(trials[-1], {r - head: faults[r] for r in mine if r in faults})
+                trials[-1].judge(self.rule, self.answers[slot], faults)
                 head += width
             return trials
-
-    def _judge(self, trial: Trial, faults: dict[int, Fault]) -> None:
-        answer = self.answers[trial.slot]
-        candidates, best, planned = list(answer.candidates), answer.chosen, self.rule.plan(answer).attempts
-        for column, candidate in enumerate(trial.candidates):
-            if column in faults:
-                trial.fault = faults[column]
-                return
-            candidates.append(candidate)
-            verdict = self.rule.judge(answer, candidates)
-            trial.fault = fault_of(verdict, best, len(candidates), planned)
-            if trial.fault is not None:
-                return
-            trial.judged, trial.verdict, best = column + 1, verdict, verdict.chosen
-            if verdict.outcome is not None:
-                return
 
     def commit(self, trials: Sequence[Trial]) -> Settle:
         """Copy each slot's chosen candidate behind its prefix, which it joins once it is taken.

@@ -11,7 +11,8 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.protocols import Proposer, Scorer, Settle
-from stars_kernels.decoder.round import Round, Trial
+from stars_kernels.decoder.round import Round
+from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
 
 
@@ -114,14 +115,17 @@ class Run:
         free_memory()
 
     def _turn(self, active: Sequence[int]) -> list[int]:
-        """Choose a round's slots: attempts of one size, and shorter ones only where they fill the answer's room.
+        """Choose a round's slots: attempts of one kind and size, or shorter ones that fill the answer's room.
 
         What follows a row (logits, states) is kept after the round's last step alone.
         """
-        answers, rule = self.answers, self.round.rule
-        sizes = {slot: answers[slot].size(rule.plan(answers[slot])) for slot in active}
-        largest = max(sizes.values())
-        return [slot for slot in active if sizes[slot] in (largest, answers[slot].room)][: self.limits.prompts]
+        answers = self.answers
+        plans = {slot: self.round.rule.plan(answers[slot]) for slot in active}
+        sizes = {slot: answers[slot].size(plan) for slot, plan in plans.items()}
+        largest = max(active, key=lambda slot: sizes[slot])
+        kinds = {slot: (plan.draw, plan.entropy) for slot, plan in plans.items()}
+        alike = [slot for slot in active if kinds[slot] == kinds[largest]]
+        return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.limits.prompts]
 
     def _widths(self, slots: Sequence[int], history: AcceptanceHistory) -> list[int]:
         """How many attempts of each slot to decode side by side."""

@@ -7,13 +7,12 @@ attempts and prompts at once from stored prefixes and gives the same answers; te
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.rules import Candidate, Rule
-from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniforms
-from stars_kernels.ops.segment_sample import segment_sample_ref
+from stars_kernels.decoder.draws import draw, entropy
+from stars_kernels.decoder.rules import Candidate, Plan, Rule
+from stars_kernels.ops.philox import accept_uniforms
 
 
 def decode(
@@ -29,27 +28,27 @@ def decode(
 
     sampling: temperature, top_k, top_p, min_p. eos: tokens that end the answer. stops: whether its last token ends it.
     """
-    filters = (sampling["temperature"], sampling["top_k"], sampling["top_p"], sampling["min_p"])
 
-    def sample(attempt: int, size: int) -> Candidate:
-        """Sample attempt number `attempt` at the next `size` tokens; its random numbers depend on that number alone."""
-        tokens: list[int] = []
-        stopped = False
-        while len(tokens) < size and not stopped and (not tokens or tokens[-1] not in eos):
+    def grow(plan: Plan, attempt: int) -> Candidate:
+        """Draw attempt number `attempt` at the next tokens; its random numbers depend on that number alone."""
+        tokens, logprob, stopped, number = list[int](), 0.0, False, answer.number(plan, attempt)
+        while len(tokens) < answer.size(plan) and not stopped and (not tokens or tokens[-1] not in eos):
             so_far = answer.tokens + tokens
-            keys, attempts, positions = (torch.tensor([number]) for number in (answer.key, attempt, len(so_far)))
-            row = logits(so_far)[None]  # [1, V]
-            token, _ = segment_sample_ref(row, keys, attempts, positions, None, *filters, STREAM_SAMPLE)
-            tokens.append(int(token))
-            stopped = stops(so_far + tokens[-1:])
-        (uniform,) = accept_uniforms([answer.key], [len(answer.tokens)], [attempt])
-        return Candidate(tokens, reward(answer.tokens + tokens), uniform, stopped)
+            row = logits(so_far)
+            if tokens and plan.entropy is not None and entropy(row) >= plan.entropy:
+                break
+            token, log_p = draw(row, plan.draw, answer.key, number, len(so_far), sampling)
+            tokens.append(token)
+            logprob += log_p
+            stopped = stops([*so_far, token])
+        (uniform,) = accept_uniforms([answer.key], [len(answer.tokens)], [number])
+        return Candidate(tokens, reward(answer.tokens + tokens), uniform, stopped, logprob=logprob)
 
     answer.reward = answer.prompt_reward = reward([])
     while answer.active:
         plan = rule.plan(answer)
         for attempt in range(plan.attempts):
-            candidate = sample(attempt, answer.size(plan))
+            candidate = grow(plan, attempt)
             verdict = rule.judge(answer, [*answer.candidates, candidate])
             answer.add([candidate], verdict, width=1)
             if verdict.outcome is not None:

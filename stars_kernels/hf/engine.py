@@ -41,6 +41,7 @@ from stars_kernels.hf.proposing.output_layer import why_unfused
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer, is_unfiltered
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
+from stars_kernels.hf.rule_checks import check_rule, why_logits
 from stars_kernels.hf.scoring.reward_model import Reward, check_reward
 from stars_kernels.hf.scoring.rewarder import Rewarder
 from stars_kernels.hf.sizing import auto_batch_size, models_in, round_cost
@@ -78,6 +79,8 @@ class Engine:
         language_model, tokenizer = load_language_model(model, tokenizer, trust_remote_code)
         self.lm = view_of(language_model)
         self.rewarder = Rewarder(rm, language_model, tokenizer, trust_remote_code)
+        rule = self.config.resolved_rule
+        check_rule(rule, self._first_plan(rule), self.config.max_new_tokens, self.lm, self.rewarder)
         self.limit = min(context_limit(self.lm), self.rewarder.limit)
         self.bodies = [self.lm, *self.rewarder.bodies]
         self.reward_models = models_in(self.rewarder.bodies)
@@ -379,7 +382,7 @@ class Engine:
             return "logits processors are asked at each token"
         if not is_unfiltered(self.config.sampling):
             return "top_k, top_p or min_p is set"
-        return why_unfused(self.lm)
+        return why_logits(self._first_plan(self.config.resolved_rule)) or why_unfused(self.lm)
 
     def _backends(self) -> dict[str, str]:
         """What ran: each op's implementation on this device, the models' linear layers, on a GPU the segments."""

@@ -6,6 +6,8 @@ An enumerable world: a tiny Llama and a tiny reward model over 5 tokens (one is 
 
 import itertools
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposal, Scores
-from stars_kernels.decoder.rules import BestOf, BlockBestOf, Plain, Stars, Verdict, best
+from stars_kernels.decoder.rules import BestOf, BlockBestOf, Cards, Plain, Stars, Verdict, best
 from stars_kernels.decoder.scheduler import Run
+from stars_kernels.hf.proposing.draws import entropy, likeliest
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
 from tests.chi_square import chi_square
@@ -57,14 +60,18 @@ class Table:
         self.tail = torch.zeros_like(self.length)
         return Scores(self.rewards[0, 0].expand(len(prompts)).clone())
 
-    def propose(self, rows, size, sampling, noise, eos):
-        value, tokens = self.value[rows.slot], []
-        for step in range(size):
-            row = self.logits[rows.position + step, value]
-            token, _ = segment_sample(row, rows.key, rows.attempt, rows.position + step, stream=noise, **sampling)
-            tokens.append(token)
+    def propose(self, rows, plan, sampling, noise, eos):
+        value, drawn = self.value[rows.slot], []
+        for step in range(plan.size):
+            row = self.logits[(rows.position + step).clamp(max=DEPTH), value % V**DEPTH]  # any row, past the end
+            if plan.draw == "likeliest":
+                token, logprob = likeliest(row, None, rows.attempt, plan.attempts)
+            else:
+                draws = (rows.key, rows.attempt, rows.position + step)
+                token, logprob = segment_sample(row, *draws, stream=noise, **sampling)
+            drawn.append((token, logprob, entropy(row) if step else row[:, 0] * math.nan))
             value = value * V + token
-        return Proposal(torch.stack(tokens, dim=1))
+        return Proposal(*(torch.stack(column, dim=1) for column in zip(*drawn, strict=True)))
 
     def score(self, rows, tokens, lengths):
         self.candidate = self.value[rows.slot]
@@ -90,10 +97,10 @@ class Scorer:
         self.begin, self.score, self.commit = table.begin, table.score, lambda commit: lambda: None
 
 
-def run(world, config, seed):
-    """The answers of DECODES requests, in batched calls."""
+def run(world, config, seed, decodes=DECODES):
+    """The answers of `decodes` requests, in batched calls."""
     answers, size = [], 5_000
-    for start in range(0, DECODES, size):
+    for start in range(0, decodes, size):
         table = Table(world)
         batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, start + size)]
         Run.of(table, Scorer(table), config, batch, eos=(EOS,)).run()
@@ -102,9 +109,9 @@ def run(world, config, seed):
 
 
 def sizes_and_attempts(config, block):
-    rule = config.rule
-    if rule is None:
-        return config.segment_size, config.max_attempts
+    rule = config.resolved_rule
+    if isinstance(rule, Stars):
+        return rule.segment_size, rule.max_attempts
     if isinstance(rule, BestOf):
         return DEPTH, rule.n
     return rule.segment_size, rule.schedule[min(block, len(rule.schedule) - 1)]
@@ -113,8 +120,11 @@ def sizes_and_attempts(config, block):
 def closed_form(world, config):
     """{answer: probability} of the sequential algorithm."""
     logits, rewards = world
-    target = config.reward_threshold or 0.0  # of no meaning where the best is taken
-    r0 = (1 - config.alpha) * rewards[0, 0].item() + config.alpha * target
+    rule = config.resolved_rule
+    tested = isinstance(rule, Stars)
+    if tested:
+        target = rule.reward_threshold
+        r0 = (1 - rule.alpha) * rewards[0, 0].item() + rule.alpha * target
 
     def index(answer):
         return sum(token * V ** (len(answer) - 1 - i) for i, token in enumerate(answer))
@@ -125,9 +135,16 @@ def closed_form(world, config):
             scores = scores.masked_fill(scores < scores.topk(config.top_k).values[-1], -math.inf)
         return scores.softmax(0).tolist()
 
+    def unsure(answer):
+        """Whether a segment of CARDS ends here."""
+        if not isinstance(rule, Cards):
+            return False
+        shares = logits[len(answer), index(answer)].softmax(0).tolist()
+        return -sum(p * math.log(p) for p in shares) >= rule.entropy_threshold
+
     def candidates(answer, size):
         for first, p in enumerate(next_token(answer)):
-            if first == EOS or size == 1:
+            if first == EOS or size == 1 or unsure((*answer, first)):
                 yield (first,), p
             else:
                 for rest, q in candidates((*answer, first), size - 1):
@@ -140,13 +157,13 @@ def closed_form(world, config):
         for candidate, p in candidates(answer, min(size, DEPTH - len(answer))):
             n = len(answer) + len(candidate)
             r = rewards[n, index(answer + candidate)].item()
-            tau = min(target, r0 + n * (target - r0) / config.max_new_tokens)
-            if config.rule is not None:
+            tau = min(target, r0 + n * (target - r0) / config.max_new_tokens) if tested else math.inf
+            if not tested:
                 a = 0.0  # the best of all is taken
-            elif config.accept == "hard":
+            elif rule.accept == "hard":
                 a = float(r >= tau)
             else:
-                a = min(1.0, math.exp(min(0.0, (r - tau) / config.beta)))
+                a = min(1.0, math.exp(min(0.0, (r - tau) / rule.beta)))
             rows.append((candidate, p, r, a))
         accept = sum(p * a for _, p, _, a in rows)
         tries = sum((1 - accept) ** i for i in range(attempts))
@@ -206,9 +223,13 @@ RULES = {
     "best-of-3": BestOf(3),
     "best-of-4-by-blocks": BlockBestOf(4, segment_size=2),
     "decaying-schedule": BlockBestOf((4, 2), segment_size=1),
+    "cards": Cards(segment_size=3, entropy_threshold=1.1, max_attempts=4, alpha=0.0, beta=1.0, reward_threshold=1.0),
+    "cards-hard": Cards(entropy_threshold=0.9, max_attempts=3, accept="hard", beta=1.0, reward_threshold=0.6),
 }
 PLAIN = StarsConfig(max_new_tokens=DEPTH, top_k=None, temperature=2.0, seed=0, width=2)
 CASES |= {name: PLAIN.replace(rule=rule) for name, rule in RULES.items()}
+FEWER = {"cards": 15_000, "cards-hard": 15_000}
+"""Decodes of cases with many rounds."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,7 +237,7 @@ def test_distribution_is_the_closed_form(world, name):
     config = CASES[name]
     expected = closed_form(world, config)
     assert sum(expected.values()) == pytest.approx(1.0, abs=1e-12)
-    assert p_value(run(world, config, seed=1), expected) > P_VALUE
+    assert p_value(run(world, config, seed=1, decodes=FEWER.get(name, DECODES)), expected) > P_VALUE
 
 
 def one_attempt_more(monkeypatch):
@@ -268,10 +289,52 @@ def a_schedule_that_never_decays(monkeypatch):
     return PLAIN.replace(rule=RULES["decaying-schedule"])
 
 
-@pytest.mark.parametrize("plant", [one_of_n_fewer, the_last_of_a_block, a_schedule_that_never_decays])
+def ends_behind_the_unsure_token(monkeypatch):
+    right = round_module.find_ends
+
+    def wrong(answers, rows, proposal, *rest):
+        late = proposal.entropies.roll(1, dims=1)
+        late[:, 0] = math.nan
+        return right(answers, rows, replace(proposal, entropies=late), *rest)
+
+    monkeypatch.setattr(round_module, "find_ends", wrong)
+    return PLAIN.replace(rule=RULES["cards"])
+
+
+def entropy_at_the_sampling_temperature(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: entropy(logits / PLAIN.temperature))
+    return PLAIN.replace(rule=RULES["cards"])
+
+
+def ends_where_the_model_is_sure(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: 2.2 - entropy(logits))
+    return PLAIN.replace(rule=RULES["cards"])
+
+
+def tau_of_an_empty_answer(monkeypatch):
+    right = Stars.threshold
+    monkeypatch.setattr(Stars, "threshold", lambda self, answer, tokens: right(self, answer, 0))
+    return PLAIN.replace(rule=RULES["cards"])
+
+
+def the_noise_of_rejected_attempts_again(monkeypatch):
+    monkeypatch.setattr(Answer, "number", lambda self, plan, attempt: attempt)
+    return PLAIN.replace(rule=RULES["cards-hard"])
+
+
+CARDS_FAULTS = [
+    the_noise_of_rejected_attempts_again,
+    ends_behind_the_unsure_token, entropy_at_the_sampling_temperature, ends_where_the_model_is_sure,
+    tau_of_an_empty_answer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", [one_of_n_fewer, the_last_of_a_block, a_schedule_that_never_decays, *CARDS_FAULTS])
 def test_planted_fault_of_a_rule_is_caught(world, monkeypatch, plant):
     config = plant(monkeypatch)
-    assert p_value(run(world, config, seed=1), closed_form(world, config)) < P_VALUE
+    subtle = plant not in CARDS_FAULTS or plant is the_noise_of_rejected_attempts_again
+    found = run(world, config, seed=1, decodes=DECODES if subtle else 10_000)
+    assert p_value(found, closed_form(world, config)) < P_VALUE
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,10 @@ def check_decode(model, reward=None, prompts=PROMPTS[1:], widths=(1, 3), **chang
     """
     if reward is None:
         reward = tiny_reward_model(vocab_size=text_config(model).vocab_size)
-    settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=10, segment_size=4, max_attempts=4)
-    config = stars_kernels.StarsConfig(**{**settings, "eos_token_id": (3, 77, 130), **changes})
+    settings = dict(seed=3, max_new_tokens=10, eos_token_id=(3, 77, 130))
+    if "rule" not in changes:
+        settings |= dict(reward_threshold=2.0, beta=1.0, segment_size=4, max_attempts=4)
+    config = stars_kernels.StarsConfig(**{**settings, **changes})
     with torch.no_grad():
         truth = [sequential_decode(model, reward, p, i, config, config.eos_token_id) for i, p in enumerate(prompts)]
     for width in widths:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import BestOf, BlockBestOf, Plain, Stars
+from stars_kernels import BestOf, BlockBestOf, Cards, Plain, Stars
 from stars_kernels.decoder.config import StarsConfig
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, tiny_language_model, tiny_reward_model
@@ -29,6 +29,7 @@ CONFIGS |= {
             "best of": BestOf(5),
             "block best of": BlockBestOf(3, segment_size=5),
             "schedule": BlockBestOf((6, 3, 1), segment_size=4),
+            "cards": Cards(segment_size=6, entropy_threshold=4.0, reward_threshold=2.0, beta=1.0),
         }.items()
     )
 }

@@ -5,7 +5,21 @@ the engine decodes many attempts and prompts at once and gives the same answers.
 """
 
 from stars_kernels.decoder.rules.best_of import BestOf, BlockBestOf, Plain
-from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Plan, Rule, Verdict, best
+from stars_kernels.decoder.rules.cards import Cards
+from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Draw, Plan, Rule, Verdict, best
 from stars_kernels.decoder.rules.stars import Stars
 
-__all__ = ["AnswerSoFar", "BestOf", "BlockBestOf", "Candidate", "Plain", "Plan", "Rule", "Stars", "Verdict", "best"]
+__all__ = [
+    "AnswerSoFar",
+    "BestOf",
+    "BlockBestOf",
+    "Candidate",
+    "Cards",
+    "Draw",
+    "Plain",
+    "Plan",
+    "Rule",
+    "Stars",
+    "Verdict",
+    "best",
+]

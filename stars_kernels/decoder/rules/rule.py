@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple, Protocol
 
 Outcome = Literal["accepted", "fallback", "best"]
 """How an attempt came to be taken: accepted = it passed the test; fallback = none did; best = there is no test."""
+Draw = Literal["sample", "likeliest"]
+"""What an attempt's tokens are: sample = drawn with its random numbers from the filtered distribution; likeliest =
+attempt a takes the token with the a-th largest logit, of equal ones the smaller id: nothing is random or filtered."""
 
 
 @dataclass
@@ -17,6 +20,8 @@ class Candidate:
 
     tokens: of the segment, cut where it ends. reward: of the answer with these tokens. uniform: u, the attempt's random
     number in (0, 1). stopped: whether a stop ends the answer with them. threshold: tau; NaN for a rule without one.
+    logprob: the sum of its tokens' log-probabilities in nats, under the filtered distribution that they were sampled
+    from; of the likeliest tokens, under softmax(logits).
     """
 
     tokens: list[int]
@@ -24,6 +29,7 @@ class Candidate:
     uniform: float
     stopped: bool = False
     threshold: float = math.nan
+    logprob: float = math.nan
 
 
 class AnswerSoFar(Protocol):
@@ -48,11 +54,16 @@ class Plan(NamedTuple):
 
     size: tokens per attempt, at most; >= 1. attempts: per segment, at most; >= 1. `judge` takes one at the last.
     early: whether one may be taken before the last, so that not all need to be sampled.
+    draw: see `Draw`.
+    entropy: a bound in nats: an attempt ends before the first token, after its own first one, whose distribution
+        softmax(logits) has an entropy of that or more; None = none.
     """
 
     size: int
     attempts: int
     early: bool = False
+    draw: Draw = "sample"
+    entropy: float | None = None
 
 
 class Verdict(NamedTuple):

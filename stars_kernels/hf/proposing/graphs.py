@@ -17,10 +17,11 @@ from torch import Tensor
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK
 from stars_kernels.decoder.protocols import Rows
 
-Segment = Callable[[Rows], Tensor]
-"""Rows -> tokens [R, size]; reads nothing else that changes, but for what lies in buffers that stay where they are."""
-Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""A function without arguments -> one that does the same on the same memory, and returns the same tensor."""
+Tensors = tuple[Tensor, ...]
+Segment = Callable[[Rows], Tensors]
+"""Rows -> what was drawn; reads nothing else that changes, but for what lies in buffers that stay where they are."""
+Capture = Callable[[Callable[[], Tensors]], Callable[[], Tensors]]
+"""A function without arguments -> one that does the same on the same memory, and returns the same tensors."""
 
 
 def bucket_of(rows: int) -> int:
@@ -58,14 +59,14 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, run: Callable[[], Tensors]) -> Callable[[], Tensors]:
         graph = torch.cuda.CUDAGraph()
         with ALLOCATOR_LOCK, torch.cuda.device(self._device):
             own, replays = streams_of(self._device)
             capture = torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
             result = captured(run, capture)
 
-        def replay() -> Tensor:
+        def replay() -> Tensors:
             caller = torch.cuda.current_stream(replays.device)
             replays.wait_stream(caller)
             with torch.cuda.stream(replays):
@@ -76,7 +77,7 @@ class CudaCapture:
         return replay
 
 
-def captured(run: Callable[[], Tensor], capture: AbstractContextManager[object]) -> Tensor:
+def captured(run: Callable[[], Tensors], capture: AbstractContextManager[object]) -> Tensors:
     """Return run()'s result, called inside of `capture`.
 
     Where run() fails, the end of the capture fails too, with an error that does not say why: it gets run()'s as cause.
@@ -101,11 +102,11 @@ class SegmentGraphs:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._seen: set[object] = set()
-        self._captured: dict[object, tuple[Rows, Callable[[], Tensor]]] = {}
+        self._captured: dict[object, tuple[Rows, Callable[[], Tensors]]] = {}
         self._storage: object = None
         self.replays = 0
 
-    def run(self, segment: Segment, rows: Rows, settings: object, storage: object) -> Tensor:
+    def run(self, segment: Segment, rows: Rows, settings: object, storage: object) -> Tensors:
         """segment(rows), from a graph where there is one.
 
         settings: whatever else the segment is a function of. storage: names the buffers that it works on; once they
@@ -125,7 +126,7 @@ class SegmentGraphs:
         for place, column in zip(static.columns, rows.columns, strict=True):
             place.copy_(column)
         self.replays += 1
-        return replay().clone()
+        return tuple(tensor.clone() for tensor in replay())
 
     def clear(self) -> None:
         """Forget all graphs, and the memory that they hold."""

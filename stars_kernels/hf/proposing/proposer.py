@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Proposal, Rows, Settle, together
+from stars_kernels.decoder.rules import Plan
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.cache.prefill import packed_chunks
-from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.proposing.draws import entropy, likeliest
+from stars_kernels.hf.proposing.graphs import SegmentGraphs, Tensors, bucket_of, padded
 from stars_kernels.hf.proposing.output_layer import hidden_of
 from stars_kernels.hf.proposing.processors import BatchProcessors
 from stars_kernels.hf.view.logits import logits_of
@@ -71,7 +74,7 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.begin(torch.cat(states), self.logits, segment_size)
 
-    def propose(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
+    def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
         self._read_last([p for p in dict.fromkeys(rows.slots) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
@@ -79,41 +82,60 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.open(len(wide))
         if self.graphs is None:
-            self.candidates = self._segment(rows, size, sampling, noise, eos)
-            return Proposal(self.candidates, {} if self.processors is None else self.processors.errors)
-        self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
-        settings = (size, noise, *sampling.items())
-        storage = self.cache.storage
-        if self.hidden is not None:
-            storage += self.hidden.storage
-        tokens = self.graphs.run(lambda wide: self._segment(wide, size, sampling, noise, eos), wide, settings, storage)
-        return Proposal(tokens[: len(rows)])
+            drawn = self._segment(rows, plan, sampling, noise, eos)
+        else:
+            self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
+            storage = self.cache.storage + (() if self.hidden is None else self.hidden.storage)
+            count = plan.attempts if plan.draw == "likeliest" else None
+            settings = (plan.size, plan.draw, count, plan.entropy, noise, *sampling.items())
+            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
+            drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
+        self.candidates = drawn[0]
+        entropies = None if plan.entropy is None else drawn[2]
+        return Proposal(drawn[0], drawn[1], entropies, {} if self.processors is None else self.processors.errors)
 
-    def _segment(self, rows: Rows, size: int, sampling: dict[str, Any], noise: int, eos: Tensor) -> Tensor:
-        """Draw `size` tokens of every row, [R, size]; on a GPU only processors wait for the host."""
+    def _segment(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Tensors:
+        """Draw plan.size tokens of every row, and return the first fields of a `Proposal`.
+
+        On a GPU only processors wait for the host.
+        """
         cache = self.cache
         cache.fork(rows.slot)
-        tokens = torch.empty(len(rows), size, dtype=torch.int64, device=self.device)
+        shape, bound = (len(rows), plan.size), plan.entropy
+        tokens = torch.empty(shape, dtype=torch.int64, device=self.device)
+        logprobs = torch.empty(shape, dtype=torch.float64, device=self.device)
+        entropies = None if bound is None else torch.full_like(logprobs, torch.nan)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        # Whether to stop once all rows have ended. A look is free on a CPU; processors wait for the host anyway.
+        looks = (self.device.type == "cpu" and self.graphs is None) or self.processors is not None
         state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
         source: Tensor | None = rows.slot  # every first token comes from its slot's one row of logits
-        head = self.head if is_unfiltered(sampling) else None
-        for step in range(size):
+        plain = plan.draw == "sample" and bound is None and is_unfiltered(sampling)
+        head = self.head if plain else None
+        count = 0
+        for step in range(plan.size):
             if self.processors is not None:
                 logits = state if source is None else state[source]
                 state, source = self.processors(rows, tokens[:, :step], logits, ended), None
+            if bound is not None and entropies is not None and step > 0:
+                entropies[:, step] = entropy(state)
+                ended |= entropies[:, step] >= bound
+                if looks and bool(ended.all()):
+                    break
             draws = (rows.key, rows.attempt, rows.position + step)
-            if head is None or step == 0:
-                token, _ = ops.segment_sample(state, *draws, source=source, stream=noise, **sampling)
+            if plan.draw == "likeliest":
+                token, logprob = likeliest(state, source, rows.attempt, plan.attempts)
+            elif head is None or step == 0:
+                token, logprob = ops.segment_sample(state, *draws, source=source, stream=noise, **sampling)
             else:
                 temperature = sampling["temperature"]
-                token, _ = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=noise)
-            tokens[:, step] = token
-            last = step == size - 1
-            # A look is free where nothing has to be waited for; processors wait anyway.
-            if not last and (self.device.type == "cpu" or self.processors is not None):
+                token, logprob = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=noise)
+            tokens[:, step], logprobs[:, step] = token, logprob
+            count = step + 1
+            last = count == plan.size
+            if not last and (looks or bound is not None):
                 ended |= torch.isin(token, eos) | (token < 0)
-                last = bool(ended.all())
+                last = looks and bool(ended.all())
             if last and self.hidden is None:
                 break
             fused = head is not None and not last
@@ -122,11 +144,16 @@ class ModelProposer:
                 state = hidden_of(self.model, ids, inputs) if fused else self._logits(ids, inputs, 1)
             if self.hidden is not None:
                 self.hidden.rows[: len(rows), step] = (state if fused else self.hidden.last)[:, 0]
-                if last:
+                if bound is not None:  # what follows a row is what follows its own last token
+                    after = self.hidden.logits[: len(rows)]
+                    after.copy_(torch.where(ended[:, None], after, state[:, 0]))
+                elif last:
                     self.hidden.logits[: len(rows)] = state[:, 0]
+                if last:
                     break
             state, source = state[:, 0], None
-        return tokens[:, : step + 1]
+        drawn = (tokens[:, :count], logprobs[:, :count])
+        return drawn if entropies is None else (*drawn, entropies[:, :count])
 
     def commit(self, commit: Commit) -> Settle:
         settles = []

@@ -25,7 +25,8 @@ def rerun(run):
     result = run()
 
     def replay():
-        result.copy_(run())
+        for place, tensor in zip(result, run(), strict=True):
+            place.copy_(tensor)
         return result
 
     return replay
@@ -93,14 +94,14 @@ def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_rows():
         return rerun(run)
 
     graphs = SegmentGraphs(capture)
-    results = [graphs.run(lambda rows: rows.attempt[:, None] * 2, rows_of(4, i), "a", "here") for i in range(4)]
-    assert [r[:, 0].tolist() for r in results] == [[2 * (i + k) for k in range(4)] for i in range(4)]
+    results = [graphs.run(lambda rows: (rows.attempt[:, None] * 2,), rows_of(4, i), "a", "here") for i in range(4)]
+    assert [r[:, 0].tolist() for (r,) in results] == [[2 * (i + k) for k in range(4)] for i in range(4)]
     assert len(captured) == 1 and graphs.replays == 3
-    graphs.run(lambda rows: rows.attempt[:, None], rows_of(4), "b", "here")
-    graphs.run(lambda rows: rows.attempt[:, None], rows_of(3), "a", "here")
+    graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(4), "b", "here")
+    graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(3), "a", "here")
     assert len(captured) == 1, "other settings and other sizes start eagerly"
     for _ in range(2):
-        graphs.run(lambda rows: rows.attempt[:, None], rows_of(4), "a", "moved")
+        graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(4), "a", "moved")
     assert len(captured) == 2, "graphs of moved buffers are forgotten"
 
 

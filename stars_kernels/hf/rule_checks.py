@@ -1,0 +1,41 @@
+"""What a rule asks of the models, looked at before anything is decoded."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from stars_kernels.decoder.rules import Plan, Rule
+from stars_kernels.hf.loading.language_model import name_of
+from stars_kernels.hf.scoring.rewarder import Rewarder
+from stars_kernels.hf.view.layout import layout_of, vocabulary
+from stars_kernels.ops.philox import MAX_ATTEMPTS
+
+
+def check_rule(rule: Rule, plan: Plan, max_new_tokens: int, lm: PreTrainedModel, rewarder: Rewarder) -> None:
+    """Refuse a rule whose first plan asks for what cannot be done; lm: a view."""
+    if plan.draw == "likeliest" and plan.attempts > vocabulary(lm):
+        raise ValueError(
+            f"rule={rule!r} takes the {plan.attempts} likeliest tokens, expected at most the {vocabulary(lm)} of the "
+            "vocabulary"
+        )
+    if plan.entropy is not None:
+        if plan.attempts * max_new_tokens >= MAX_ATTEMPTS:  # numbered on through the answer: `Answer.number`
+            raise ValueError(
+                f"rule={rule!r} may make {plan.attempts} attempts at each of {max_new_tokens} tokens, expected less "
+                f"than {MAX_ATTEMPTS} in all"
+            )
+        with_states = [name_of(lm)] * layout_of(lm).states + [f"rm {name}" for name in rewarder.with_states]
+        if with_states:
+            raise ValueError(
+                f"rule={rule!r} ends segments by entropy, and {with_states[0]} has states, which are kept after a "
+                "round's last token alone; expected models of attention alone, or a rule with segments of a fixed size"
+            )
+
+
+def why_logits(plan: Plan) -> str | None:
+    """Say why whole rows of logits are needed; None where drawing is all that is asked of them."""
+    if plan.entropy is not None:
+        return "the rule asks for entropies"
+    if plan.draw == "likeliest":
+        return "the rule asks for the likeliest tokens"
+    return None
