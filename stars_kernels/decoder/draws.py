@@ -21,7 +21,7 @@ def draw(
     """
     if how == "likeliest":
         token = logits.sort(descending=True, stable=True).indices[attempt]
-        return int(token), logits.log_softmax(0)[token].item()
+        return int(token), logits.double().log_softmax(0)[token].item()
     keys, attempts, positions = (torch.tensor([number]) for number in (key, attempt, position))
     filters = (sampling["temperature"], sampling["top_k"], sampling["top_p"], sampling["min_p"])
     token, logprob = segment_sample_ref(logits[None], keys, attempts, positions, None, *filters, STREAM_SAMPLE)
@@ -30,4 +30,4 @@ def draw(
 
 def entropy(logits: Tensor) -> float:
     """Return the entropy of softmax(logits [V]), in nats."""
-    return torch.special.entr(logits.softmax(0)).sum().item()
+    return torch.special.entr(logits.double().softmax(0)).sum().item()

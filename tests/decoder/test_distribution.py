@@ -16,7 +16,7 @@ from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposal, Scores
-from stars_kernels.decoder.rules import BestOf, BlockBestOf, Cards, Plain, Stars, Verdict, best
+from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, Stars, Verdict, best
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.proposing.draws import entropy, likeliest
 from stars_kernels.ops import segment_sample
@@ -102,8 +102,9 @@ def run(world, config, seed, decodes=DECODES):
     answers, size = [], 5_000
     for start in range(0, decodes, size):
         table = Table(world)
-        batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, start + size)]
+        batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, min(start + size, decodes))]
         Run.of(table, Scorer(table), config, batch, eos=(EOS,)).run()
+        assert not any(answer.error for answer in batch)
         answers += [tuple(answer.tokens) for answer in batch]
     return answers
 
@@ -302,12 +303,14 @@ def ends_behind_the_unsure_token(monkeypatch):
 
 
 def entropy_at_the_sampling_temperature(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: entropy(logits / PLAIN.temperature))
+    right = entropy
+    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: right(logits / PLAIN.temperature))
     return PLAIN.replace(rule=RULES["cards"])
 
 
 def ends_where_the_model_is_sure(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: 2.2 - entropy(logits))
+    right = entropy
+    monkeypatch.setattr(sys.modules[__name__], "entropy", lambda logits: 2.2 - right(logits))
     return PLAIN.replace(rule=RULES["cards"])
 
 
@@ -343,3 +346,69 @@ def test_planted_fault_of_a_rule_is_caught(world, monkeypatch, plant):
 def test_planted_fault_is_caught(world, monkeypatch, plant):
     config = plant(monkeypatch)
     assert p_value(run(world, config, seed=1), closed_form(world, BASE)) < P_VALUE
+
+
+ARGS = [Args(k, w) for k, w in [(2, 0.5), (3, 1.0), (3, 4.0), (4, 2.0), (5, 0.7), (5, 30.0), (1, 9.0), (5, -2.0)]]
+
+
+def by_brute_force(world, rule):
+    """The answer of ARGS: every token's score, one step after the other."""
+    logits, rewards = world
+    answer, value = (), 0
+    while len(answer) < DEPTH and EOS not in answer:
+        row = logits[len(answer), value].tolist()
+        total = math.log(sum(math.exp(x) for x in row))
+        kept = sorted(range(V), key=lambda token: -row[token])[: rule.k]
+        token = max(
+            kept, key=lambda token: row[token] - total + rule.w * rewards[len(answer) + 1, value * V + token].item()
+        )
+        answer, value = (*answer, token), value * V + token
+    return answer
+
+
+def args_are_right(world):
+    """Whether every rule of ARGS gives its one answer, whatever seed, width and sampling settings."""
+    for rule in ARGS:
+        config = PLAIN.replace(rule=rule, width=3 if rule.k > 2 else "auto", top_k=2, temperature=0.3)
+        if set(run(world, config, seed=rule.k, decodes=20)) != {by_brute_force(world, rule)}:
+            return False
+    return True
+
+
+def test_args_is_a_search(world):
+    assert args_are_right(world)
+    assert len({by_brute_force(world, rule) for rule in ARGS}) > 3
+
+
+def the_reward_alone(self, candidate):
+    return self.w * candidate.reward
+
+
+def the_log_probability_alone(self, candidate):
+    return candidate.logprob
+
+
+def the_probability(self, candidate):
+    return math.exp(candidate.logprob) + self.w * candidate.reward
+
+
+@pytest.mark.parametrize("score", [the_reward_alone, the_log_probability_alone, the_probability])
+def test_planted_fault_of_args_is_caught(world, monkeypatch, score):
+    monkeypatch.setattr(Args, "score", score)
+    assert not args_are_right(world)
+
+
+def test_args_that_leave_out_the_likeliest_or_draw_at_random_are_caught(world, monkeypatch):
+    plan = Args.plan
+    with monkeypatch.context() as patch:
+        patch.setattr(Args, "plan", lambda self, answer: plan(self, answer)._replace(draw="sample"))
+        assert not args_are_right(world)
+
+    right = likeliest
+
+    def one_rank_late(logits, source, attempt, count):
+        return right(logits, source, (attempt + 1).clamp(max=count - 1), count)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "likeliest", one_rank_late)
+        assert not args_are_right(world)

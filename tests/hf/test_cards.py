@@ -10,8 +10,8 @@ from stars_kernels.hf.proposing.draws import entropy
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from tests.hf import families
 from tests.hf.fork_check import check_decode
+from tests.hf.proposing.test_graphs import rerun
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
-from tests.hf.test_graphs import rerun
 from tests.hf.test_out_of_memory import limited
 from tests.sequential import sequential_answer
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model

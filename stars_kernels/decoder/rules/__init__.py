@@ -4,6 +4,7 @@ A rule sees host numbers alone, no tensor and no model. `decoder/sequential.py` 
 the engine decodes many attempts and prompts at once and gives the same answers.
 """
 
+from stars_kernels.decoder.rules.args import Args
 from stars_kernels.decoder.rules.best_of import BestOf, BlockBestOf, Plain
 from stars_kernels.decoder.rules.cards import Cards
 from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Draw, Plan, Rule, Verdict, best
@@ -11,6 +12,7 @@ from stars_kernels.decoder.rules.stars import Stars
 
 __all__ = [
     "AnswerSoFar",
+    "Args",
     "BestOf",
     "BlockBestOf",
     "Candidate",

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
 from tests.tiny import tiny_language_model
@@ -51,7 +52,7 @@ def test_a_segment(proposer, monkeypatch, filters):
     for name in ("tolist", "cpu", "numpy"):  # no operators, on a CPU
         monkeypatch.setattr(torch.Tensor, name, None)
     with Watch() as watch:
-        tokens = proposer._segment(rows, 5, sampling, 0, eos)
+        tokens, _ = proposer._segment(rows, Plan(5, 1), sampling, 0, eos)
     assert tokens.shape == (6, 5)
     fused = 4 if proposer.head is not None and filters == {"top_k": None} else 0
     assert [watch.seen.count(op) for op in ("segment_sample", "lm_head_sample")] == [5 - fused, fused]

@@ -9,6 +9,7 @@ import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
@@ -182,7 +183,7 @@ def test_a_segment_waits_for_nothing(monkeypatch, fuse):
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, None)
     with Watch() as watch:
-        proposer._segment(rows, 5, sampling, 0, eos)
+        proposer._segment(rows, Plan(5, 1), sampling, 0, eos)
     assert watch.seen.count("fork_attention") == 5 * 2
     assert watch.waits == 4 * ["is_nonzero"], "more than the CPU's looks whether all rows have ended"
 
