@@ -24,7 +24,8 @@ def check_rule(rule: Rule, plan: Plan, max_new_tokens: int, lm: PreTrainedModel,
                 f"rule={rule!r} may make {plan.attempts} attempts at each of {max_new_tokens} tokens, expected less "
                 f"than {MAX_ATTEMPTS} in all"
             )
-        with_states = [name_of(lm)] * layout_of(lm).states + [f"rm {name}" for name in rewarder.with_states]
+        decoders = [(name_of(lm), lm), *((f"rm {name}", body) for name, body in rewarder.decoders)]
+        with_states = [name for name, view in decoders if layout_of(view).states]
         if with_states:
             raise ValueError(
                 f"rule={rule!r} ends segments by entropy, and {with_states[0]} has states, which are kept after a "

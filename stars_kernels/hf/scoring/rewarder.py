@@ -48,8 +48,8 @@ class Part:
     """Tokens of prompt and answer that it can read, in the language model's; what reads text checks each text."""
     reads_hidden: bool = False
     """Whether it wants hidden states."""
-    with_states: tuple[str, ...] = ()
-    """The models that keep conv or recurrent states after the rows' tokens, by name."""
+    decoders: tuple[tuple[str, PreTrainedModel], ...] = ()
+    """The models that keep what rows of the language model's tokens leave behind, each with its name."""
 
 
 class Rewarder:
@@ -68,7 +68,7 @@ class Rewarder:
         self.bodies = [part.body for part in self.parts if part.body is not None]
         self.limit = min(part.limit for part in self.parts)
         self.reads_hidden = any(part.reads_hidden for part in self.parts)
-        self.with_states = [name for part in self.parts for name in part.with_states]
+        self.decoders = [decoder for part in self.parts for decoder in part.decoders]
 
     def scorer(
         self, prompts: Sequence[Prompt], codec: Codec, device: torch.device, hidden: HiddenStates | None = None
@@ -150,7 +150,7 @@ def _likelihood(
     trust_remote_code: bool,
 ) -> Part:
     rm.takes_only("a likelihood", "tokenizer")
-    views, with_states = [], list[str]()
+    decoders = list[tuple[str, PreTrainedModel]]()
     for name, given in likelihood.models.items():
         model, own = load_language_model(given, rm.tokenizer, trust_remote_code, name)
         loaded, view = Loaded(model, own), view_of(model)
@@ -164,15 +164,15 @@ def _likelihood(
                 f"{name} {loaded.name} (a vocabulary of {size} tokens) has another tokenizer than the language model "
                 f"({expected}), expected the same: a likelihood is of the language model's token ids"
             )
-        views.append(view)
-        with_states += [loaded.name] * layout_of(view).states
+        decoders.append((loaded.name, view))
+    views = [view for _, view in decoders]
     chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
     policy, reference = views[0], views[1] if len(views) == 2 else None
     return Part(
         lambda *batch: LikelihoodScorer(policy, reference, chunks),
         nn.ModuleList(views),
         limit,
-        with_states=tuple(with_states),
+        decoders=tuple(decoders),
     )
 
 
@@ -184,8 +184,8 @@ def _classifier(
     label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
     if rm.template is None and loaded.reads_ids(lm, tokenizer):
         limit, body = context_limit(loaded.model), cast(PreTrainedModel, view.base_model)
-        states = (loaded.name,) if layout_of(body).states else ()
-        return Part(lambda *batch: ClassifierScorer(view, label, chunks), body, limit, with_states=states)
+        decoders = ((loaded.name, body),)
+        return Part(lambda *batch: ClassifierScorer(view, label, chunks), body, limit, decoders=decoders)
     own, template = loaded.own_tokenizer(lm, tokenizer), _template(rm.template)
     return Part(
         lambda prompts, device, _: TextClassifierScorer(view, label, own, template, prompts, device, chunks),
