@@ -81,7 +81,7 @@ def judge_attempt(
     if judge is not None:
         candidate.reward = judge(answer.decided, attempt, candidate.reward)
     verdict = rule.judge(answer, [*answer.candidates, candidate])
-    answer.add([candidate], verdict, width=1)
+    answer.add([candidate], [verdict], width=1)
     if verdict.outcome is not None:
         answer.take(verdict, eos)
     return verdict.chosen == attempt

@@ -69,18 +69,18 @@ class Answer:
             return attempt
         return self.counts.attempts - len(self.candidates) + attempt
 
-    def add(self, candidates: Sequence[Candidate], verdict: Verdict, width: int) -> None:
-        """Record judged attempts of a round of `width` at the segment under decision."""
+    def add(self, candidates: Sequence[Candidate], verdicts: Sequence[Verdict], width: int) -> None:
+        """Record judged attempts of a round of `width` at the segment under decision, each with its verdict."""
         if not self.candidates:
             self.segments.append(Segment())
         self.candidates += candidates
-        self.chosen = verdict.chosen
+        self.chosen = verdicts[-1].chosen
         segment, counts = self.segments[-1], self.counts
         segment.rewards += [candidate.reward for candidate in candidates]
-        segment.thresholds += [candidate.threshold for candidate in candidates]
+        segment.thresholds += [verdict.threshold for verdict in verdicts]
         segment.lengths += [len(candidate.tokens) for candidate in candidates]
         segment.widths.append(width)
-        segment.chosen = verdict.chosen
+        segment.chosen = self.chosen
         counts.judged += sum(len(candidate.tokens) for candidate in candidates)
         counts.attempts += len(candidates)
 

@@ -160,7 +160,7 @@ class Round:
             answer.fail(f"attempt {len(answer.candidates) + trial.judged}: {trial.fault.what}", trial.fault.cause)
             return
         assert trial.verdict is not None
-        answer.add(trial.candidates[: trial.judged], trial.verdict, len(trial.candidates))
+        answer.add(trial.candidates[: trial.judged], trial.verdicts, len(trial.candidates))
         if trial.verdict.outcome is not None:
             answer.take(trial.verdict, self.eos)
 

@@ -50,7 +50,7 @@ def decode(
         for attempt in range(plan.attempts):
             candidate = grow(plan, attempt)
             verdict = rule.judge(answer, [*answer.candidates, candidate])
-            answer.add([candidate], verdict, width=1)
+            answer.add([candidate], [verdict], width=1)
             if verdict.outcome is not None:
                 break
         answer.take(verdict, eos)

@@ -19,16 +19,15 @@ class Candidate:
     """An attempt at a segment, as a rule sees it.
 
     tokens: of the segment, cut where it ends. reward: of the answer with these tokens. uniform: u, the attempt's random
-    number in (0, 1). stopped: whether a stop ends the answer with them. threshold: tau; NaN for a rule without one.
-    logprob: the sum of its tokens' log-probabilities in nats, under the filtered distribution that they were sampled
-    from; of the likeliest tokens, under softmax(logits).
+    number in (0, 1). stopped: whether a stop ends the answer with them. logprob: the sum of its tokens'
+    log-probabilities in nats, under the filtered distribution that they were sampled from; of the likeliest tokens,
+    under softmax(logits).
     """
 
     tokens: list[int]
     reward: float
     uniform: float
     stopped: bool = False
-    threshold: float = math.nan
     logprob: float = math.nan
 
 
@@ -69,11 +68,13 @@ class Plan(NamedTuple):
 class Verdict(NamedTuple):
     """What follows from the attempts so far.
 
-    chosen: index of the one that is taken or, with outcome None, of the best so far.
+    chosen: index of the one that is taken or, with outcome None, of the best so far. threshold: tau, which the last of
+    them was compared with; NaN where the rule has none.
     """
 
     chosen: int
     outcome: Outcome | None
+    threshold: float = math.nan
 
 
 class Rule(Protocol):

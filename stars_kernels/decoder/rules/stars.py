@@ -36,10 +36,10 @@ class Stars:
 
     def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
         last = candidates[-1]
-        last.threshold = self.threshold(answer, len(answer.tokens) + len(last.tokens))
-        if self.accepts(last):
-            return Verdict(len(candidates) - 1, "accepted")
-        return Verdict(best(candidates), "fallback" if len(candidates) == self.max_attempts else None)
+        threshold = self.threshold(answer, len(answer.tokens) + len(last.tokens))
+        if self.accepts(last, threshold):
+            return Verdict(len(candidates) - 1, "accepted", threshold)
+        return Verdict(best(candidates), "fallback" if len(candidates) == self.max_attempts else None, threshold)
 
     def threshold(self, answer: AnswerSoFar, tokens: int) -> float:
         """Return tau(n) = min(r*, r0 + n (r* - r0) / max_new_tokens), with r0 = (1 - alpha) r(x) + alpha r*."""
@@ -48,9 +48,9 @@ class Stars:
         start = (1 - self.alpha) * answer.prompt_reward + self.alpha * target
         return min(target, start + tokens * (target - start) / answer.max_new_tokens)
 
-    def accepts(self, candidate: Candidate) -> bool:
+    def accepts(self, candidate: Candidate, threshold: float) -> bool:
         """Say whether u < min(1, exp((r - tau) / beta)); hard: whether r >= tau."""
-        gap = candidate.reward - candidate.threshold
+        gap = candidate.reward - threshold
         if self.accept == "hard":
             return gap >= 0
         assert self.beta is not None
