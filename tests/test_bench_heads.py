@@ -6,7 +6,9 @@ from torch import nn
 from bench import __main__ as bench
 from bench import decode, heads
 from bench.report import CheckError
-from stars_kernels import RewardModel
+from demo.naive import naive_decode
+from stars_kernels import RewardModel, StarsConfig
+from stars_kernels.decoder.rules import Args, Cards
 
 
 def test_the_check_passes_and_finds_a_wrong_reward(monkeypatch):
@@ -27,3 +29,14 @@ def test_real_rewards_are_for_the_cpu():
     _, _, args = bench.parse(["decode", "--rewards", "real", "--device", "cuda"])
     with pytest.raises(SystemExit, match="only scripted rewards are timed"):
         decode.run(args)
+
+
+def test_the_naive_loop_refuses_what_it_would_decode_otherwise():
+    setup = heads.load("tiny", 1)
+    for given, named in (
+        ({"stop_strings": "."}, "stop strings"),
+        ({"rule": Args()}, "Args"),
+        ({"rule": Cards()}, "Cards"),
+    ):
+        with pytest.raises(ValueError, match=f"knows no {named}"):
+            naive_decode(setup.model, lambda ids: 0.0, setup.prompts[0], StarsConfig(**given), key=1)
