@@ -13,7 +13,7 @@ from stars_kernels.api import decode, stream
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
-from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, Stars
+from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars
 from stars_kernels.hf.generate import StarsGenerateOutput, generate
 from stars_kernels.hf.scoring.reward_model import Likelihood, RewardModel
 from stars_kernels.ops import backends, reference
@@ -31,6 +31,7 @@ __all__ = [
     "Plain",
     "RewardModel",
     "Segment",
+    "SpeculativeRejection",
     "Stars",
     "StarsConfig",
     "StarsError",

@@ -19,7 +19,7 @@ ORDER = ["versions", "ops", "decoder", "hf", "api"]
 ORDER_OF_HF = ["view", "cache", "loading", "text", "proposing", "scoring"]
 """Of hf: a folder imports those before it, and hf's own files; the engine imports all."""
 LINES = {"round.py": 199, "sequential.py": 59, "rules/best_of.py": 65}
-LINES |= {f"rules/{name}.py": 59 for name in ("stars", "cards", "args")}
+LINES |= {f"rules/{name}.py": 59 for name in ("stars", "cards", "args", "speculative_rejection")}
 """Of the decoder, at most, docstrings included; best_of.py has three rules."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stars_kernels.decoder.errors import message_of, with_cause
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
@@ -31,7 +31,11 @@ class Answer:
     segments: list[Segment] = field(default_factory=list)
     """Decided ones, and the one under decision as far as it has been judged."""
     candidates: list[Candidate] = field(default_factory=list)
-    """Judged attempts at the segment under decision."""
+    """Judged attempts at the segment under decision; in a race, those of this turn, and kept ones that have ended."""
+    going: list[Candidate] = field(default_factory=list)
+    """Of a race, the kept attempts that have yet to grow in this turn."""
+    racing: int = 0
+    """How many attempts were kept at the last border; 0 = it is the first turn, or no race."""
     chosen: int = -1
     """Index of the candidate that was copied behind the prefix: the best so far; -1 = none yet."""
     counts: Counts = field(default_factory=Counts)
@@ -53,11 +57,31 @@ class Answer:
     @property
     def decided(self) -> int:
         """Segments that are decided."""
-        return len(self.segments) - bool(self.candidates)
+        return len(self.segments) - self._under_decision
+
+    @property
+    def _under_decision(self) -> bool:
+        return bool(self.candidates or self.racing)
+
+    @property
+    def held(self) -> int:
+        """Tokens that the attempts of the next round have: those that go on in a race, which all have as many."""
+        return len(self.going[0].tokens) if self.going else 0
 
     def size(self, plan: Plan) -> int:
-        """Return the tokens that an attempt may have: the plan's, or the answer's room."""
-        return min(plan.size, self.room)
+        """Return the tokens that an attempt may grow by: the plan's, or the answer's room."""
+        return min(plan.size, self.room - self.held)
+
+    def left(self, plan: Plan) -> int:
+        """Return how many attempts have yet to be tried before the plan's last."""
+        return len(self.going) if self.racing else plan.attempts - len(self.candidates)
+
+    def starts(self, count: int) -> list[Candidate]:
+        """Return what the next `count` attempts start from: nothing, or what they hold in a race."""
+        if self.racing:
+            return [replace(kept, held=len(kept.tokens)) for kept in self.going[:count]]
+        first = len(self.candidates)
+        return [Candidate([], math.nan, math.nan, logprob=0.0, attempt=first + i) for i in range(count)]
 
     def number(self, plan: Plan, attempt: int) -> int:
         """Return the number that an attempt's random numbers are made from: its own, where all are of one length.
@@ -71,18 +95,36 @@ class Answer:
 
     def add(self, candidates: Sequence[Candidate], verdicts: Sequence[Verdict], width: int) -> None:
         """Record judged attempts of a round of `width` at the segment under decision, each with its verdict."""
-        if not self.candidates:
+        if not self._under_decision:
             self.segments.append(Segment())
         self.candidates += candidates
+        self.going = self.going[len(candidates) :]
         self.chosen = verdicts[-1].chosen
         segment, counts = self.segments[-1], self.counts
+        for entry, candidate in enumerate(candidates, start=segment.attempts):
+            candidate.entry = entry
         segment.rewards += [candidate.reward for candidate in candidates]
         segment.thresholds += [verdict.threshold for verdict in verdicts]
         segment.lengths += [len(candidate.tokens) for candidate in candidates]
         segment.widths.append(width)
-        segment.chosen = self.chosen
-        counts.judged += sum(len(candidate.tokens) for candidate in candidates)
-        counts.attempts += len(candidates)
+        segment.chosen = self.candidates[self.chosen].entry
+        counts.judged += sum(len(candidate.tokens) - candidate.held for candidate in candidates)
+        counts.attempts += sum(candidate.held == 0 for candidate in candidates)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Let these of a race's candidates go on; those that have ended wait among the next turn's candidates."""
+        survivors = [self.candidates[i] for i in kept]
+        self.segments[-1].kept.append(sorted(survivor.attempt for survivor in survivors))
+        self.racing, self.chosen = len(survivors), -1
+        self.candidates = [survivor for survivor in survivors if survivor.ended]
+        self.going = [survivor for survivor in survivors if not survivor.ended]
+
+    def settle(self, verdict: Verdict, eos: Collection[int]) -> None:
+        """Do what the last verdict of a round says, if it says something yet: take an attempt, or let some go on."""
+        if verdict.outcome is not None:
+            self.take(verdict, eos)
+        elif verdict.keep is not None:
+            self.keep(verdict.keep)
 
     def take(self, verdict: Verdict, eos: Collection[int]) -> None:
         """Make the chosen candidate a part of the answer, which it may end."""
@@ -90,11 +132,11 @@ class Answer:
         segment, counts, taken = self.segments[-1], self.counts, self.candidates[verdict.chosen]
         segment.outcome = verdict.outcome
         counts.accepted += verdict.outcome == "accepted"
-        counts.rejections += segment.attempts - 1
-        counts.rejected += sum(segment.lengths) - segment.length
         self.tokens += taken.tokens
+        counts.rejections = counts.attempts - len(self.segments)
+        counts.rejected = counts.judged - len(self.tokens)
         self.reward = taken.reward
-        self.candidates, self.chosen = [], -1
+        self.candidates, self.going, self.racing, self.chosen = [], [], 0, -1
         if taken.stopped:
             self.finish_reason = "stop"
         elif self.tokens[-1] in eos:

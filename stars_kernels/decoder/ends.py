@@ -65,9 +65,10 @@ def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: End
     """Shorten the candidates that a stop ends. An error is kept with its row: it counts only if the row is judged."""
     lengths, candidates = to_host((ends.lengths, tokens))
     for row, (slot, candidate) in enumerate(zip(rows.slots, candidates, strict=True)):
-        accepted, find_stop = answers[slot].tokens, answers[slot].find_stop
+        find_stop = answers[slot].find_stop
         if find_stop is None:
             continue
+        accepted = [*answers[slot].tokens, *(rows.held[row] if rows.held else ())]
         usable = itertools.takewhile(lambda token: token >= 0, candidate[: lengths[row]])
         try:
             stop = find_stop([*accepted, *usable], len(accepted))

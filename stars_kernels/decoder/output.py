@@ -19,6 +19,8 @@ class Segment:
     chosen: the attempt that was taken.
     outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken), "best" (a rule that
         takes the best) or "undecided".
+    kept: of a race, the numbers of the attempts that went on, at each border. The lists above have the attempts that
+        grew in each turn, one turn after the other, with the tokens that they then had.
     reward, threshold, length: of the chosen attempt. attempts: how many were judged.
     """
 
@@ -28,6 +30,7 @@ class Segment:
     widths: list[int] = field(default_factory=list)
     chosen: int = -1
     outcome: Literal["accepted", "fallback", "best", "undecided"] = "undecided"
+    kept: list[list[int]] = field(default_factory=list)
 
     @property
     def attempts(self) -> int:

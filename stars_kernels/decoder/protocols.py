@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stars_kernels.decoder.rules import Plan
+from stars_kernels.decoder.transfer import to_device
 
 Settle = Callable[[], None]
 """Makes a commit visible. It assigns, and copies into memory that is there, so it does not run out of memory.
@@ -43,7 +44,12 @@ class Rows:
     attempt: Tensor
     key: Tensor
     position: Tensor
-    """Answer tokens decided so far."""
+    """Of the row's next token in the answer: behind the decided ones, and those that it holds."""
+
+    attempts: Sequence[int] = ()
+    """`attempt` on the host."""
+    held: Sequence[Sequence[int]] = ()
+    """In a race, the tokens that each row holds already, as many in all; () = none."""
 
     def __len__(self) -> int:
         return self.slot.shape[0]
@@ -52,9 +58,17 @@ class Rows:
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.slot, self.attempt, self.key, self.position
 
+    def held_tokens(self) -> Tensor:
+        """Return `held` on the rows' device, [R, H] int64."""
+        if not self.held:
+            return self.slot.new_empty(len(self), 0)
+        (flat,) = to_device([[token for tokens in self.held for token in tokens]], self.slot.device)
+        return flat.view(len(self), -1)
+
     def map(self, change: Callable[[Tensor], Tensor], slots: Sequence[int]) -> Rows:
         """Return rows of these slots, with every tensor changed."""
-        return Rows(slots, *map(change, self.columns))
+        slot, attempt, key, position = map(change, self.columns)
+        return Rows(slots, slot, attempt, key, position)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ What may go wrong with a row is in `faults.py`, running out of memory in `schedu
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
@@ -42,7 +44,8 @@ class Round:
         """Read the prompts. Where it raises, no answer has changed, and a smaller batch may fit in memory."""
         prompts = [answer.prompt for answer in self.answers]
         limit = max((answer.limit for answer in self.answers), default=0)
-        size = max((answer.size(self.rule.plan(answer)) for answer in self.answers), default=0)
+        plans = [(answer, self.rule.plan(answer)) for answer in self.answers]
+        size = max((answer.limit if plan.race else answer.size(plan) for answer, plan in plans), default=0)
         with self.timed("prefill"):
             (self._eos,) = to_device([self.eos], self.proposer.device)
             self.proposer.begin(prompts, limit, size)
@@ -63,27 +66,24 @@ class Round:
         stop strings, logits processors and reward models that read text.
         """
         with self.timed("propose"):
-            rows = self.rows(slots, widths)
+            starts = {slot: self.answers[slot].starts(width) for slot, width in zip(slots, widths, strict=True)}
+            rows = self.rows(starts)
         proposal, ends = self.propose(rows)
         scores = self.score(rows, proposal, ends)
-        trials = self.judge(rows, slots, widths, proposal, ends, scores)
+        trials = self.judge(rows, starts, proposal, ends, scores)
         return trials, self.commit(trials)
 
-    def rows(self, slots: Sequence[int], widths: Sequence[int]) -> Rows:
-        """Make one row per attempt, grouped by slot: the next attempts at each one's segment."""
-        numbers = self._numbers(slots, widths)
-        return Rows(numbers[0], *to_device(numbers, self.proposer.device))
-
-    def _numbers(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[int], ...]:
-        """Return the slot, attempt, key and position of each row."""
-        owners, attempts = list[int](), list[int]()
-        for slot, width in zip(slots, widths, strict=True):
+    def rows(self, starts: Mapping[int, Sequence[Candidate]]) -> Rows:
+        """Make one row per attempt, grouped by slot; starts: of each slot, what its next attempts start from."""
+        numbers, held = list[tuple[int, int, int, int]](), list[list[int]]()
+        for slot, mine in starts.items():
             answer = self.answers[slot]
-            plan, first = self.rule.plan(answer), len(answer.candidates)
-            owners += [slot] * width
-            attempts += [answer.number(plan, first + i) for i in range(width)]
-        answers = [self.answers[slot] for slot in owners]
-        return owners, attempts, [answer.key for answer in answers], [len(answer.tokens) for answer in answers]
+            plan, position = self.rule.plan(answer), len(answer.tokens) + answer.held
+            numbers += [(slot, answer.number(plan, start.attempt), answer.key, position) for start in mine]
+            held += [start.tokens for start in mine]
+        columns = [list(column) for column in zip(*numbers, strict=True)]
+        slots, attempts, keys, positions = to_device(columns, self.proposer.device)
+        return Rows(columns[0], slots, attempts, keys, positions, columns[1], held if any(held) else ())
 
     def propose(self, rows: Rows) -> tuple[Proposal, Ends]:
         """Sample a candidate for every row, from one shared prefix per slot, and find where it ends."""
@@ -97,33 +97,37 @@ class Round:
             return proposal, find_ends(self.answers, rows, proposal, room, self._eos, plan.entropy)
 
     def score(self, rows: Rows, proposal: Proposal, ends: Ends) -> Scores:
-        """Score every candidate behind its slot's answer."""
+        """Score every candidate, with what it held before, behind its slot's answer."""
         with self.timed("score"):
-            return self.scorer.score(rows, proposal.tokens.clamp(min=0), ends.lengths)
+            held = rows.held_tokens()
+            tokens = torch.cat([held, proposal.tokens.clamp(min=0)], dim=1)
+            return self.scorer.score(rows, tokens, ends.lengths + held.shape[1])
 
     def judge(
-        self, rows: Rows, slots: Sequence[int], widths: Sequence[int], proposal: Proposal, ends: Ends, scores: Scores
+        self, rows: Rows, starts: Mapping[int, Sequence[Candidate]], proposal: Proposal, ends: Ends, scores: Scores
     ) -> list[Trial]:
         """Let the rule judge each slot's candidates in order, until one is taken or one that failed is reached."""
         with self.timed("judge"):
-            _, attempts, keys, positions = self._numbers(slots, widths)
-            uniforms = accept_uniforms(keys, positions, attempts)  # while a GPU is at work
+            answers = [self.answers[slot] for slot in rows.slots]
+            decided = [len(answer.tokens) for answer in answers]
+            uniforms = accept_uniforms([a.key for a in answers], decided, rows.attempts)  # while a GPU is at work
             columns = (scores.rewards, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
             rewards, tokens, lengths, stopped, broken, read, logprobs = to_host(
                 (*columns, proposal.logprob(ends.lengths))
             )
             faults = faults_of(rewards, broken, proposal.errors, scores.errors, ends.errors)
-            trials, head = [], 0
-            for slot, width in zip(slots, widths, strict=True):
-                mine = range(head, head + width)
-                tried = [
-                    Candidate(tokens[r][: lengths[r]], rewards[r], uniforms[r], stopped[r], logprob=logprobs[r])
-                    for r in mine
-                ]
-                sampled, scored = sum(len(tokens[r]) for r in mine), sum(read[r] for r in mine)
-                trials.append(Trial(slot, head, tried, sampled, scored))
-                trials[-1].judge(self.rule, self.answers[slot], faults)
-                head += width
+            trials, head = list[Trial](), 0
+            for slot, mine in starts.items():
+                tried, answer = list[Candidate](), self.answers[slot]
+                for r, start in enumerate(mine, start=head):
+                    grown = [*start.tokens, *tokens[r][: lengths[r]]]
+                    ended = stopped[r] or grown[-1] in self.eos or len(grown) == answer.room
+                    told = dict(reward=rewards[r], uniform=uniforms[r], stopped=stopped[r], ended=ended)
+                    tried.append(replace(start, tokens=grown, logprob=start.logprob + logprobs[r], **told))
+                here = range(head, head + len(mine))
+                trials.append(Trial(slot, head, tried, sum(len(tokens[r]) for r in here), sum(read[r] for r in here)))
+                trials[-1].judge(self.rule, answer, faults)
+                head += len(mine)
             return trials
 
     def commit(self, trials: Sequence[Trial]) -> Settle:
@@ -134,8 +138,8 @@ class Round:
         host, last = [], []
         for trial in trials:
             answer, verdict = self.answers[trial.slot], trial.verdict
-            if trial.fault is not None or verdict is None:
-                continue
+            if trial.fault is not None or verdict is None or self.rule.plan(answer).race:
+                continue  # a race is for the whole answer: nothing comes behind it
             column = verdict.chosen - len(answer.candidates)  # < 0: of an earlier round, and copied then
             if column < 0 and verdict.outcome is None:
                 continue
@@ -157,12 +161,11 @@ class Round:
         answer.counts.sampled += trial.sampled
         answer.counts.rm_scored += trial.rm_scored
         if trial.fault is not None:
-            answer.fail(f"attempt {len(answer.candidates) + trial.judged}: {trial.fault.what}", trial.fault.cause)
+            answer.fail(f"attempt {trial.candidates[trial.judged].attempt}: {trial.fault.what}", trial.fault.cause)
             return
         assert trial.verdict is not None
         answer.add(trial.candidates[: trial.judged], trial.verdicts, len(trial.candidates))
-        if trial.verdict.outcome is not None:
-            answer.take(trial.verdict, self.eos)
+        answer.settle(trial.verdict, self.eos)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

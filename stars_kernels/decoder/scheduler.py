@@ -123,7 +123,7 @@ class Run:
         plans = {slot: self.round.rule.plan(answers[slot]) for slot in active}
         sizes = {slot: answers[slot].size(plan) for slot, plan in plans.items()}
         largest = max(active, key=lambda slot: sizes[slot])
-        kinds = {slot: (plan.draw, plan.entropy) for slot, plan in plans.items()}
+        kinds = {slot: (plan.draw, plan.entropy, plan.race, answers[slot].held) for slot, plan in plans.items()}
         alike = [slot for slot in active if kinds[slot] == kinds[largest]]
         return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.limits.prompts]
 
@@ -134,5 +134,5 @@ class Run:
         if width == "auto":
             early = history if any(plan.early for plan in plans) else AcceptanceHistory(judged=1, accepted=0)
             width = early.best_width(len(slots), max(plan.attempts for plan in plans), self.cost)
-        left = [plan.attempts - len(self.answers[slot].candidates) for slot, plan in zip(slots, plans, strict=True)]
+        left = [self.answers[slot].left(plan) for slot, plan in zip(slots, plans, strict=True)]
         return [min(width, self.limits.width or width, attempts) for attempts in left]

@@ -5,6 +5,7 @@ attempts and prompts at once from stored prefixes and gives the same answers; te
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -29,29 +30,30 @@ def decode(
     sampling: temperature, top_k, top_p, min_p. eos: tokens that end the answer. stops: whether its last token ends it.
     """
 
-    def grow(plan: Plan, attempt: int) -> Candidate:
-        """Draw attempt number `attempt` at the next tokens; its random numbers depend on that number alone."""
-        tokens, logprob, stopped, number = list[int](), 0.0, False, answer.number(plan, attempt)
-        while len(tokens) < answer.size(plan) and not stopped and (not tokens or tokens[-1] not in eos):
+    def grow(plan: Plan, start: Candidate) -> Candidate:
+        """Let an attempt grow by the plan's tokens; its random numbers depend on its number alone."""
+        tokens, logprob, stopped, ended = list(start.tokens), start.logprob, False, False
+        number, end = answer.number(plan, start.attempt), len(tokens) + answer.size(plan)
+        while len(tokens) < end and not ended:
             so_far = answer.tokens + tokens
             row = logits(so_far)
-            if tokens and plan.entropy is not None and entropy(row) >= plan.entropy:
+            if len(tokens) > start.held and plan.entropy is not None and entropy(row) >= plan.entropy:
                 break
             token, log_p = draw(row, plan.draw, answer.key, number, len(so_far), sampling)
-            tokens.append(token)
-            logprob += log_p
-            stopped = stops([*so_far, token])
-        (uniform,) = accept_uniforms([answer.key], [len(answer.tokens)], [number])
-        return Candidate(tokens, reward(answer.tokens + tokens), uniform, stopped, logprob=logprob)
+            tokens, logprob, stopped = [*tokens, token], logprob + log_p, stops([*so_far, token])
+            ended = stopped or token in eos or len(tokens) == answer.room
+        (u,) = accept_uniforms([answer.key], [len(answer.tokens)], [number])
+        score = reward(answer.tokens + tokens)
+        return replace(start, tokens=tokens, logprob=logprob, reward=score, uniform=u, stopped=stopped, ended=ended)
 
     answer.reward = answer.prompt_reward = reward([])
     while answer.active:
         plan = rule.plan(answer)
-        for attempt in range(plan.attempts):
-            candidate = grow(plan, attempt)
+        for start in answer.starts(answer.left(plan)):
+            candidate = grow(plan, start)
             verdict = rule.judge(answer, [*answer.candidates, candidate])
             answer.add([candidate], [verdict], width=1)
             if verdict.outcome is not None:
                 break
-        answer.take(verdict, eos)
+        answer.settle(verdict, eos)
     return answer

@@ -39,14 +39,14 @@ class Trial:
 
     def judge(self, rule: Rule, answer: Answer, faults: Mapping[int, Fault]) -> None:
         """Show the rule one candidate after the other, until one is taken or one of `faults`, by row, is reached."""
-        candidates, best, planned = list(answer.candidates), answer.chosen, rule.plan(answer).attempts
+        candidates, best, plan = list(answer.candidates), answer.chosen, rule.plan(answer)
         for column, candidate in enumerate(self.candidates):
             if self.head + column in faults:
                 self.fault = faults[self.head + column]
                 return
             candidates.append(candidate)
             verdict = rule.judge(answer, candidates)
-            self.fault = fault_of(verdict, best, len(candidates), planned)
+            self.fault = fault_of(verdict, best, candidates, plan)
             if self.fault is not None:
                 return
             self.verdicts.append(verdict)

@@ -250,7 +250,8 @@ class Engine:
         return auto_batch_size(self.lm, self.reward_models, tokens, attempts, min(plan.size, config.max_new_tokens))
 
     def _first_plan(self, rule: Rule) -> Plan:
-        return rule.plan(Answer(key=0, prompt=[], limit=self.config.max_new_tokens))
+        plan = rule.plan(Answer(key=0, prompt=[], limit=self.config.max_new_tokens))
+        return plan._replace(size=self.config.max_new_tokens) if plan.race else plan  # whose rows hold whole answers
 
     def _new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
         config = self.config

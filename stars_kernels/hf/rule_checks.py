@@ -18,6 +18,8 @@ def check_rule(rule: Rule, plan: Plan, max_new_tokens: int, lm: PreTrainedModel,
             f"rule={rule!r} takes the {plan.attempts} likeliest tokens, expected at most the {vocabulary(lm)} of the "
             "vocabulary"
         )
+    if plan.race and plan.entropy is not None:
+        raise ValueError(f"rule={rule!r} plans a race of attempts that end by entropy, expected one or the other")
     if plan.entropy is not None:
         if plan.attempts * max_new_tokens >= MAX_ATTEMPTS:  # numbered on through the answer: `Answer.number`
             raise ValueError(

@@ -16,7 +16,17 @@ from stars_kernels.decoder import round as round_module
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Proposal, Scores
-from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, Stars, Verdict, best
+from stars_kernels.decoder.rules import (
+    Args,
+    BestOf,
+    BlockBestOf,
+    Cards,
+    Plain,
+    SpeculativeRejection,
+    Stars,
+    Verdict,
+    best,
+)
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.proposing.draws import entropy, likeliest
 from stars_kernels.ops import segment_sample
@@ -62,6 +72,8 @@ class Table:
 
     def propose(self, rows, plan, sampling, noise, eos):
         value, drawn = self.value[rows.slot], []
+        for held in rows.held_tokens().unbind(dim=1):
+            value = value * V + held
         for step in range(plan.size):
             row = self.logits[(rows.position + step).clamp(max=DEPTH), value % V**DEPTH]  # any row, past the end
             if plan.draw == "likeliest":
@@ -77,7 +89,7 @@ class Table:
         self.candidate = self.value[rows.slot]
         for step in range(tokens.shape[1]):
             self.candidate = torch.where(step < lengths, self.candidate * V + tokens[:, step], self.candidate)
-        return Scores(self.rewards[rows.position + lengths, self.candidate])
+        return Scores(self.rewards[self.length[rows.slot] + lengths, self.candidate])
 
     def commit(self, commit):
         def settle():
@@ -97,12 +109,12 @@ class Scorer:
         self.begin, self.score, self.commit = table.begin, table.score, lambda commit: lambda: None
 
 
-def run(world, config, seed, decodes=DECODES):
+def run(world, config, seed, decodes=DECODES, limit=DEPTH):
     """The answers of `decodes` requests, in batched calls."""
     answers, size = [], 5_000
     for start in range(0, decodes, size):
         table = Table(world)
-        batch = [Answer(request_key(seed, i), PROMPT, DEPTH) for i in range(start, min(start + size, decodes))]
+        batch = [Answer(request_key(seed, i), PROMPT, limit) for i in range(start, min(start + size, decodes))]
         Run.of(table, Scorer(table), config, batch, eos=(EOS,)).run()
         assert not any(answer.error for answer in batch)
         answers += [tuple(answer.tokens) for answer in batch]
@@ -412,3 +424,102 @@ def test_args_that_leave_out_the_likeliest_or_draw_at_random_are_caught(world, m
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "likeliest", one_rank_late)
         assert not args_are_right(world)
+
+
+RACES = {  # and the tokens of an answer, at most
+    "halves": (SpeculativeRejection(3, keep=0.5, segment_size=1), 3),
+    "most": (SpeculativeRejection(3, keep=0.9, segment_size=2), 3),
+    "two": (SpeculativeRejection(2, keep=0.5, segment_size=2), 4),
+    "four": (SpeculativeRejection(4, keep=0.7, segment_size=1), 2),
+}
+
+
+def race_in_closed_form(world, config, limit):
+    """{answer: probability}.
+
+    Attempts are independent, and which of them stay does not change how one goes on. So a race is one of n whole
+    answers, drawn beforehand, of which it sees more and more: its winner is found for all n-tuples of them.
+    """
+    (logits, rewards), rule = world, config.rule
+
+    def value(answer):
+        return sum(token * V ** (len(answer) - 1 - i) for i, token in enumerate(answer))
+
+    drawn = {(): 1.0}
+    for _ in range(limit):
+        open_ones = {answer: p for answer, p in drawn.items() if EOS not in answer}
+        drawn = {answer: p for answer, p in drawn.items() if EOS in answer}
+        for answer, p in open_ones.items():
+            shares = (logits[len(answer), value(answer)] / config.temperature).softmax(0).tolist()
+            drawn |= {(*answer, token): p * share for token, share in enumerate(shares)}
+    answers = list(drawn)
+    rows = torch.cartesian_prod(*[torch.arange(len(answers))] * rule.n)  # [N, n]
+    weight = torch.tensor(list(drawn.values()), dtype=torch.float64)[rows].prod(dim=1)
+    winner, running = torch.full((len(rows),), -1), torch.ones_like(rows, dtype=torch.bool)
+    count = rule.n
+    for seen in range(rule.segment_size, limit + rule.segment_size, rule.segment_size):
+        shown = torch.tensor([rewards[len(a[:seen]), value(a[:seen])] for a in answers])
+        order = shown[rows].masked_fill(~running, -math.inf).sort(dim=1, descending=True, stable=True).indices
+        count = math.ceil(rule.keep * count)
+        running = torch.zeros_like(running).scatter(1, order[:, :count], True)
+        ended = torch.tensor([len(a) <= seen for a in answers])[rows]
+        over = (ended | ~running).all(dim=1) & (winner < 0)
+        winner = torch.where(over, rows.gather(1, order[:, :1])[:, 0], winner)
+    total = torch.zeros(len(answers), dtype=torch.float64).index_add(0, winner, weight)
+    return dict(zip(answers, total.tolist(), strict=True))
+
+
+def race_p_value(world, name, decodes=15_000):
+    rule, limit = RACES[name]
+    config = PLAIN.replace(rule=rule, max_new_tokens=limit)
+    expected = race_in_closed_form(world, config, limit)
+    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-12)
+    return p_value(run(world, config, seed=1, decodes=decodes, limit=limit), expected)
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_distribution_of_a_race_is_the_closed_form(world, name):
+    assert race_p_value(world, name) > P_VALUE
+
+
+def fewer_stay(self, answer, candidates):
+    return right_judge(replace(self, keep=self.keep / 2), answer, candidates)
+
+
+def the_worst_stay(self, answer, candidates):
+    turned = [replace(candidate, reward=-candidate.reward) for candidate in candidates]
+    return right_judge(self, answer, turned)
+
+
+def what_ended_always_stays(self, answer, candidates):
+    raised = [replace(c, reward=c.reward + 100 * c.ended) for c in candidates]
+    return right_judge(self, answer, raised)
+
+
+def the_first_that_ended_is_taken(self, answer, candidates):
+    verdict = right_judge(self, answer, candidates)
+    ended = [i for i, candidate in enumerate(candidates) if candidate.ended]
+    last = len(candidates) == self.plan(answer).attempts
+    return Verdict(ended[0], "best") if last and ended else verdict
+
+
+right_judge = SpeculativeRejection.judge
+
+
+@pytest.mark.parametrize("judge", [fewer_stay, the_worst_stay, what_ended_always_stays, the_first_that_ended_is_taken])
+def test_planted_fault_of_a_race_is_caught(world, monkeypatch, judge):
+    monkeypatch.setattr(SpeculativeRejection, "judge", judge)
+    assert race_p_value(world, "most" if judge is fewer_stay else "halves") < P_VALUE
+
+
+def test_borders_a_token_late_are_caught(world, monkeypatch):
+    plan = SpeculativeRejection.plan
+    monkeypatch.setattr(
+        SpeculativeRejection, "plan", lambda self, a: plan(self, a)._replace(size=self.segment_size + 1)
+    )
+    assert race_p_value(world, "halves") < P_VALUE
+
+
+def test_one_noise_for_all_attempts_is_caught(world, monkeypatch):
+    monkeypatch.setattr(Answer, "number", lambda self, plan, attempt: attempt // 2)
+    assert race_p_value(world, "halves") < P_VALUE

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stars_kernels import Args, Stars, StarsConfig
+from stars_kernels import Args, SpeculativeRejection, Stars, StarsConfig
 from tests.by_hand import decode_by_hand
 from tests.hf.test_exactness import CONFIGS, EOS_IDS, IDS, PROMPTS
 from tests.sequential import sequential_answer, sequential_decode
@@ -44,9 +44,9 @@ def test_what_a_rule_takes(lm, rm, name):
         best = segment.rewards.index(max(segment.rewards))
         if segment.outcome == "accepted":
             assert segment.chosen == segment.attempts - 1
-        elif not isinstance(config.rule, Args):
+        elif not isinstance(config.rule, Args | SpeculativeRejection):
             assert segment.chosen == best
-        if config.rule is not None and not isinstance(config.rule, Stars):
+        if config.rule is not None and not isinstance(config.rule, Stars | SpeculativeRejection):
             schedule = getattr(config.rule, "schedule", (getattr(config.rule, "n", getattr(config.rule, "k", 1)),))
             assert segment.outcome == "best" and segment.attempts == schedule[min(block, len(schedule) - 1)]
     assert sum(segment.length for segment in answer.segments) == len(answer.tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import Args, BestOf, BlockBestOf, Cards, Plain, Stars
+from stars_kernels import Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars
 from stars_kernels.decoder.config import StarsConfig
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, tiny_language_model, tiny_reward_model
@@ -30,6 +30,7 @@ CONFIGS |= {
             "block best of": BlockBestOf(3, segment_size=5),
             "schedule": BlockBestOf((6, 3, 1), segment_size=4),
             "args": Args(4, 0.7),
+            "speculative rejection": SpeculativeRejection(6, keep=0.6, segment_size=5),
             "cards": Cards(segment_size=6, entropy_threshold=4.0, reward_threshold=2.0, beta=1.0),
         }.items()
     )

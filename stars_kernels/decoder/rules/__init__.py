@@ -8,6 +8,7 @@ from stars_kernels.decoder.rules.args import Args
 from stars_kernels.decoder.rules.best_of import BestOf, BlockBestOf, Plain
 from stars_kernels.decoder.rules.cards import Cards
 from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Draw, Plan, Rule, Verdict, best
+from stars_kernels.decoder.rules.speculative_rejection import SpeculativeRejection
 from stars_kernels.decoder.rules.stars import Stars
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Plain",
     "Plan",
     "Rule",
+    "SpeculativeRejection",
     "Stars",
     "Verdict",
     "best",

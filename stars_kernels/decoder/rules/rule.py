@@ -22,6 +22,8 @@ class Candidate:
     number in (0, 1). stopped: whether a stop ends the answer with them. logprob: the sum of its tokens'
     log-probabilities in nats, under the filtered distribution that they were sampled from; of the likeliest tokens,
     under softmax(logits).
+    attempt: its number. ended: whether the answer ends with its tokens: an end of sequence, a stop, no more room.
+    held: how many of the tokens it had before its last turn, in a race. entry: its index in the segment's trace.
     """
 
     tokens: list[int]
@@ -29,6 +31,10 @@ class Candidate:
     uniform: float
     stopped: bool = False
     logprob: float = math.nan
+    attempt: int = 0
+    ended: bool = False
+    held: int = 0
+    entry: int = -1
 
 
 class AnswerSoFar(Protocol):
@@ -43,6 +49,9 @@ class AnswerSoFar(Protocol):
     max_new_tokens: int
     """The budget, which is more than `limit` where the context ends sooner."""
 
+    racing: int
+    """Of a race, how many attempts went on from the border before; 0 before the first border, and without a race."""
+
     @property
     def decided(self) -> int:
         """How many segments are decided."""
@@ -56,6 +65,9 @@ class Plan(NamedTuple):
     draw: see `Draw`.
     entropy: a bound in nats: an attempt ends before the first token, after its own first one, whose distribution
         softmax(logits) has an entropy of that or more; None = none.
+    race: whether the attempts that a verdict keeps go on, by up to `size` more tokens each turn, until one that has
+        ended is taken. In a later turn, `attempts` is how many were kept; those of them that have ended are among its
+        candidates from the start.
     """
 
     size: int
@@ -63,18 +75,21 @@ class Plan(NamedTuple):
     early: bool = False
     draw: Draw = "sample"
     entropy: float | None = None
+    race: bool = False
 
 
 class Verdict(NamedTuple):
     """What follows from the attempts so far.
 
     chosen: index of the one that is taken or, with outcome None, of the best so far. threshold: tau, which the last of
-    them was compared with; NaN where the rule has none.
+    them was compared with; NaN where the rule has none. keep: in a race, once its turn's last attempt is judged and none
+    is taken, indices of those that go on: in rising order, not all of them ended.
     """
 
     chosen: int
     outcome: Outcome | None
     threshold: float = math.nan
+    keep: tuple[int, ...] | None = None
 
 
 class Rule(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Settle
+from stars_kernels.decoder.protocols import Rows, Settle
 from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.hf.cache.recurrent import States
 from stars_kernels.hf.cache.storage import BoundLayer, Group, Packed, Place, Suffix
@@ -48,6 +48,8 @@ class ForkCache(Cache):
         self.lengths = torch.zeros_like(self.offsets)  # [P]
         self._forked = self.slot = self.lengths[:0]  # [R] the slot of each forked row, and of each selected one
         self.held = 0  # suffix tokens every open row holds
+        self.names: list[tuple[int, int]] = []
+        """The slot and attempt of each forked row, where some may go on (`go_on`); the next fork forgets them."""
         own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
         self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size) for plane in own}
         self._places = {d: self._place(d) for d in [device, *(group.device for group in self.groups)]}
@@ -76,16 +78,36 @@ class ForkCache(Cache):
 
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
-        self._forked = slot.to(self.device)
+        self._forked, self.names = slot.to(self.device), []
         for group in self.groups:
             group.make_room(slot.shape[0])
         if self.states is not None:
             self.states.fork(self._forked)
         self.select(slice(slot.shape[0]))
 
-    def select(self, rows: slice) -> None:
-        """Let the next forwards extend these of the forked rows alone, from the start of their suffixes."""
-        self.slot, self.held, self._selected = self._forked[rows], 0, rows
+    def go_on(self, rows: Rows, held: int) -> int:
+        """Open rows that have read `held` tokens since their prefix, with what is still there of these.
+
+        Where they are among the rows that were forked last, under their `names`, that is all, and no memory is taken.
+        Else it is nothing: so also of rows with states, which cannot be cut back.
+
+        Returns how many tokens are there.
+        """
+        names, last = list(zip(rows.slots, rows.attempts, strict=False)), self.names
+        kept = [last.index(name) for name in names if name in last]
+        if not held or self.states is not None or len(kept) < len(rows) or kept != sorted(kept):
+            self.fork(rows.slot)
+            return 0
+        self.names = []
+        for group in self.groups:
+            group.keep(kept, held)
+        self._forked = self._forked[kept]
+        self.select(slice(len(kept)), held)
+        return held
+
+    def select(self, rows: slice, held: int = 0) -> None:
+        """Let the next forwards extend these of the forked rows alone, behind the first `held` tokens of their own."""
+        self.slot, self.held, self._selected = self._forked[rows], held, rows
         self._layers = self._bind(rows)
         self._send()
         if self.states is not None:
@@ -140,7 +162,7 @@ class ForkCache(Cache):
                 self.lengths.copy_(lengths)
             if settle_states is not None:
                 settle_states()
-            self.held = 0
+            self.held, self.names = 0, []
 
         return settle
 

@@ -111,6 +111,12 @@ class Group:
         if rows > have:
             self.suffix = self.suffix.new_empty(pairs, 2, rows, *shape)
 
+    def keep(self, rows: Sequence[int], tokens: int) -> None:
+        """Move the first `tokens` of these rows' suffixes, in rising order, to the front; the others are lost."""
+        for place, row in enumerate(rows):
+            if place != row:
+                self.suffix[:, :, place, :tokens].copy_(self.suffix[:, :, row, :tokens])
+
     def release(self) -> None:
         self.suffix = self.suffix[:, :, :0].clone()
 

@@ -81,7 +81,7 @@ class ModelProposer:
         wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
         if self.hidden is not None:
             self.hidden.open(len(wide))
-        if self.graphs is None:
+        if self.graphs is None or rows.held:  # a graph of rows that go on would serve one turn of a race
             drawn = self._segment(rows, plan, sampling, noise, eos)
         else:
             self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
@@ -90,6 +90,8 @@ class ModelProposer:
             settings = (plan.size, plan.draw, count, plan.entropy, noise, *sampling.items())
             run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
             drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
+        if plan.race:
+            self.cache.names = list(zip(rows.slots, rows.attempts, strict=True))
         self.candidates = drawn[0]
         entropies = None if plan.entropy is None else drawn[2]
         return Proposal(drawn[0], drawn[1], entropies, {} if self.processors is None else self.processors.errors)
@@ -99,8 +101,7 @@ class ModelProposer:
 
         On a GPU only processors wait for the host.
         """
-        cache = self.cache
-        cache.fork(rows.slot)
+        cache, held = self.cache, rows.held_tokens()
         shape, bound = (len(rows), plan.size), plan.entropy
         tokens = torch.empty(shape, dtype=torch.int64, device=self.device)
         logprobs = torch.empty(shape, dtype=torch.float64, device=self.device)
@@ -108,15 +109,20 @@ class ModelProposer:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         # Whether to stop once all rows have ended. A look is free on a CPU; processors wait for the host anyway.
         looks = (self.device.type == "cpu" and self.graphs is None) or self.processors is not None
-        state = self.logits  # then what the last step's draws come from: logits, or hidden states if fused
-        source: Tensor | None = rows.slot  # every first token comes from its slot's one row of logits
+        source: Tensor | None
+        if rows.held:
+            state, source = self._go_on(rows, held), None
+        else:
+            cache.fork(rows.slot)
+            state, source = self.logits, rows.slot  # every first token comes from its slot's one row of logits
+        # From the second token on, `state` is what the last step's draws come from: logits, or hidden states if fused.
         plain = plan.draw == "sample" and bound is None and is_unfiltered(sampling)
         head = self.head if plain else None
         count = 0
         for step in range(plan.size):
             if self.processors is not None:
                 logits = state if source is None else state[source]
-                state, source = self.processors(rows, tokens[:, :step], logits, ended), None
+                state, source = self.processors(rows, torch.cat([held, tokens[:, :step]], dim=1), logits, ended), None
             if bound is not None and entropies is not None and step > 0:
                 entropies[:, step] = entropy(state)
                 ended |= entropies[:, step] >= bound
@@ -143,7 +149,7 @@ class ModelProposer:
                 ids = token[:, None].clamp(min=0)
                 state = hidden_of(self.model, ids, inputs) if fused else self._logits(ids, inputs, 1)
             if self.hidden is not None:
-                self.hidden.rows[: len(rows), step] = (state if fused else self.hidden.last)[:, 0]
+                self.hidden.rows[: len(rows), held.shape[1] + step] = (state if fused else self.hidden.last)[:, 0]
                 if bound is not None:  # what follows a row is what follows its own last token
                     after = self.hidden.logits[: len(rows)]
                     after.copy_(torch.where(ended[:, None], after, state[:, 0]))
@@ -154,6 +160,18 @@ class ModelProposer:
             state, source = state[:, 0], None
         drawn = (tokens[:, :count], logprobs[:, :count])
         return drawn if entropies is None else (*drawn, entropies[:, :count])
+
+    def _go_on(self, rows: Rows, held: Tensor) -> Tensor:
+        """Read the rows' own tokens [R, H], all but what the cache still holds of them; return the logits after them.
+
+        The last one at least: a candidate's last token is not read before it goes on.
+        """
+        there = self.cache.go_on(rows, held.shape[1] - 1)
+        steps = 1 if self.cache.layout.steps else held.shape[1]
+        for ids in held[:, there:].split(steps, dim=1):
+            with self.cache.extend(ids.shape[1]) as inputs:
+                logits = self._logits(ids, inputs, 1)
+        return logits[:, 0]
 
     def commit(self, commit: Commit) -> Settle:
         settles = []

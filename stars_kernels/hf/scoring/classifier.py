@@ -44,17 +44,18 @@ class ClassifierScorer:
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        ids, counts = tokens.to(self.device), lengths.to(self.device)
-        self.cache.fork(rows.slot.to(self.device))
+        there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race
+        ids, counts = tokens[:, there:].to(self.device), (lengths - there).to(self.device)
 
         def forward(chunk: slice) -> Tensor:
-            self.cache.select(chunk)
+            self.cache.select(chunk, there)
             with self.cache.extend(ids.shape[1], counts[chunk]) as inputs:
                 hidden = self._hidden(ids[chunk], inputs)
             return self.head(hidden, counts[chunk] - 1)
 
         rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))
-        return Scores(rewards.to(tokens.device), lengths)
+        self.cache.names = list(zip(rows.slots, rows.attempts, strict=False))
+        return Scores(rewards.to(tokens.device), lengths - there)
 
     def commit(self, commit: Commit) -> Settle:
         return self.cache.commit(commit.slot, commit.row, commit.length, commit.advance)
