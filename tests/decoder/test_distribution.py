@@ -469,7 +469,7 @@ def race_in_closed_form(world, config, limit):
     return dict(zip(answers, total.tolist(), strict=True))
 
 
-def race_p_value(world, name, decodes=15_000):
+def race_p_value(world, name, decodes=8_000):
     rule, limit = RACES[name]
     config = PLAIN.replace(rule=rule, max_new_tokens=limit)
     expected = race_in_closed_form(world, config, limit)
