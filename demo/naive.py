@@ -43,7 +43,7 @@ def naive_decode(
         raise ValueError("the naive loop knows no stop strings")
     rule, eos = config.resolved_rule, eos_ids(model) if config.eos_token_id is None else config.eos_token_id
     answer = Answer(key, prompt_ids, config.max_new_tokens)
-    if (plan := rule.plan(answer)).draw != "sample" or plan.entropy is not None:
+    if (plan := rule.plan(answer)).draw != "sample" or plan.entropy is not None or plan.race:
         raise ValueError(f"the naive loop knows no {type(rule).__name__}, expected a rule that samples whole segments")
 
     def text() -> Tensor:  # [1, N]

@@ -270,11 +270,11 @@ class Race:
     def plan(self, answer):
         return Plan(3, answer.racing or 3, race=True)
 
-    def __init__(self, *verdict):
-        self.verdict = verdict
+    def __init__(self, chosen, outcome, keep=None):
+        self.verdict = Verdict(chosen, outcome, keep=keep)
 
     def judge(self, answer, candidates):
-        return Verdict(0, None) if len(candidates) < self.plan(answer).attempts else Verdict(*self.verdict[:2], keep=self.verdict[2] if len(self.verdict) > 2 else None)
+        return Verdict(0, None) if len(candidates) < self.plan(answer).attempts else self.verdict
 
 
 @pytest.mark.parametrize("width", [1, 3])

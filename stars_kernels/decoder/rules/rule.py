@@ -82,8 +82,8 @@ class Verdict(NamedTuple):
     """What follows from the attempts so far.
 
     chosen: index of the one that is taken or, with outcome None, of the best so far. threshold: tau, which the last of
-    them was compared with; NaN where the rule has none. keep: in a race, once its turn's last attempt is judged and none
-    is taken, indices of those that go on: in rising order, not all of them ended.
+    them was compared with; NaN where the rule has none. keep: in a race, once its turn's last attempt is judged and
+    none is taken, indices of those that go on: in rising order, not all of them ended.
     """
 
     chosen: int
