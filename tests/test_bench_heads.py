@@ -8,7 +8,7 @@ from bench import decode, heads
 from bench.report import CheckError
 from demo.naive import naive_decode
 from stars_kernels import RewardModel, StarsConfig
-from stars_kernels.decoder.rules import Args, Cards
+from stars_kernels.decoder.rules import Args, Cards, SpeculativeRejection
 
 
 def test_the_check_passes_and_finds_a_wrong_reward(monkeypatch):
@@ -37,6 +37,7 @@ def test_the_naive_loop_refuses_what_it_would_decode_otherwise():
         ({"stop_strings": "."}, "stop strings"),
         ({"rule": Args()}, "Args"),
         ({"rule": Cards()}, "Cards"),
+        ({"rule": SpeculativeRejection(4)}, "SpeculativeRejection"),
     ):
         with pytest.raises(ValueError, match=f"knows no {named}"):
             naive_decode(setup.model, lambda ids: 0.0, setup.prompts[0], StarsConfig(**given), key=1)
