@@ -9,11 +9,12 @@ from stars_kernels import versions
 versions.check()  # before torch and transformers are imported
 
 # isort: split
-from stars_kernels.api import decode, stream
+from stars_kernels.api import calibrate, decode, stream
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.errors import StarsError
+from stars_kernels.decoder.errors import DecodeError, StarsError
 from stars_kernels.decoder.output import Calibration, Counts, Segment, StarsEvent, StarsOutput
 from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars
+from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.generate import StarsGenerateOutput, generate
 from stars_kernels.hf.scoring.reward_model import Likelihood, RewardModel
 from stars_kernels.ops import backends, reference
@@ -27,6 +28,8 @@ __all__ = [
     "Calibration",
     "Cards",
     "Counts",
+    "DecodeError",
+    "Engine",
     "Likelihood",
     "Plain",
     "RewardModel",
@@ -39,6 +42,7 @@ __all__ = [
     "StarsGenerateOutput",
     "StarsOutput",
     "backends",
+    "calibrate",
     "decode",
     "generate",
     "reference",

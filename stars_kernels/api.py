@@ -1,93 +1,166 @@
-"""`stars_kernels.decode` and `stream`: models, prompts and settings in; aligned answers out."""
+"""`stars_kernels.decode`, `stream` and `calibrate`: an engine for one call."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, Literal, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.decoder.config import StarsConfig, resolve_config
-from stars_kernels.decoder.output import StarsEvent, StarsOutput
-from stars_kernels.hf.engine import Engine
+from stars_kernels.decoder.config import Settings, resolve_config
+from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
+from stars_kernels.hf.engine import Config, Engine, Errors
 from stars_kernels.hf.loading.language_model import ModelOrPath
-from stars_kernels.hf.requests import Results, carrying, collect
+from stars_kernels.hf.requests import carrying
 from stars_kernels.hf.scoring.reward_model import Reward
-from stars_kernels.hf.text.prompts import split_prompts
+from stars_kernels.hf.text.prompts import OnePrompt, SeveralPrompts, split_prompts
+
+
+@overload
+def decode(
+    model: ModelOrPath,
+    reward_model: Reward,
+    prompt: OnePrompt,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: Config = None,
+    request_ids: int | str | None = None,
+    calibration: Calibration | None = None,
+    errors: Literal["raise"] = "raise",
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> StarsOutput: ...
+
+
+@overload
+def decode(
+    model: ModelOrPath,
+    reward_model: Reward,
+    prompt: OnePrompt,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: Config = None,
+    request_ids: int | str | None = None,
+    calibration: Calibration | None = None,
+    errors: Literal["return"],
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> StarsOutput | Exception: ...
+
+
+@overload
+def decode(
+    model: ModelOrPath,
+    reward_model: Reward,
+    prompt: SeveralPrompts,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: Config = None,
+    request_ids: Sequence[int | str] | None = None,
+    calibration: Calibration | None = None,
+    errors: Literal["raise"] = "raise",
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> list[StarsOutput]: ...
+
+
+@overload
+def decode(
+    model: ModelOrPath,
+    reward_model: Reward,
+    prompt: SeveralPrompts,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: Config = None,
+    request_ids: Sequence[int | str] | None = None,
+    calibration: Calibration | None = None,
+    errors: Literal["return"],
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> list[StarsOutput | Exception]: ...
 
 
 def decode(
     model: ModelOrPath,
-    rm: Reward,
-    prompt: Any,
+    reward_model: Reward,
+    prompt: OnePrompt | SeveralPrompts,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    config: StarsConfig | Mapping[str, Any] | None = None,
+    config: Config = None,
     request_ids: Sequence[int | str] | int | str | None = None,
+    calibration: Calibration | None = None,
+    errors: Errors = "raise",
     trust_remote_code: bool = False,
-    **overrides: Any,
-) -> StarsOutput | list[StarsOutput]:
-    """Align `model`'s answer to `prompt` with reward model `rm` while it decodes (STARS, arXiv 2511.03827).
+    **settings: Unpack[Settings],
+) -> StarsOutput | Exception | list[StarsOutput] | list[StarsOutput | Exception]:
+    """Align `model`'s answer to `prompt` with a reward model while it decodes (STARS, arXiv 2511.03827).
+
+    It makes an `Engine` for this call; for many calls, make one of your own: its second call loads and packs nothing.
 
     Args:
         model: a causal language model of transformers, a path to one (a folder, or a .gguf file), or its hub name. It
             is decoded in its own dtype, whatever `torch.autocast` says around the call, and on a copy of its modules
             (`hf.view.copying.eval_copy`), so its hooks are called with that copy's.
-        rm: a reward model, its folder or hub name, a `RewardModel` that says more of it, or a list of these, whose
-            weighted sum is the reward; docs/reward_models.md has the kinds. Or a function rm(prompts, answers) -> one
-            float each, called with texts: prompts as given (a chat as its template renders it, special tokens
-            included), answers without special tokens, which begin with what the template writes into the assistant's
-            turn ("<think>", say). It is called on the empty answer and on unfinished ones, several at a time; where it
-            raises, it is called again for each answer alone. An answer for which it fails again has no reward, and if
-            that attempt comes to be judged, its prompt fails. It runs with gradients, inference mode and autocast as
-            they are at this call.
+        reward_model: a reward model, its folder or hub name, a `RewardModel` that says more of it, or a list of these,
+            whose weighted sum is the reward; docs/reward_models.md has the kinds. Or a function
+            reward_model(prompts, answers) -> one float each, called with texts: prompts as given (a chat as its
+            template renders it, special tokens included), answers without special tokens, which begin with what the
+            template writes into the assistant's turn ("<think>", say). It is called on the empty answer and on
+            unfinished ones, several at a time; where it raises, it is called again for each answer alone. An answer for
+            which it fails again has no reward, and if that attempt comes to be judged, its prompt fails. It runs with
+            gradients, inference mode and autocast as they are at this call.
         prompt: a string (taken as it is), chat messages (the model's template is applied), a flat list of token ids, or
             a list of these. An empty list is a list of no prompts, not a prompt of no tokens: the result is [].
         tokenizer: for a model in memory that gets text, or whose answers should come as text.
-        config: a `StarsConfig` or a mapping of its keys; every key is also a keyword here. Without `reward_threshold`
-            or `beta`, they are calibrated once per call from plain continuations of the given prompts.
+        config: a `StarsConfig` or a mapping of its keys; every key is also a keyword here (`settings`).
         request_ids: one int or str per prompt, distinct; the random numbers of an answer depend on (seed, request id).
             Default: a hash of the prompt's token ids and how many equal prompts came before it.
-        trust_remote_code: passed on when `model` or `rm` is loaded; only tested classes of transformers are decoded,
-            so it can matter to a tokenizer alone.
+        calibration: gives `reward_threshold` and `beta` where the settings do not. Without it, they are calibrated once
+            per call from plain continuations of the given prompts.
+        errors: "raise", or "return": a prompt that fails has the exception that ended it in place of its output.
+        trust_remote_code: passed on when a model is loaded; only tested classes of transformers are decoded, so it can
+            matter to a tokenizer alone.
 
     Returns:
         A `StarsOutput`, or for a list of prompts a list of them ([] for []).
 
     Raises:
-        FileNotFoundError: `model` or `rm` is a local path (it starts with /, ./, ../ or ~, or ends in .gguf) that does
-            not exist.
-        ValueError, TypeError: the settings, models or (for one prompt) the prompt are not usable.
-        RuntimeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
+        FileNotFoundError: a model is a local path (it starts with /, ./, ../ or ~, or ends in .gguf) that does not
+            exist.
+        ValueError, TypeError: the settings, models, calibration or (for one prompt) the prompt are not usable.
+        DecodeError: one prompt failed on the way, e.g. its logits or its reward are NaN.
         StarsError: some prompts of a list failed; `.results` holds the others.
         KeyboardInterrupt, and whatever else ends a call early (SystemExit, a warning made an error): `.results` holds
             what was done: finished answers, partial ones ("interrupted"), or None.
     """
-    settings = resolve_config(config, overrides)
-    prompts, many = split_prompts(prompt)
+    resolved = resolve_config(config, settings)
+    prompts, _ = split_prompts(prompt)
     if not prompts:
         return []
-    results: Results = [None] * len(prompts)
-    with carrying(results):
-        engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-        for _ in engine.run(prompts, request_ids if many or request_ids is None else [request_ids], results):
-            pass
-    outputs = collect(results, many)
-    return outputs if many else outputs[0]
+    with carrying([None] * len(prompts)):
+        engine = Engine(
+            model, reward_model, tokenizer=tokenizer, config=resolved, trust_remote_code=trust_remote_code
+        )  # fmt: skip
+    ids: Any = request_ids
+    given: Any = prompt
+    with engine:
+        return engine.decode(given, request_ids=ids, calibration=calibration, errors=errors)
 
 
 def stream(
     model: ModelOrPath,
-    rm: Reward,
-    prompt: Any,
+    reward_model: Reward,
+    prompt: OnePrompt | SeveralPrompts,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    config: StarsConfig | Mapping[str, Any] | None = None,
+    config: Config = None,
     request_ids: Sequence[int | str] | int | str | None = None,
+    calibration: Calibration | None = None,
     trust_remote_code: bool = False,
-    **overrides: Any,
+    **settings: Unpack[Settings],
 ) -> Generator[StarsEvent, None, None]:
-    """`decode` as it goes: an event for every segment that joins an answer, and for every prompt that is finished.
+    """Decode as it goes: an event for every segment that joins an answer, and for every prompt that is finished.
 
     The answers are those of `decode`, whose arguments it takes. The prompts of a batch grow in lock-step, and their
     events come interleaved. Work is done only while the next event is waited for; closing the generator ends it.
@@ -101,12 +174,46 @@ def stream(
         KeyboardInterrupt, and whatever else ends the work early: as from `decode`; at the call, or where the
             next event is waited for.
     """
-    settings = resolve_config(config, overrides)
-    prompts, many = split_prompts(prompt)
+    resolved = resolve_config(config, settings)
+    prompts, _ = split_prompts(prompt)
     if not prompts:
         return (event for event in list[StarsEvent]())
-    results: Results = [None] * len(prompts)
-    with carrying(results):
-        engine = Engine(model, rm, tokenizer, settings, trust_remote_code)
-        ids = request_ids if many or request_ids is None else [request_ids]
-        return engine.run(prompts, ids, results, texts=True)
+    with carrying([None] * len(prompts)):
+        engine = Engine(
+            model, reward_model, tokenizer=tokenizer, config=resolved, trust_remote_code=trust_remote_code
+        )  # fmt: skip
+    events = engine.stream(prompt, request_ids=request_ids, calibration=calibration)
+
+    def until_closed() -> Generator[StarsEvent, None, None]:
+        with engine, closing(events):
+            yield from events
+
+    return until_closed()
+
+
+def calibrate(
+    model: ModelOrPath,
+    reward_model: Reward,
+    prompts: OnePrompt | SeveralPrompts,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: Config = None,
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> Calibration:
+    """Find r* and beta from the rewards of plain continuations of prompts like those that are to be decoded.
+
+    `calibration_samples` continuations in all are sampled; r* is the `calibration_quantile` of their rewards, and beta
+    such that the share `calibration_acceptance` of them would be accepted at r*. More samples make both steadier.
+
+    Returns:
+        A `Calibration`: `save` it, and pass it to any call with the same models.
+
+    Raises:
+        ValueError, TypeError: the settings, the models or a prompt are not usable.
+        DecodeError: no continuation has a finite reward.
+    """
+    with Engine(
+        model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code, **settings
+    ) as engine:
+        return engine.calibrate(prompts)

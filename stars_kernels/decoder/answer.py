@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from stars_kernels.decoder.errors import message_of, with_cause
+from stars_kernels.decoder.config import Trace
+from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
 from stars_kernels.decoder.output import Counts, FinishReason, Segment
 from stars_kernels.decoder.rules import Candidate, Plan, Verdict
 
@@ -40,7 +41,9 @@ class Answer:
     """Index of the candidate that was copied behind the prefix: the best so far; -1 = none yet."""
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
-    error: Exception | None = None
+    error: DecodeError | None = None
+    trace: Trace = "segments"
+    """Whether the tokens of all judged attempts are kept ("full")."""
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.limit
@@ -106,6 +109,8 @@ class Answer:
         segment.rewards += [candidate.reward for candidate in candidates]
         segment.thresholds += [verdict.threshold for verdict in verdicts]
         segment.lengths += [len(candidate.tokens) for candidate in candidates]
+        if self.trace == "full":
+            segment.tokens = [*(segment.tokens or ()), *(candidate.tokens for candidate in candidates)]
         segment.widths.append(width)
         segment.chosen = self.candidates[self.chosen].entry
         counts.judged += sum(len(candidate.tokens) - candidate.held for candidate in candidates)
@@ -145,10 +150,20 @@ class Answer:
             self.finish_reason = "length" if self.limit == self.max_new_tokens else "context"
 
     def fail(
-        self, what: str, cause: Exception | None = None, trace: str | None = None, segment: int | None = None
+        self,
+        what: str,
+        cause: Exception | None = None,
+        trace: str | None = None,
+        segment: int | None = None,
+        attempt: int | None = None,
     ) -> None:
-        """End the answer with an error; trace: as in `with_cause`; segment: None = the one under decision."""
+        """End the answer with an error.
+
+        what: failed. trace: as in `with_cause`. segment: where; None = the one under decision. attempt: at it, if any.
+        """
+        segment = self.decided if segment is None else segment
+        at = f"segment {segment}: " + ("" if attempt is None else f"attempt {attempt}: ")
         why = "" if cause is None else f": {type(cause).__name__}: {message_of(cause)}"
-        self.error = RuntimeError(f"segment {self.decided if segment is None else segment}: {what}{why}")
+        self.error = DecodeError(f"{at}{what}{why}", what=what, segment=segment, attempt=attempt)
         if cause is not None:
             with_cause(self.error, cause, trace)

@@ -4,8 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.rules import Stars
+
+
+def is_calibrated(config: StarsConfig) -> bool:
+    """Say whether r* and beta are known, as far as the rule has them."""
+    rule = config.resolved_rule
+    if not isinstance(rule, Stars):
+        return True
+    return rule.reward_threshold is not None and (rule.beta is not None or rule.accept == "hard")
+
+
+def calibrate(config: StarsConfig, rewards: Sequence[float]) -> tuple[float, float]:
+    """Return r* and beta: as the config has them, or else from the finite rewards of plain continuations."""
+    rule = config.resolved_rule
+    target, beta = (rule.reward_threshold, rule.beta) if isinstance(rule, Stars) else (None, None)
+    if target is None:
+        target = calibrate_target(rewards, config.calibration_quantile)
+    return target, calibrate_beta(rewards, target, config.calibration_acceptance) if beta is None else beta
+
+
+def with_target(config: StarsConfig, target: float, beta: float) -> StarsConfig:
+    """Return the config with r* and beta, where it has none of its own."""
+    rule = config.resolved_rule
+    assert isinstance(rule, Stars)
+    target = target if rule.reward_threshold is None else rule.reward_threshold
+    beta_or_none = rule.beta if rule.beta is not None or rule.accept == "hard" else beta
+    if config.rule is None:
+        return config.replace(reward_threshold=target, beta=beta_or_none)
+    return config.replace(rule=replace(rule, reward_threshold=target, beta=beta_or_none))
 
 
 def calibrate_target(rewards: Sequence[float], quantile: float) -> float:

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from stars_kernels.decoder.checks import SEED_BITS, check, check_count, check_number, is_int, plain
-from stars_kernels.decoder.rules import Rule, Stars
+from stars_kernels.decoder.rules import RULES, Rule, Stars
+from stars_kernels.decoder.serial import rule_from_plain, rule_to_plain, to_plain
 from stars_kernels.ops.philox import MAX_ATTEMPTS, MAX_POSITIONS
 from stars_kernels.ops.segment_sample import MAX_TEMPERATURE, MIN_TEMPERATURE
 
+Trace = Literal["segments", "full"]
+
 RULE_SETTINGS = tuple(field.name for field in dataclasses.fields(Stars))
 """Of `Stars`, which are keywords of their own."""
+
+
+class Settings(TypedDict, total=False):
+    """The settings of `StarsConfig`, which explains them, as keywords."""
+
+    segment_size: int
+    max_attempts: int
+    alpha: float
+    beta: float | None
+    reward_threshold: float | None
+    max_new_tokens: int
+    accept: Literal["soft", "hard"]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    do_sample: bool
+    seed: int | None
+    width: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    pack: bool | Literal["bfloat16"]
+    graphs: bool
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str]
+    calibration_samples: int
+    calibration_quantile: float
+    calibration_acceptance: float
+    progress: bool
+    rule: Rule | None
+    trace: Trace
 
 
 @dataclass(frozen=True)
@@ -45,6 +78,7 @@ class StarsConfig:
     calibration_acceptance: beta such that this share of them would be accepted at r*.
     progress: show a bar on runs longer than a few seconds.
     rule: what decides; None = `Stars` of the settings above that it takes.
+    trace: "segments" keeps rewards, thresholds and lengths of all judged attempts, "full" their tokens too.
     resolved_rule: the rule, made of the settings of STARS where none is given.
     """
 
@@ -72,6 +106,7 @@ class StarsConfig:
     calibration_acceptance: float = 0.25
     progress: bool = True
     rule: Rule | None = None
+    trace: Trace = "segments"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -108,6 +143,7 @@ class StarsConfig:
         check_number(self, "top_p", lambda x: 0 < x <= 1, "in (0, 1]", optional=True)
         check_number(self, "min_p", lambda x: 0 <= x < 1, "in [0, 1)", optional=True)
         check(self, "pack", isinstance(self.pack, bool) or self.pack == "bfloat16", "True, False or 'bfloat16'")
+        check(self, "trace", self.trace in ("segments", "full"), '"segments" or "full"')
         for name in ("graphs", "progress"):
             check(self, name, isinstance(getattr(self, name), bool), "True or False")
         valid = self.seed is None or (is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
@@ -150,6 +186,15 @@ class StarsConfig:
 
     def replace(self, **changes: Any) -> StarsConfig:
         return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON's own types; the rule as its name and settings."""
+        return {**to_plain(dataclasses.replace(self, rule=None)), "rule": rule_to_plain(self.rule)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], rules: Sequence[type] = ()) -> StarsConfig:
+        """Make the settings again that `to_dict` gave; rules: of your own that they may name."""
+        return StarsConfig(**{**data, "rule": rule_from_plain(data.get("rule"), [*RULES, *rules])})
 
 
 def resolve_config(config: StarsConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> StarsConfig:

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stars_kernels.decoder.output import StarsOutput
+
+
+class DecodeError(RuntimeError):
+    """One prompt failed on its way. What was raised there, if anything, is its `__cause__`.
+
+    what: failed, in words. index: of the prompt in the call's list. request_id: of the prompt. segment, attempt: where
+    in its answer, counted from 0; None = not in one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        what: str = "",
+        index: int | None = None,
+        request_id: int | str | None = None,
+        segment: int | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.what, self.index, self.request_id, self.segment, self.attempt = what, index, request_id, segment, attempt
+
+    def restated(self, message: str, **where: Any) -> DecodeError:
+        """Make an error of this message that says more of where; cause and notes are this one's."""
+        known = {name: getattr(self, name) for name in ("what", "index", "request_id", "segment", "attempt")}
+        new = DecodeError(message, **(known | where))
+        new.__cause__ = self.__cause__
+        for note in getattr(self, "__notes__", ()):
+            new.add_note(note)
+        return new
 
 
 class StarsError(RuntimeError):
@@ -64,12 +94,3 @@ def with_cause(error: Exception, cause: BaseException, trace: str | None = None)
     error.__cause__ = cause
     if note := trace_taken_from(cause) if trace is None else trace:
         error.add_note(f"Where {type(cause).__name__} was raised:\n{note}")
-
-
-def like(error: BaseException, message: str) -> RuntimeError:
-    """Make an error of this message with the cause and the notes of another."""
-    new = RuntimeError(message)
-    new.__cause__ = error.__cause__
-    for note in getattr(error, "__notes__", ()):
-        new.add_note(note)
-    return new

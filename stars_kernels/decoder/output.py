@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.serial import VERSION, checked_version, floats, to_plain
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
@@ -16,6 +21,7 @@ class Segment:
 
     rewards, thresholds, lengths: of each judged attempt, its threshold tau (NaN where the rule has none), its tokens.
     widths: attempts decoded side by side, a round each.
+    tokens: of each judged attempt, cut where it ends; None unless trace="full".
     chosen: the attempt that was taken.
     outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken), "best" (a rule that
         takes the best) or "undecided".
@@ -28,6 +34,7 @@ class Segment:
     thresholds: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    tokens: list[list[int]] | None = None
     chosen: int = -1
     outcome: Literal["accepted", "fallback", "best", "undecided"] = "undecided"
     kept: list[list[int]] = field(default_factory=list)
@@ -35,6 +42,12 @@ class Segment:
     @property
     def attempts(self) -> int:
         return len(self.rewards)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Segment:
+        """Make the segment again of which `StarsOutput.to_dict` wrote this."""
+        numbers = {name: floats(data[name]) for name in ("rewards", "thresholds")}
+        return Segment(**{**data, **numbers})
 
     @property
     def reward(self) -> float:
@@ -88,16 +101,46 @@ class Counts:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How r* and beta were found, once for all prompts of a call.
+    """r* and beta, found from the rewards of plain continuations of some prompts; can be saved, and passed to any call.
 
-    rewards: of the plain continuations. sampled: their tokens. rm_scored: tokens the reward model read for them.
+    reward_threshold: r*, the `quantile` of the rewards, or as it was given.
+    beta: such that the share `acceptance` of the rewards would be accepted at r*.
+    quantile, acceptance: the settings calibration_quantile and calibration_acceptance.
+    rewards: of the plain continuations.
+    sampled: their tokens.
+    rm_scored: tokens that the reward model read for them.
     seconds: of wall time.
+    model, reward_model: fingerprints (`stars_kernels.hf.fingerprint`): r* and beta mean nothing to other models.
     """
 
+    reward_threshold: float
+    beta: float
+    quantile: float
+    acceptance: float
     rewards: list[float]
     sampled: int
     rm_scored: int
     seconds: float
+    model: str
+    reward_model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        return {"version": VERSION, **to_plain(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Calibration:
+        """Make the calibration again that `to_dict` gave."""
+        return Calibration(**checked_version(data, "the calibration"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Calibration:
+        """Read it from a file that `save` wrote."""
+        return Calibration.from_dict(json.loads(Path(path).read_text()))
 
 
 @dataclass
@@ -136,6 +179,29 @@ class StarsOutput:
     calibration: Calibration | None
     backends: dict[str, str]
     memory_limits: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON's own types, NaN and infinities as strings, with the version of this form."""
+        parts = {"config": self.config.to_dict(), "calibration": self.calibration and self.calibration.to_dict()}
+        return {"version": VERSION, **to_plain(self), **parts}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], rules: Sequence[type] = ()) -> StarsOutput:
+        """Make the output again that `to_dict` gave.
+
+        rules: dataclasses of your own, where the answer was decoded by a rule that is not this package's.
+        """
+        known = checked_version(data, "the output")
+        calibration = known["calibration"]
+        parts = {
+            "reward": float(known["reward"]),
+            "prompt_reward": float(known["prompt_reward"]),
+            "config": StarsConfig.from_dict(known["config"], rules),
+            "segments": [Segment.from_dict(segment) for segment in known["segments"]],
+            "counts": Counts(**known["counts"]),
+            "calibration": None if calibration is None else Calibration.from_dict(calibration),
+        }
+        return StarsOutput(**(known | parts))
 
     def __repr__(self) -> str:
         return (

@@ -161,7 +161,7 @@ class Round:
         answer.counts.sampled += trial.sampled
         answer.counts.rm_scored += trial.rm_scored
         if trial.fault is not None:
-            answer.fail(f"attempt {trial.candidates[trial.judged].attempt}: {trial.fault.what}", trial.fault.cause)
+            answer.fail(trial.fault.what, trial.fault.cause, attempt=trial.candidates[trial.judged].attempt)
             return
         assert trial.verdict is not None
         answer.add(trial.candidates[: trial.judged], trial.verdicts, len(trial.candidates))

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.config import StarsConfig, Trace
 from stars_kernels.decoder.output import StarsOutput
 from stars_kernels.decoder.rules import Rule
 from stars_kernels.hf.engine import Engine
@@ -80,6 +80,7 @@ def generate(
     calibration_acceptance: float = 0.25,
     progress: bool = True,
     rule: Rule | None = None,
+    trace: Trace = "segments",
     **model_kwargs: Any,
 ) -> Tensor | StarsGenerateOutput:
     """STARS decoding for `model.generate(**inputs, do_sample=True, custom_generate=stars_kernels.generate, ...)`.
@@ -88,7 +89,7 @@ def generate(
     is named here. It drops `tokenizer` and `streamer` on the way: bind these two with functools.partial.
 
     Args:
-        reward_model: as `rm` of `decode`.
+        reward_model: as in `decode`.
         tokenizer: for a reward model or function that reads text, and for stop strings.
         streamer: of transformers, for one sequence; gets the prompt, each segment as it is committed, and the end.
         request_ids: as in `decode`, one for each prompt; the k-th of several return sequences of prompt `id` is the
@@ -128,11 +129,11 @@ def generate(
         results: Results = [None] * len(prompts)
         with carrying(results):
             try:
-                engine = Engine(model, reward_model, tokenizer, config, trust_remote_code=False, hooks=hooks)
+                engine = Engine(model, reward_model, tokenizer=tokenizer, config=config)
             except TokenizerMissing as error:
                 raise ValueError(unbound(error.why)) from error
             ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
-            with closing(engine.run(prompts, ids, results)) as events:
+            with engine, closing(engine.events(prompts, ids, results, config, hooks=hooks)) as events:
                 if streamer is not None:
                     streamer.put(input_ids.cpu())
                 for event in events:

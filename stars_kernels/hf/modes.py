@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 
 from stars_kernels import ops
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Anything = TypeVar("Anything")
 
 
 @contextmanager
@@ -24,12 +25,21 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-def run_without_autocast(events: Generator[Result, None, None]) -> Generator[Result, None, None]:
-    """Run `events` without autocast; at every yield the consumer is in its own mode."""
+def resumed_in(
+    events: Generator[Result, None, None], enter: Callable[[], AbstractContextManager[object]]
+) -> Generator[Result, None, None]:
+    """Run `events` inside of a context that is entered anew for each; at every yield the consumer is outside of it.
+
+    Where it cannot be entered, `events` ends with the error.
+    """
     thrown: BaseException | None = None
     while True:
         try:
-            with without_autocast():
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(enter())
+                except Exception as error:
+                    thrown = thrown or error
                 event = next(events) if thrown is None else events.throw(thrown)
         except StopIteration:
             return
@@ -48,6 +58,18 @@ class CallersMode:
         self._inference, self._gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._autocast = {d: torch.get_autocast_dtype(d) for d in ops.DEVICES if torch.is_autocast_enabled(d)}
 
+    def bound(self, function: Anything) -> Anything:
+        """Return what runs in these modes; what is no function comes back as it is."""
+        if not callable(function):
+            return function
+
+        @functools.wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.active():
+                return function(*args, **kwargs)
+
+        return cast(Anything, call)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Be in these modes again inside this block. Tensors that inference mode made before never get gradients."""
@@ -57,14 +79,3 @@ class CallersMode:
             for device, dtype in self._autocast.items():
                 stack.enter_context(torch.autocast(device, dtype))
             yield
-
-
-def in_callers_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wrap `function` so that every call of it runs in the modes of here and now."""
-    mode = CallersMode()
-
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with mode.active():
-            return function(*args, **kwargs)
-
-    return call

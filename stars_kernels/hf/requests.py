@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.checks import SEED_BITS, shown
@@ -72,13 +72,17 @@ def carrying(results: Results) -> Iterator[None]:
         raise
 
 
-def collect(results: Results, many: bool) -> list[StarsOutput]:
-    """Return one output a prompt; raises if any failed: a `StarsError`, or of a single prompt its own exception."""
+def collect(results: Results, many: bool, errors: Literal["raise", "return"] = "raise") -> list[Any]:
+    """Return one output per prompt.
+
+    Where some failed, the exceptions that ended them stand in their places, or with errors="raise" a `StarsError` is
+    raised; of a single prompt its own exception.
+    """
     ends = [result for result in results if result is not None]
-    errors = [result for result in ends if isinstance(result, Exception)]
-    if errors:
-        raise StarsError(ends) if many else errors[0]
-    return [result for result in ends if isinstance(result, StarsOutput)]
+    failed = [result for result in ends if isinstance(result, Exception)]
+    if failed and errors == "raise":
+        raise StarsError(ends) if many else failed[0]
+    return ends
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.rules import Plan, Rule
 from stars_kernels.hf.loading.language_model import name_of
 from stars_kernels.hf.scoring.rewarder import Rewarder
@@ -11,8 +13,16 @@ from stars_kernels.hf.view.layout import layout_of, vocabulary
 from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 
-def check_rule(rule: Rule, plan: Plan, max_new_tokens: int, lm: PreTrainedModel, rewarder: Rewarder) -> None:
+def first_plan(config: StarsConfig, rule: Rule | None = None) -> Plan:
+    """Return the plan for an answer's first segment by a rule; None = the config's. A race's rows hold whole answers."""
+    rule = config.resolved_rule if rule is None else rule
+    plan = rule.plan(Answer(key=0, prompt=[], limit=config.max_new_tokens))
+    return plan._replace(size=config.max_new_tokens) if plan.race else plan
+
+
+def check_rule(config: StarsConfig, lm: PreTrainedModel, rewarder: Rewarder) -> None:
     """Refuse a rule whose first plan asks for what cannot be done; lm: a view."""
+    rule, plan, max_new_tokens = config.resolved_rule, first_plan(config), config.max_new_tokens
     if plan.draw == "likeliest" and plan.attempts > vocabulary(lm):
         raise ValueError(
             f"rule={rule!r} takes the {plan.attempts} likeliest tokens, expected at most the {vocabulary(lm)} of the "
@@ -26,7 +36,7 @@ def check_rule(rule: Rule, plan: Plan, max_new_tokens: int, lm: PreTrainedModel,
                 f"rule={rule!r} may make {plan.attempts} attempts at each of {max_new_tokens} tokens, expected less "
                 f"than {MAX_ATTEMPTS} in all"
             )
-        decoders = [(name_of(lm), lm), *((f"rm {name}", body) for name, body in rewarder.decoders)]
+        decoders = [(name_of(lm), lm), *((f"reward_model {name}", body) for name, body in rewarder.decoders)]
         with_states = [name for name, view in decoders if layout_of(view).states]
         if with_states:
             raise ValueError(

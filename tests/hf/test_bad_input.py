@@ -125,13 +125,13 @@ def test_models_that_are_not_tested_are_refused_by_name(lm, rm):
     bert = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=260)
     with pytest.raises(ValueError, match="model is a BertModel, not tested with STARS decoding; expected"):
         stars_kernels.decode(BertModel(bert), rm, [1], **SET)
-    with pytest.raises(ValueError, match=r"rm is a BertModel, .*, or a function of texts"):
+    with pytest.raises(ValueError, match=r"reward_model is a BertModel, .*, or a function of texts"):
         stars_kernels.decode(lm, BertModel(bert), [1], **SET)
     with pytest.raises(TypeError, match="model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(3, rm, [1], **SET)
-    with pytest.raises(TypeError, match="rm is of type int, expected a reward model or a path"):
+    with pytest.raises(TypeError, match="reward_model is of type int, expected a reward model or a path"):
         stars_kernels.decode(lm, 3, [1], **SET)
-    with pytest.raises(TypeError, match="rm is of type int, expected a transformers model or a path"):
+    with pytest.raises(TypeError, match="reward_model is of type int, expected a transformers model or a path"):
         stars_kernels.decode(lm, RewardModel(3), [1], **SET)
 
 
@@ -169,7 +169,7 @@ def test_a_chat_that_the_assistant_has_begun_to_answer_is_refused(lm, rm):
 def test_reward_models(tmp_path, lm, rm):
     with pytest.raises(ValueError, match="has 3 labels, expected 1; say which one is the reward with RewardModel"):
         stars_kernels.decode(lm, tiny_reward_model(num_labels=3), [1], **SET)
-    with pytest.raises(ValueError, match=r"label is 1, but rm .* has 1 labels, expected 0 to 0"):
+    with pytest.raises(ValueError, match=r"label is 1, but reward_model .* has 1 labels, expected 0 to 0"):
         stars_kernels.decode(lm, RewardModel(rm, label=1), [1], **SET)
     with pytest.raises(ValueError, match="has a vocabulary of 300 tokens and the language model one of 260"):
         stars_kernels.decode(lm, tiny_reward_model(vocab_size=300), [1], **SET)
@@ -192,7 +192,7 @@ def test_a_missing_path_is_named_before_anything_is_loaded(lm, rm, path):
         (ValueError, "a .gguf") if str(path).endswith("gguf") else (FileNotFoundError, "which does not exist")
     )
     for given in (path, RewardModel(path)):
-        with pytest.raises(error, match=f"rm is '{path}', .*{known}"):
+        with pytest.raises(error, match=f"reward_model is '{path}', .*{known}"):
             stars_kernels.decode("some/hub-name", given, "hi", **SET)
 
 
@@ -215,7 +215,7 @@ def test_no_tokenizer_and_no_label(lm, rm):
 
 def test_a_reward_model_with_another_tokenizer_needs_both(lm, rm):
     larger = tiny_reward_model(vocab_size=300)
-    with pytest.raises(ValueError, match=r"both tokenizers: pass RewardModel\(rm, tokenizer\)"):
+    with pytest.raises(ValueError, match=r"both tokenizers: pass RewardModel\(model, tokenizer\)"):
         stars_kernels.decode(lm, larger, "hi", tokenizer=byte_tokenizer(), **SET)
     with pytest.raises(ValueError, match="needs the language model's tokenizer as well: pass tokenizer="):
         stars_kernels.decode(lm, RewardModel(larger, byte_tokenizer()), [1], **SET)
@@ -224,7 +224,7 @@ def test_a_reward_model_with_another_tokenizer_needs_both(lm, rm):
 
 
 def test_needs_a_tokenizer(lm, rm):
-    with pytest.raises(ValueError, match="rm is a function of texts, which needs a tokenizer: pass tokenizer="):
+    with pytest.raises(ValueError, match="a function of texts, which needs a tokenizer: pass tokenizer="):
         stars_kernels.decode(lm, lambda prompts, answers: [0.0] * len(answers), [1], **SET)
     with pytest.raises(ValueError, match=r"stop_strings .* need a tokenizer: pass tokenizer="):
         stars_kernels.decode(lm, rm, [1], stop_strings="x", **SET)
@@ -330,7 +330,7 @@ def test_a_callable_that_raises_fails_only_its_prompt(lm):
     with pytest.raises(StarsError) as failed:
         stars_kernels.decode(lm, rm, ["a", "bad", "c"], tokenizer=byte_tokenizer(), **SET)
     results = failed.value.results
-    assert [type(r).__name__ for r in results] == ["StarsOutput", "RuntimeError", "StarsOutput"]
+    assert [type(r).__name__ for r in results] == ["StarsOutput", "DecodeError", "StarsOutput"]
     assert isinstance(results[1].__cause__, OSError)
     assert "the reward server is gone" in str(results[1])
 

@@ -10,7 +10,7 @@ import torch
 
 import stars_kernels
 from stars_kernels import RewardModel
-from stars_kernels.hf import engine
+from stars_kernels.hf import call
 from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.hf.scoring.test_encoder_rewards import encoder, pair_tokenizer
@@ -67,7 +67,7 @@ def graphs(monkeypatch):
             super().__init__(capture)
             made.append(self)
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
+    monkeypatch.setattr(call, "SegmentGraphs", Recorded)
     return made
 
 
@@ -189,7 +189,7 @@ def test_a_replay_waits_for_nothing(monkeypatch):
             with no_waiting():
                 return super().run(segment, rows, given, storage)
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Watched)
+    monkeypatch.setattr(call, "SegmentGraphs", Watched)
     assert answers(stars_kernels.decode(*models, PROMPTS, **settings)) == answers(expected)
     assert len(watched) > 3
 
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_over_rounds(monkeypatch):
             allocated.append(torch.cuda.memory_allocated())
             return super().run(*args)
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Measured)
+    monkeypatch.setattr(call, "SegmentGraphs", Measured)
     settings = dict(SETTINGS, reward_threshold=1000.0, beta=0.1, max_attempts=20, max_new_tokens=40, width=NOT_PADDED)
     stars_kernels.decode(*models, PROMPTS[0], **settings)  # 10 segments of 5 rounds
     assert len(allocated) == 50

@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 import stars_kernels
 from stars_kernels import RewardModel
-from stars_kernels.hf.modes import run_without_autocast
+from stars_kernels.hf.modes import resumed_in, without_autocast
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_size=4)
@@ -109,7 +109,7 @@ def test_what_a_consumer_throws_reaches_the_generator():
                 if isinstance(error, GeneratorExit):
                     raise
 
-    wrapped = run_without_autocast(events())
+    wrapped = resumed_in(events(), without_autocast)
     assert next(wrapped) == 0 and wrapped.throw(KeyError()) == 1
     wrapped.close()
     assert seen == [KeyError, GeneratorExit]

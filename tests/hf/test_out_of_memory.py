@@ -307,9 +307,9 @@ def test_a_failed_answer_holds_no_memory(kind, lm, rm, monkeypatch):
 
         ids = torch.tensor([byte_tokenizer()(text)["input_ids"] for text in texts])
         hooks = TokenHooks([process], (), ids)
-        engine = Engine(lm, rm, byte_tokenizer(), StarsConfig(**settings), False, hooks)
         results = [None] * len(texts)
-        list(engine.run(texts, IDS, results))
+        with Engine(lm, rm, tokenizer=byte_tokenizer()) as engine:
+            list(engine.events(texts, IDS, results, StarsConfig(**settings), hooks=hooks))
     else:
         with pytest.raises(StarsError) as failed:
             stars_kernels.decode(lm, rewards[kind], texts, tokenizer=byte_tokenizer(), request_ids=IDS, **settings)

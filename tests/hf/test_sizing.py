@@ -11,8 +11,9 @@ from stars_kernels import RewardModel, StarsConfig
 from stars_kernels.decoder.width import AcceptanceHistory, GpuCost, cpu_cost
 from stars_kernels.hf import sizing
 from stars_kernels.hf.cache import open_cache
+from stars_kernels.hf.call import Call
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.sizing import Gpu, auto_batch_size, gpu_of, models_in, prompt_bytes, round_cost, size_of
+from stars_kernels.hf.sizing import Gpu, auto_batch_size, gpu_of, prompt_bytes, round_cost, size_of
 from stars_kernels.hf.view.copying import view_of
 from tests.hf import families
 from tests.sequential import sequential_decode
@@ -103,12 +104,12 @@ def test_models_of_every_kind_of_reward(lm, rm):
     tokenizer = byte_tokenizer()
     parts = [rm, RewardModel(reference), RewardModel(bert, tokenizer), torch.nn.Linear(24, 1).double()]
     parts.append(lambda prompts, answers: [0.0] * len(answers))
-    engine = Engine(lm, parts, tokenizer, StarsConfig(**SET), trust_remote_code=False)
-    kinds = [type(model).__name__ for model in models_in(engine.rewarder.bodies)]
+    models = Engine(lm, parts, tokenizer=tokenizer, **SET).models
+    kinds = [type(model).__name__ for model in models.reward_models]
     assert kinds == ["LlamaModel", "LlamaForCausalLM", "LlamaForCausalLM", "BertForSequenceClassification"]
-    cost = round_cost(engine.lm, models_in(engine.rewarder.bodies), 4, graphs=True, gpu=H100)
+    cost = round_cost(models.lm, models.reward_models, 4, graphs=True, gpu=H100)
     assert [size.kv_bytes > 0 for size in cost.rewards] == [True, True, True, False]
-    assert auto_batch_size(engine.lm, models_in(engine.rewarder.bodies), 99, 3, 4, free=lambda device: GB) == 256
+    assert auto_batch_size(models.lm, models.reward_models, 99, 3, 4, free=lambda device: GB) == 256
 
 
 def test_bytes_of_a_prompt_are_those_of_its_caches(lm, rm):
@@ -174,13 +175,13 @@ def test_a_reward_model_on_the_cpu_bounds_no_batch(llama, monkeypatch):
 
 def batches(monkeypatch, lm, rm, count, **settings):
     """The sizes of the batches that a decode of `count` prompts has, and its answers."""
-    sizes, new_run = [], Engine._new_run
+    sizes, new_run = [], Call._new_run
 
     def noted(self, requests, *args):
         sizes.append(len(requests))
         return new_run(self, requests, *args)
 
-    monkeypatch.setattr(Engine, "_new_run", noted)
+    monkeypatch.setattr(Call, "_new_run", noted)
     outputs = stars_kernels.decode(lm, rm, PROMPTS[:count], request_ids=range(count), **{**SET, **settings})
     return sizes, [output.token_ids for output in outputs]
 
@@ -198,7 +199,7 @@ def test_auto_is_8_on_a_cpu_and_an_integer_wins(monkeypatch, lm, rm):
 
 def test_what_the_engine_tells_of_its_prompts(monkeypatch, lm, rm):
     asked = []
-    monkeypatch.setattr("stars_kernels.hf.engine.auto_batch_size", lambda lm, rms, *sizes: asked.append(sizes) or 5)
+    monkeypatch.setattr("stars_kernels.hf.call.auto_batch_size", lambda lm, rms, *sizes, free: asked.append(sizes) or 5)
     assert batches(monkeypatch, lm, rm, 6)[0] == [5, 1]
     assert asked == [(11, 3, 4), (9, 3, 4)]  # tokens of the longest that are left, attempts, tokens of a segment
     asked.clear()
@@ -210,7 +211,7 @@ def test_the_width_follows_the_cost_and_the_answers_do_not(monkeypatch, lm, rm):
     def decoded(cost):
         """The widths of first rounds, and the answers."""
         asked = []
-        monkeypatch.setattr("stars_kernels.hf.engine.round_cost", lambda *of: asked.append(of[2:]) or cost)
+        monkeypatch.setattr("stars_kernels.hf.call.round_cost", lambda *of: asked.append(of[2:]) or cost)
         outputs = stars_kernels.decode(lm, rm, PROMPTS[:3], request_ids=range(3), **SET)
         assert asked == [(4, False)]  # tokens of a segment, no graphs on a CPU
         widths = {segment.widths[0] for output in outputs for segment in output.segments}

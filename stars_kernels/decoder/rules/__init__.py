@@ -11,7 +11,11 @@ from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Draw, Plan,
 from stars_kernels.decoder.rules.speculative_rejection import SpeculativeRejection
 from stars_kernels.decoder.rules.stars import Stars
 
+RULES = (Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars)
+"""All of this package."""
+
 __all__ = [
+    "RULES",
     "AnswerSoFar",
     "Args",
     "BestOf",

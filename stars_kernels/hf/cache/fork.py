@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Rows, Settle
 from stars_kernels.decoder.transfer import to_device, to_host
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.recurrent import States
 from stars_kernels.hf.cache.storage import BoundLayer, Group, Packed, Place, Suffix
 from stars_kernels.hf.view.attention import Mask, answered_by, check_options
@@ -34,9 +35,15 @@ class ForkCache(Cache):
 
     def __init__(
         self, layout: Layout, capacities: Sequence[int], segment_size: int, device: torch.device,
-        states: States | None = None,
+        states: States | None = None, buffers: Buffers | None = None,
     ) -> None:  # fmt: skip
-        """capacities: tokens each slot may hold, prompt and answer. device: where the bookkeeping lies."""
+        """capacities: tokens each slot may hold, prompt and answer. device: where the bookkeeping lies.
+
+        buffers: where the memory comes from and stays; None = memory of its own.
+        """
+        self._own = Buffers() if buffers is None else None
+        buffers = buffers or self._own
+        assert buffers is not None
         self.layout, self.segment_size, self.device, self.states = layout, segment_size, device, states
         self.packs = layout.mode == "hook" and states is None
         """Whether a forward may read several prompts, one after the other."""
@@ -44,14 +51,18 @@ class ForkCache(Cache):
         """Whether a prompt may be read in several forwards."""
         self.layers = [] if states is None else states.layers
         sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
-        self.offsets = sizes.cumsum(0)[:-1]  # [P]
-        self.lengths = torch.zeros_like(self.offsets)  # [P]
+        count = len(capacities)
+        self.offsets, self.lengths = (  # [P], where captured graphs may read them
+            buffers.take(name, (count,), torch.int64, device)[:count] for name in ("offsets", "lengths")
+        )
+        self.offsets.copy_(sizes.cumsum(0)[:-1])
+        self.lengths.zero_()
         self._forked = self.slot = self.lengths[:0]  # [R] the slot of each forked row, and of each selected one
         self.held = 0  # suffix tokens every open row holds
         self.names: list[tuple[int, int]] = []
         """The slot and attempt of each forked row, where some may go on (`go_on`); the next fork forgets them."""
         own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
-        self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size) for plane in own}
+        self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size, buffers) for plane in own}
         self._places = {d: self._place(d) for d in [device, *(group.device for group in self.groups)]}
         self._selected = slice(0)
         self._layers = self._bind(self._selected)
@@ -72,9 +83,10 @@ class ForkCache(Cache):
         return sum(group.arena.nbytes + group.suffix.nbytes for group in self.groups)
 
     @property
-    def storage(self) -> tuple[int, ...]:
-        """Where the buffers lie; a captured graph of this cache is worth nothing once they have moved."""
-        return tuple(tensor.data_ptr() for group in self.groups for tensor in (group.arena, group.suffix))
+    def storage(self) -> tuple[object, ...]:
+        """Where the buffers lie, and how; a captured graph of this cache is worth nothing once that has changed."""
+        tensors = [self.offsets, self.lengths, *(t for group in self.groups for t in (group.arena, group.suffix))]
+        return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
 
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
@@ -139,6 +151,8 @@ class ForkCache(Cache):
         """Give back all memory; the cache is of no use any more."""
         for group in self.groups:
             group.close()
+        if self._own is not None:
+            self._own.clear()
         self._layers, self.states, self.layers = [], None, []
 
     def commit(self, slot: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Settle
+from stars_kernels.hf.cache.buffers import Buffers
 
 
 class HiddenStates:
@@ -35,8 +36,9 @@ class HiddenStates:
     last: Tensor
     """[B, S, D] what the newest forward computed logits from."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """model: the proposer's view."""
+    def __init__(self, model: PreTrainedModel, buffers: Buffers | None = None) -> None:
+        """model: the proposer's view. buffers: where its memory comes from, and stays."""
+        self._buffers = Buffers() if buffers is None else buffers
         layer = model.get_output_embeddings()
         if layer is None:
             raise ValueError(f"{type(model).__name__} has no output layer, at which hidden states could be read")
@@ -60,16 +62,24 @@ class HiddenStates:
         """prompts [P, D]; logits [P, V] after them."""
         self.prompts, self.best_logits = prompts, torch.empty_like(logits)
         self.segment_size = segment_size
-        self.release()
+        self._empty()
 
     def open(self, rows: int) -> None:
         """Room for a round's rows."""
         if rows > self.rows.shape[0]:
-            self.rows = self.prompts.new_empty(rows, self.segment_size, self.prompts.shape[1])
-            self.logits = self.best_logits.new_empty(rows, self.best_logits.shape[1])
+            states, logits = self.prompts, self.best_logits
+            self._empty()  # first, so that there is room for the new ones
+            shape = (rows, self.segment_size, states.shape[1])
+            self.rows = self._buffers.take("states", shape, states.dtype, states.device)
+            self.logits = self._buffers.take("row logits", (rows, logits.shape[1]), logits.dtype, logits.device)
 
     def release(self) -> None:
         """Give back the memory of the rows."""
+        self._empty()
+        for name in ("states", "row logits"):
+            self._buffers.drop(name)
+
+    def _empty(self) -> None:
         self.rows = self.prompts.new_empty(0, self.segment_size, self.prompts.shape[1])
         self.logits = self.best_logits.new_empty(0, self.best_logits.shape[1])
 
@@ -78,9 +88,9 @@ class HiddenStates:
         vars(self).clear()
 
     @property
-    def storage(self) -> tuple[int, int]:
-        """Where the buffers lie that a segment writes."""
-        return self.rows.data_ptr(), self.logits.data_ptr()
+    def storage(self) -> tuple[object, ...]:
+        """Where the buffers lie that a segment writes, and how."""
+        return tuple((tensor.data_ptr(), tensor.stride()) for tensor in (self.rows, self.logits))
 
     def commit(self, commit: Commit, logits: Tensor) -> Settle:
         """Bring `logits` [P, V], those after the prefixes, up to the segments that become a part of their prefix.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stars_kernels.decoder.transfer import to_device
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.view.layout import Plane
 
 PREFILL_ROW = 64
@@ -98,18 +99,20 @@ class BoundLayer:
 class Group:
     """The storage of all planes (a layer's keys, or its values) of one shape, dtype and device, two by two."""
 
-    def __init__(self, plane: Plane, planes: int, tokens: int, segment_size: int) -> None:
+    def __init__(self, plane: Plane, planes: int, tokens: int, segment_size: int, buffers: Buffers) -> None:
+        self.buffers, self._plane, self._pairs, self._segment_size = buffers, plane, -(-planes // 2), segment_size
         heads, size, dtype, self.device = plane
-        pairs = -(-planes // 2)
-        self.arena = torch.empty(pairs, 2, tokens, heads, size, dtype=dtype, device=self.device)
-        self.suffix = self.arena.new_empty(pairs, 2, 0, segment_size, heads, size)
+        self.arena = buffers.take(("arena", plane), (self._pairs, 2, tokens, heads, size), dtype, self.device)
+        self.suffix = self.arena.new_empty(self._pairs, 2, 0, segment_size, heads, size)
         self.arena_planes = self.arena.flatten(0, 1).unbind()
 
     def make_room(self, rows: int) -> None:
         """For as many rows; what the rows held before may be lost."""
-        pairs, _, have, *shape = self.suffix.shape
-        if rows > have:
-            self.suffix = self.suffix.new_empty(pairs, 2, rows, *shape)
+        if rows > self.suffix.shape[2]:
+            heads, size, dtype, device = self._plane
+            self.suffix = self.suffix[:, :, :0].clone()  # first, so that there is room for the new one
+            shape = (self._pairs, 2, rows, self._segment_size, heads, size)
+            self.suffix = self.buffers.take(("suffix", self._plane), shape, dtype, device)
 
     def keep(self, rows: Sequence[int], tokens: int) -> None:
         """Move the first `tokens` of these rows' suffixes, in rising order, to the front; the others are lost."""
@@ -119,6 +122,7 @@ class Group:
 
     def release(self) -> None:
         self.suffix = self.suffix[:, :, :0].clone()
+        self.buffers.drop(("suffix", self._plane))
 
     def close(self) -> None:
         self.arena = self.suffix = self.arena.new_empty(0)

@@ -36,7 +36,7 @@ ENCODERS = tuple(
 REWARD_MODELS = (*CLASSIFIERS, *PROCESS_MODELS, *ENCODERS)
 EXPECTED = (
     "a sequence classifier or a token classifier of a tested family, or a function of texts: "
-    "rm(prompts, answers) -> floats"
+    "reward_model(prompts, answers) -> floats"
 )
 
 
@@ -70,17 +70,19 @@ class Loaded:
         labels = self.labels
         if given is None and labels != 1:
             raise ValueError(
-                f"rm {self.name} has {labels} labels, expected 1; say which one is the reward with "
-                "RewardModel(rm, label=...)"
+                f"reward_model {self.name} has {labels} labels, expected 1; say which one is the reward with "
+                "RewardModel(model, label=...)"
             )
         if given is not None and not 0 <= given < labels:
-            raise ValueError(f"label is {given}, but rm {self.name} has {labels} labels, expected 0 to {labels - 1}")
+            raise ValueError(
+                f"label is {given}, but reward_model {self.name} has {labels} labels, expected 0 to {labels - 1}"
+            )
         return given or 0
 
     def own_tokenizer(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """What tokenises the text it reads: its own, or the language model's where its ids mean the same here."""
         if tokenizer is None:
-            raise TokenizerMissing(f"rm {self.name} reads text, which needs the language model's tokenizer")
+            raise TokenizerMissing(f"reward_model {self.name} reads text, which needs the language model's tokenizer")
         if self.tokenizer is None:
             self.reads_ids(lm, tokenizer)
             return tokenizer
@@ -92,7 +94,8 @@ class Loaded:
         highest = max((i for i in tokenizer.get_vocab().values() if i != tokenizer.pad_token_id), default=-1)
         if highest >= size:
             raise ValueError(
-                f"rm {self.name}: its tokenizer has ids up to {highest}, but it has {size} embeddings; expected the "
+                f"reward_model {self.name}: its tokenizer has ids up to {highest}, but it has {size} embeddings; "
+                "expected the "
                 "tokenizer that it was trained with"
             )
         return tokenizer
@@ -118,11 +121,12 @@ class Loaded:
         if not shared and (self.tokenizer is None or tokenizer is None):
             size, expected = self.vocabularies(lm)
             why = (
-                f"rm {self.name} has a vocabulary of {size} tokens and the language model one of {expected}: another "
+                f"reward_model {self.name} has a vocabulary of {size} tokens and the language model one of {expected}: "
+                "another "
                 "tokenizer, so it reads text, which needs "
             )
             if self.tokenizer is None:
-                raise ValueError(f"{why}both tokenizers: pass RewardModel(rm, tokenizer)")
+                raise ValueError(f"{why}both tokenizers: pass RewardModel(model, tokenizer)")
             raise TokenizerMissing(f"{why}the language model's tokenizer as well")
         return shared
 
@@ -143,16 +147,17 @@ def load_reward_model(
             path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
         )
         new = sorted(info["missing_keys"])
-        check_model(loaded, "rm", REWARD_MODELS, EXPECTED)
+        check_model(loaded, "reward_model", REWARD_MODELS, EXPECTED)
         if tokenizer is None and has_tokenizer(path):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     else:
-        loaded = unwrapped(model, "rm")
-        check_model(loaded, "rm", REWARD_MODELS, EXPECTED)
+        loaded = unwrapped(model, "reward_model")
+        check_model(loaded, "reward_model", REWARD_MODELS, EXPECTED)
         new = _new_parameters(loaded)
     if new:
         raise ValueError(
-            f"rm {name_of(loaded)}: its head {new[0]} is not in the checkpoint and was newly initialised, so its "
+            f"reward_model {name_of(loaded)}: its head {new[0]} is not in the checkpoint and was newly initialised, so "
+            "its "
             "rewards are random; expected a trained reward model (if you trained the head in memory, save and load the "
             "model)"
         )

@@ -24,6 +24,10 @@ Capture = Callable[[Callable[[], Tensors]], Callable[[], Tensors]]
 """A function without arguments -> one that does the same on the same memory, and returns the same tensors."""
 
 
+MAX_GRAPHS = 64
+"""Kept at a time: each holds some memory, and an engine may see segments of many sizes."""
+
+
 def bucket_of(rows: int) -> int:
     """Rows after padding: four buckets between powers of two, so less than a quarter is padding."""
     step = max(1, 1 << max(rows.bit_length() - 3, 0))
@@ -97,7 +101,7 @@ def captured(run: Callable[[], Tensors], capture: AbstractContextManager[object]
 
 
 class SegmentGraphs:
-    """The captured segments of one batch of prompts."""
+    """The captured segments of one model and one place in memory, the newest MAX_GRAPHS of them."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
@@ -120,6 +124,8 @@ class SegmentGraphs:
             self._seen.add(key)
             return segment(rows)
         if key not in self._captured:
+            while len(self._captured) >= MAX_GRAPHS:
+                self._captured.pop(next(iter(self._captured)))
             static = rows.map(torch.clone, slots=())  # which change from round to round: a segment reads none
             self._captured[key] = static, self._capture(lambda: segment(static))
         static, replay = self._captured[key]

@@ -16,6 +16,7 @@ from stars_kernels.decoder.protocols import Commit, Proposal, Rows, Settle, toge
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.proposing.draws import entropy, likeliest
@@ -41,23 +42,26 @@ class ModelProposer:
         fuse: bool = False,
         hidden: HiddenStates | None = None,
         processors: BatchProcessors | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only for
         a model that `hf.proposing.output_layer.why_unfused` has nothing against.
 
         hidden: where to keep the hidden states of prompts and candidates; None = they are not wanted.
         processors: asked for the logits of every token; with them, neither graphs nor fuse.
+        buffers: where its memory comes from and stays, as `graphs` do; None = memory of its own.
         """
         self.model = model
         self.processors = processors
         self.device = model.device
         self.graphs = graphs
         self.hidden = hidden
+        self.buffers = Buffers() if buffers is None else buffers
         self.head: Tensor | None = model.get_output_embeddings().weight if fuse else None
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.model, capacities, segment_size)
+        self.cache = open_cache(self.model, capacities, segment_size, self.buffers)
         self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the accepted answer
         self.unread: frozenset[int] = frozenset()  # the slots whose last token is not in the cache yet
         states = []
@@ -66,7 +70,8 @@ class ModelProposer:
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = self._logits(ids[None], inputs, last)[0]
             if i == 0:
-                self.logits = logits.new_empty(len(prompts), logits.shape[1])  # [P, V] what follows each prefix
+                shape = (len(prompts), logits.shape[1])  # [P, V] of what follows each prefix
+                self.logits = self.buffers.take("logits", shape, logits.dtype, logits.device)[: len(prompts)]
             self.logits[finished] = logits
             if self.hidden is not None:
                 read = self.hidden.last[0]
@@ -85,7 +90,8 @@ class ModelProposer:
             drawn = self._segment(rows, plan, sampling, noise, eos)
         else:
             self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
-            storage = self.cache.storage + (() if self.hidden is None else self.hidden.storage)
+            storage = (*self.cache.storage, self.logits.data_ptr())
+            storage += () if self.hidden is None else self.hidden.storage
             count = plan.attempts if plan.draw == "likeliest" else None
             settings = (plan.size, plan.draw, count, plan.entropy, noise, *sampling.items())
             run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
@@ -205,8 +211,6 @@ class ModelProposer:
             self.hidden.release()
 
     def close(self) -> None:
-        if self.graphs is not None:
-            self.graphs.clear()
         if self.hidden is not None:
             self.hidden.close()
         close_cache_of(self)

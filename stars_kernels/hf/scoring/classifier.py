@@ -13,6 +13,7 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import score_head
 from stars_kernels.hf.scoring.chunks import Chunks
@@ -25,8 +26,14 @@ class ClassifierScorer:
     last token that is not the pad token: one earlier where an answer ends in EOS and pad is EOS.)
     """
 
-    def __init__(self, model: PreTrainedModel, label: int, chunks: Chunks | None = None) -> None:
-        """model: a view with the stars attention; label: the output that is the reward."""
+    def __init__(
+        self, model: PreTrainedModel, label: int, chunks: Chunks | None = None, buffers: Buffers | None = None
+    ) -> None:
+        """model: a view with the stars attention; label: the output that is the reward.
+
+        buffers: where the cache takes its memory from, and leaves it; None = memory of its own.
+        """
+        self.buffers = buffers
         self.backbone = cast(PreTrainedModel, model.base_model)
         self.head = reward_output(model, label)
         self.device = model.device
@@ -34,7 +41,7 @@ class ClassifierScorer:
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.backbone, capacities, segment_size)
+        self.cache = open_cache(self.backbone, capacities, segment_size, self.buffers)
         rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
         for chunk in packed_chunks(prompts, self.cache):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
@@ -75,7 +82,7 @@ def reward_output(model: PreTrainedModel, label: int) -> Callable[[Tensor, Tenso
 
     The model may lie on several devices: the rewards are where its head is.
     """
-    head = score_head(model, "rm")
+    head = score_head(model, "reward_model")
     quantized = type(head.weight) is not nn.Parameter
     weight = (head.weight.dequantize() if quantized else head.weight)[label]  # [D]
     bias = None if head.bias is None else head.bias[label : label + 1]

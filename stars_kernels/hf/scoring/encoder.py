@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.text import TextScorer, check_length
-from stars_kernels.hf.text.templates import Template, TextPrompt, filled
+from stars_kernels.hf.text.templates import TextPrompt, filled
 
 Encoding = Mapping[str, list[int]]
 """What the tokenizer returns for one text: input_ids, attention_mask, maybe token_type_ids."""
@@ -23,20 +23,11 @@ class EncoderScorer(TextScorer[Encoding]):
     Attention looks both ways, so nothing that was read can be kept: rows are padded and read in bounded chunks.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        label: int,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template | None,
-        prompts: Sequence[TextPrompt],
-        device: torch.device,
-        chunks: Chunks,
-    ) -> None:
-        """model: in eval mode; label: the output that is the reward."""
-        super().__init__(prompts, device)
-        self.model, self.label, self.tokenizer, self.template, self.chunks = model, label, tokenizer, template, chunks
-        self.limit = encoder_limit(model, tokenizer)
+    def __init__(self, text_model: TextModel, batch: Batch) -> None:
+        super().__init__(batch)
+        self.model, self.label, self.chunks = text_model.model, text_model.label, text_model.chunks
+        self.tokenizer, self.template = text_model.tokenizer, batch.mode.bound(text_model.template)
+        self.limit = encoder_limit(self.model, self.tokenizer)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> Encoding:
         if self.template is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
+from stars_kernels.hf.scoring.batch import Batch
 from stars_kernels.hf.scoring.text import TextScorer
 from stars_kernels.hf.text.templates import TextPrompt
 
 RewardFunction = Callable[[list[str], list[str]], Any]
-"""rm(prompts, answers) -> one float each; answers come without special tokens."""
+"""reward_model(prompts, answers) -> one float each; answers come without special tokens."""
 
 
 class WrongRewards(ValueError):
@@ -24,9 +25,9 @@ class WrongRewards(ValueError):
 class CallableScorer(TextScorer[tuple[str, str]]):
     """A function of texts; it sees the whole answer each time. Where it raises for one row, the others go on."""
 
-    def __init__(self, function: RewardFunction, prompts: Sequence[TextPrompt], device: torch.device) -> None:
-        super().__init__(prompts, device)
-        self.function = function
+    def __init__(self, function: RewardFunction, batch: Batch) -> None:
+        super().__init__(batch)
+        self.function = batch.mode.bound(function)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> tuple[str, str]:
         return prompt.text, answer

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.view.layout import vocabulary
@@ -28,11 +29,19 @@ class LikelihoodScorer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, reference: PreTrainedModel | None = None, chunks: Chunks | None = None
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None = None,
+        chunks: Chunks | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
-        """Views with the stars attention that read the language model's token ids, each on any device."""
-        chunks = chunks or likelihood_chunks(model)
-        self.sides = [_Likelihood(side, chunks) for side in (model, reference) if side is not None]
+        """Views with the stars attention that read the language model's token ids, each on any device.
+
+        buffers: where the caches take their memory from, and leave it; None = memory of their own.
+        """
+        chunks, buffers = chunks or likelihood_chunks(model), buffers or Buffers()
+        sides = enumerate(side for side in (model, reference) if side is not None)
+        self.sides = [_Likelihood(side, chunks, buffers.part(i)) for i, side in sides]
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         for side in self.sides:
@@ -70,13 +79,13 @@ class _Likelihood:
     row_total, row_logits   [R], [R, V]  of a round's candidates
     """
 
-    def __init__(self, model: PreTrainedModel, chunks: Chunks) -> None:
-        self.model, self.device, self.chunks = model, model.device, chunks
+    def __init__(self, model: PreTrainedModel, chunks: Chunks, buffers: Buffers) -> None:
+        self.model, self.device, self.chunks, self.buffers = model, model.device, chunks, buffers
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of log-probabilities
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.model, capacities, segment_size)
+        self.cache = open_cache(self.model, capacities, segment_size, self.buffers)
         logits = []
         for chunk in packed_chunks(prompts, self.cache):
             ids, last = to_device([chunk.ids, chunk.last], self.device)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.chunks import Chunks
-from stars_kernels.hf.scoring.reader import RowReader
-from stars_kernels.hf.scoring.text import ReaderScorer, check_length
+from stars_kernels.hf.scoring.batch import Batch, TextModel
+from stars_kernels.hf.scoring.text import ReaderScorer, check_length, row_reader
 from stars_kernels.hf.text.prompts import text_ids
 from stars_kernels.hf.text.templates import TextPrompt, turn_header
 from stars_kernels.hf.view.layout import context_limit
@@ -36,24 +34,15 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
     steps are left out, but the empty answer is one empty step.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        label: int,
-        tokenizer: PreTrainedTokenizerBase,
-        step: str,
-        reduce: Reduce,
-        prompts: Sequence[TextPrompt],
-        device: torch.device,
-        chunks: Chunks,
-    ) -> None:
-        """model: a view with the stars attention; label: whose probability is a step's score; step: the separator."""
+    def __init__(self, text_model: TextModel, step: str, reduce: Reduce, batch: Batch) -> None:
+        """Score with the probability of text_model.label; step: the separator. (The template is not asked.)"""
+        model, label, tokenizer = text_model.model, text_model.label, text_model.tokenizer
         score = model.get_submodule("score")
 
         def head(hidden: Tensor) -> Tensor:
             return score(hidden).double().softmax(dim=-1)[..., label]
 
-        super().__init__(prompts, device, RowReader(cast(PreTrainedModel, model.base_model), head, chunks))
+        super().__init__(batch, row_reader(text_model, batch, head))
         self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(model)
 
         @functools.cache  # each row of each round has its prompt and nearly all of its steps in common with others

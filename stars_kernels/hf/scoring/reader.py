@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Settle
 from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
+from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import name_of
 from stars_kernels.hf.scoring.chunks import Chunks
@@ -23,14 +24,20 @@ SPARE_TOKENS = 32
 class RowReader:
     """A value for each token of each row; what the arena holds in each slot is known here, as token ids."""
 
-    def __init__(self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks) -> None:
-        """backbone: a view with the stars attention. head: hidden [..., D] -> values [...]."""
+    def __init__(
+        self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks, buffers: Buffers
+    ) -> None:
+        """backbone: a view with the stars attention. head: hidden [..., D] -> values [...].
+
+        buffers: where the cache takes its memory from, and leaves it.
+        """
         if layout_of(backbone).states:
             raise ValueError(
-                f"rm {name_of(backbone)} has states, which cannot be cut back to where a longer text tokenises "
+                f"reward_model {name_of(backbone)} has states, which cannot be cut back to where a longer text "
+                "tokenises "
                 "otherwise; expected a model of attention alone, or one that reads the language model's token ids"
             )
-        self.backbone, self.head, self.chunks = backbone, head, chunks
+        self.backbone, self.head, self.chunks, self.buffers = backbone, head, chunks, buffers
         self.device = backbone.device
 
     def begin(self, slots: int, max_new_tokens: int, segment_size: int) -> None:
@@ -99,7 +106,7 @@ class RowReader:
             n if n == before else n + self.room for n, before in zip(longest, self.capacities, strict=True)
         ]
         self.steps = max(self.steps, 2 * steps if steps > self.steps else 0)
-        self.cache = open_cache(self.backbone, self.capacities, self.steps)
+        self.cache = open_cache(self.backbone, self.capacities, self.steps, self.buffers)
         self.held: list[list[int]] = [[] for _ in self.capacities]
         self.held_values: list[list[float]] = [[] for _ in self.capacities]
         return self.cache

@@ -51,7 +51,7 @@ class RewardModel:
 
     model: a sequence classifier (a decoder or an encoder), a token classifier that scores steps, or a folder or hub
         name of one; a `Likelihood`; a head on the language model's own hidden states, any other module that maps
-        [R, D] to [R, 1]; or a function rm(prompts, answers) -> floats on texts.
+        [R, D] to [R, 1]; or a function reward_model(prompts, answers) -> floats on texts.
     tokenizer: its tokenizer. A decoder with the language model's own reads token ids, any other reads text. (A model
         that is loaded here brings its own; without one, vocabularies of one size are taken for the same.)
     template: how prompt and answer become the text it reads: a format string with {prompt} and {answer}, or a function
@@ -90,7 +90,8 @@ class RewardModel:
                 value = getattr(self, field.name)
                 if value is not field.default and value != field.default:
                     raise ValueError(
-                        f"{field.name} is given, but rm is {kind}, which takes none; expected no {field.name}="
+                        f"{field.name} is given, but reward_model is {kind}, which takes none; expected no "
+                        f"{field.name}="
                     )
 
 
@@ -99,33 +100,34 @@ Reward = OneReward | Sequence[OneReward]
 """What `decode` takes as its reward model: one, or several whose weighted sum is the reward."""
 
 
-def reward_models(rm: Reward) -> list[RewardModel]:
+def reward_models(reward_model: Reward) -> list[RewardModel]:
     """One entry a part."""
-    several = isinstance(rm, list | tuple)
-    parts = list(cast(Sequence[OneReward], rm)) if several else [cast(OneReward, rm)]
+    several = isinstance(reward_model, list | tuple)
+    parts = list(cast(Sequence[OneReward], reward_model)) if several else [cast(OneReward, reward_model)]
     if not parts:
-        raise ValueError("rm is an empty list, expected at least one reward model")
+        raise ValueError("reward_model is an empty list, expected at least one reward model")
     for i, part in enumerate(parts):
         if not (isinstance(part, RewardModel | Likelihood | nn.Module | str | os.PathLike) or callable(part)):
             raise TypeError(
-                f"{f'rm[{i}]' if several else 'rm'} is of type {type(part).__name__}, expected a reward model or "
+                f"{f'reward_model[{i}]' if several else 'reward_model'} is of type {type(part).__name__}, expected a "
+                "reward model or "
                 "a path to one, RewardModel(..., weight=), a Likelihood, a head or a function of texts"
             )
     return [part if isinstance(part, RewardModel) else RewardModel(cast(ModelOrPath, part)) for part in parts]
 
 
-def check_reward(rm: Reward) -> None:
+def check_reward(reward_model: Reward) -> None:
     """What can be refused before anything is loaded."""
-    for part in reward_models(rm):
+    for part in reward_models(reward_model):
         model = part.model
         if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".gguf"):
             raise ValueError(
-                f"rm is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
+                f"reward_model is {os.fspath(model)!r}, and a .gguf file holds no reward head; "
                 "expected a folder, a hub name or a function of texts"
             )
-        for name, path in model.models.items() if isinstance(model, Likelihood) else [("rm", model)]:
+        for name, path in model.models.items() if isinstance(model, Likelihood) else [("reward_model", model)]:
             check_path(name, path)
 
 
-def is_function(rm: object) -> TypeGuard[RewardFunction]:
-    return callable(rm) and not isinstance(rm, nn.Module)
+def is_function(reward_model: object) -> TypeGuard[RewardFunction]:
+    return callable(reward_model) and not isinstance(reward_model, nn.Module)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
-from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
     load_language_model,
     score_head,
 )
 from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
-from stars_kernels.hf.modes import in_callers_mode, without_autocast
+from stars_kernels.hf.modes import without_autocast
+from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.scoring.encoder import EncoderScorer
@@ -30,8 +31,6 @@ from stars_kernels.hf.scoring.process import ProcessScorer
 from stars_kernels.hf.scoring.reward_model import Likelihood, Reward, RewardModel, is_function, reward_models
 from stars_kernels.hf.scoring.text import TextClassifierScorer
 from stars_kernels.hf.scoring.total import SumScorer
-from stars_kernels.hf.text.prompts import Codec, Prompt
-from stars_kernels.hf.text.templates import Template, TextPrompt
 from stars_kernels.hf.view.copying import eval_copy, view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
 
@@ -40,8 +39,8 @@ from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
 class Part:
     """One reward model, ready to score."""
 
-    scorer: Callable[[Sequence[TextPrompt], torch.device, HiddenStates | None], Scorer]
-    """For one lock-step batch: its prompts, the device where rewards are wanted, the language model's hidden states."""
+    scorer: Callable[[Batch], Scorer]
+    """Makes what scores one batch."""
     body: nn.Module | None = None
     """The module whose linear layers may be packed. (A head is read at one token alone, by an op of its own.)"""
     limit: int = sys.maxsize
@@ -50,78 +49,71 @@ class Part:
     """Whether it wants hidden states."""
     decoders: tuple[tuple[str, PreTrainedModel], ...] = ()
     """The models that keep what rows of the language model's tokens leave behind, each with its name."""
+    loaded: nn.Module | None = None
+    """The user's own module, or the one loaded for them; None = a function."""
 
 
 class Rewarder:
-    """The reward models of one call."""
+    """The reward models of an engine."""
 
     def __init__(
         self,
-        rm: Reward,
+        reward_model: Reward,
         language_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         trust_remote_code: bool,
     ) -> None:
-        described = reward_models(rm)
-        self.weights = [float(part.weight) for part in described]
-        self.parts = [_part(part, language_model, tokenizer, trust_remote_code) for part in described]
+        self.described = reward_models(reward_model)
+        self.weights = [float(part.weight) for part in self.described]
+        self.parts = [_part(part, language_model, tokenizer, trust_remote_code) for part in self.described]
         self.bodies = [part.body for part in self.parts if part.body is not None]
         self.limit = min(part.limit for part in self.parts)
         self.reads_hidden = any(part.reads_hidden for part in self.parts)
         self.decoders = [decoder for part in self.parts for decoder in part.decoders]
 
-    def scorer(
-        self, prompts: Sequence[Prompt], codec: Codec, device: torch.device, hidden: HiddenStates | None = None
-    ) -> Scorer:
-        """For one lock-step batch; device: of the language model; hidden: its states, where `reads_hidden`."""
-        texts = [TextPrompt(prompt, codec) for prompt in prompts]
-        scorers = [part.scorer(texts, device, hidden) for part in self.parts]
+    def scorer(self, batch: Batch) -> Scorer:
+        """Make what scores a batch."""
+        scorers = [part.scorer(replace(batch, buffers=batch.buffers.part(i))) for i, part in enumerate(self.parts)]
         if self.weights == [1.0]:
             return scorers[0]
         return SumScorer(list(zip(scorers, self.weights, strict=True)))
 
 
 def _part(
-    rm: RewardModel,
+    described: RewardModel,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> Part:
     """The one place that tells the kinds apart."""
-    if is_function(rm.model):
-        return _function(rm, rm.model, tokenizer)
-    model = rm.model
+    if is_function(described.model):
+        return _function(described, described.model, tokenizer)
+    model = described.model
     if isinstance(model, Likelihood):
-        return _likelihood(rm, model, lm, tokenizer, trust_remote_code)
+        return _likelihood(described, model, lm, tokenizer, trust_remote_code)
     if isinstance(model, nn.Module) and not hasattr(model, "config"):  # which all models have, PEFT's too
-        return _own_head(rm, model, lm)
-    loaded = load_reward_model(cast(ModelOrPath, model), rm.tokenizer, trust_remote_code)
+        return _own_head(described, model, lm)
+    loaded = load_reward_model(cast(ModelOrPath, model), described.tokenizer, trust_remote_code)
     kind = type(loaded.model).__name__
     if kind in ENCODERS:
-        return _encoder(rm, loaded, tokenizer)
+        return _encoder(described, loaded, tokenizer)
     if kind in PROCESS_MODELS:
-        return _process(rm, loaded, lm, tokenizer)
-    return _classifier(rm, loaded, lm, tokenizer)
+        return _process(described, loaded, lm, tokenizer)
+    return _classifier(described, loaded, lm, tokenizer)
 
 
-def _function(rm: RewardModel, function: RewardFunction, tokenizer: PreTrainedTokenizerBase | None) -> Part:
-    rm.takes_only("a function of texts")
+def _function(described: RewardModel, function: RewardFunction, tokenizer: PreTrainedTokenizerBase | None) -> Part:
+    described.takes_only("a function of texts")
     if tokenizer is None:
-        raise TokenizerMissing("rm is a function of texts, which needs a tokenizer")
-    called = in_callers_mode(function)
-    return Part(lambda prompts, device, _: CallableScorer(called, prompts, device))
+        raise TokenizerMissing("reward_model is a function of texts, which needs a tokenizer")
+    return Part(lambda batch: CallableScorer(function, batch))
 
 
-def _template(template: Template | None) -> Template | None:
-    """The template, called in the caller's mode where it is a function."""
-    return in_callers_mode(template) if callable(template) else template
-
-
-def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
-    rm.takes_only("a head on hidden states")
+def _own_head(described: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
+    described.takes_only("a head on hidden states")
     devices = {str(tensor.device) for tensor in (*head.parameters(), *head.buffers())} - {str(lm.device)}
     if devices:
-        raise ValueError(f"rm is a head on {devices.pop()}, expected the language model's {lm.device}")
+        raise ValueError(f"reward_model is a head on {devices.pop()}, expected the language model's {lm.device}")
     copy = eval_copy(head)
     output = lm.get_output_embeddings()
     size = text_config(lm).hidden_size if output is None else output.weight.shape[1]
@@ -131,28 +123,29 @@ def _own_head(rm: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
             head_rewards(copy, states, torch.zeros(1, dtype=torch.int64, device=lm.device))
     except Exception as error:  # whatever a module raises that is no head
         raise ValueError(
-            f"rm {type(head).__name__} was taken for a head on hidden states [R, {size}], and a trial call failed: "
+            f"reward_model {type(head).__name__} was taken for a head on hidden states [R, {size}], and a trial call "
+            "failed: "
             f"{type(error).__name__}: {error}; expected a module [R, {size}] -> [R, 1], or a function of texts"
         ) from error
 
-    def scorer(prompts: Sequence[TextPrompt], device: torch.device, hidden: HiddenStates | None) -> Scorer:
-        assert hidden is not None
-        return OwnHeadScorer(copy, hidden)
+    def scorer(batch: Batch) -> Scorer:
+        assert batch.hidden is not None
+        return OwnHeadScorer(copy, batch.hidden)
 
-    return Part(scorer, copy, reads_hidden=True)
+    return Part(scorer, copy, reads_hidden=True, loaded=head)
 
 
 def _likelihood(
-    rm: RewardModel,
+    described: RewardModel,
     likelihood: Likelihood,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> Part:
-    rm.takes_only("a likelihood", "tokenizer")
-    decoders = list[tuple[str, PreTrainedModel]]()
+    described.takes_only("a likelihood", "tokenizer")
+    decoders, originals = list[tuple[str, PreTrainedModel]](), list[nn.Module]()
     for name, given in likelihood.models.items():
-        model, own = load_language_model(given, rm.tokenizer, trust_remote_code, name)
+        model, own = load_language_model(given, described.tokenizer, trust_remote_code, name)
         loaded, view = Loaded(model, own), view_of(model)
         if layout_of(view).steps:
             raise ValueError(
@@ -165,56 +158,58 @@ def _likelihood(
                 f"({expected}), expected the same: a likelihood is of the language model's token ids"
             )
         decoders.append((loaded.name, view))
+        originals.append(model)
     views = [view for _, view in decoders]
     chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
     policy, reference = views[0], views[1] if len(views) == 2 else None
     return Part(
-        lambda *batch: LikelihoodScorer(policy, reference, chunks),
+        lambda batch: LikelihoodScorer(policy, reference, chunks, batch.buffers),
         nn.ModuleList(views),
         limit,
         decoders=tuple(decoders),
+        loaded=nn.ModuleList(originals),
     )
 
 
 def _classifier(
-    rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    described: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Part:
-    rm.takes_only("a sequence classifier", "tokenizer", "template", "label")
-    score_head(loaded.model, "rm")  # refuses a head that is not linear
-    label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
-    if rm.template is None and loaded.reads_ids(lm, tokenizer):
+    described.takes_only("a sequence classifier", "tokenizer", "template", "label")
+    score_head(loaded.model, "reward_model")  # refuses a head that is not linear
+    label, chunks, view = loaded.label(described.label), Chunks(), view_of(loaded.model)
+    if described.template is None and loaded.reads_ids(lm, tokenizer):
         limit, body = context_limit(loaded.model), cast(PreTrainedModel, view.base_model)
-        decoders = ((loaded.name, body),)
-        return Part(lambda *batch: ClassifierScorer(view, label, chunks), body, limit, decoders=decoders)
-    own, template = loaded.own_tokenizer(lm, tokenizer), _template(rm.template)
-    return Part(
-        lambda prompts, device, _: TextClassifierScorer(view, label, own, template, prompts, device, chunks),
-        view.base_model,
-    )
+        return Part(
+            lambda batch: ClassifierScorer(view, label, chunks, batch.buffers), body, limit,
+            decoders=((loaded.name, body),), loaded=loaded.model,
+        )  # fmt: skip
+    text_model = TextModel(view, label, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
+    return Part(lambda batch: TextClassifierScorer(text_model, batch), view.base_model, loaded=loaded.model)
 
 
-def _process(rm: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Part:
-    rm.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
+def _process(
+    described: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Part:
+    described.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
     if loaded.labels == 1:
-        raise ValueError(f"rm {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
-    label, chunks, view = loaded.label(rm.label), Chunks(), view_of(loaded.model)
-    own = loaded.own_tokenizer(lm, tokenizer)
-    return Part(
-        lambda prompts, device, _: ProcessScorer(view, label, own, rm.step, rm.reduce, prompts, device, chunks),
-        view.base_model,
-    )
+        raise ValueError(f"reward_model {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
+    label, view, own = loaded.label(described.label), view_of(loaded.model), loaded.own_tokenizer(lm, tokenizer)
+    text_model = TextModel(view, label, own, None, Chunks())
+    scorer = partial(ProcessScorer, text_model, described.step, described.reduce)
+    return Part(scorer, view.base_model, loaded=loaded.model)
 
 
-def _encoder(rm: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> Part:
-    rm.takes_only("an encoder", "tokenizer", "template", "label")
+def _encoder(described: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> Part:
+    described.takes_only("an encoder", "tokenizer", "template", "label")
     own = loaded.tokenizer
     if own is None:
         raise ValueError(
-            f"rm {loaded.name} has no tokenizer, without which it reads no text: pass RewardModel(rm, tokenizer)"
+            f"reward_model {loaded.name} has no tokenizer, without which it reads no text: pass RewardModel(model, "
+            "tokenizer)"
         )
     if tokenizer is None:
-        raise TokenizerMissing(f"rm {loaded.name} reads text, which needs the language model's tokenizer")
+        raise TokenizerMissing(f"reward_model {loaded.name} reads text, which needs the language model's tokenizer")
     loaded.checked(own)
-    label, chunks, copy = loaded.label(rm.label), Chunks(), eval_copy(loaded.model)
-    template = _template(rm.template)
-    return Part(lambda prompts, device, _: EncoderScorer(copy, label, own, template, prompts, device, chunks), copy)
+    copy = eval_copy(loaded.model)
+    text_model = TextModel(copy, loaded.label(described.label), own, described.template, Chunks())
+    return Part(lambda batch: EncoderScorer(text_model, batch), copy, loaded=loaded.model)

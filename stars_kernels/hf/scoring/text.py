@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_host
-from stars_kernels.hf.scoring.chunks import Chunks
+from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.classifier import reward_output
 from stars_kernels.hf.scoring.reader import RowReader
-from stars_kernels.hf.text.templates import Template, TextPrompt, whole_ids
+from stars_kernels.hf.text.templates import TextPrompt, whole_ids
 from stars_kernels.hf.view.layout import context_limit
 
 Input = TypeVar("Input")
@@ -24,9 +24,8 @@ Input = TypeVar("Input")
 class TextScorer(ABC, Generic[Input]):
     """Scores whole texts. A row that cannot be prepared has no reward, and the others go on."""
 
-    def __init__(self, prompts: Sequence[TextPrompt], device: torch.device) -> None:
-        """prompts: of the batch. device: where rewards are wanted."""
-        self.prompts, self.device = prompts, device
+    def __init__(self, batch: Batch) -> None:
+        self.prompts, self.device = batch.prompts, batch.device
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         self.accepted: list[list[int]] = [[] for _ in prompts]
@@ -90,8 +89,8 @@ class TextScorer(ABC, Generic[Input]):
 class ReaderScorer(TextScorer[Input]):
     """Scores texts with a decoder, whose reader keeps what the next rows will share with the chosen one."""
 
-    def __init__(self, prompts: Sequence[TextPrompt], device: torch.device, reader: RowReader) -> None:
-        super().__init__(prompts, device)
+    def __init__(self, batch: Batch, reader: RowReader) -> None:
+        super().__init__(batch)
         self.reader = reader
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
@@ -114,18 +113,9 @@ class ReaderScorer(TextScorer[Input]):
 class TextClassifierScorer(ReaderScorer[list[int]]):
     """A causal sequence classifier of another tokenizer or template; its reward is read at the text's last token."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        label: int,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template | None,
-        prompts: Sequence[TextPrompt],
-        device: torch.device,
-        chunks: Chunks,
-    ) -> None:
-        """model: a view with the stars attention; label: the output that is the reward."""
-        output = reward_output(model, label)
+    def __init__(self, text_model: TextModel, batch: Batch) -> None:
+        model = text_model.model
+        output = reward_output(model, text_model.label)
 
         def head(hidden: Tensor) -> Tensor:
             every = hidden.flatten(0, -2)[:, None]  # [N, 1, D]: each token is the last of its own row
@@ -133,8 +123,9 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
                 hidden.shape[:-1]
             )
 
-        super().__init__(prompts, device, RowReader(cast(PreTrainedModel, model.base_model), head, chunks))
-        self.tokenizer, self.template, self.limit = tokenizer, template, context_limit(model)
+        super().__init__(batch, row_reader(text_model, batch, head))
+        self.tokenizer, self.limit = text_model.tokenizer, context_limit(model)
+        self.template = batch.mode.bound(text_model.template)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> list[int]:
         ids = whole_ids(self.tokenizer, self.template, prompt, answer)
@@ -145,6 +136,12 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
         values, counts = self.reader.read(slots, inputs)
         rewards = torch.tensor([row[-1] for row in values], dtype=torch.float64, device=self.device)
         return Scores(rewards, torch.tensor(counts))
+
+
+def row_reader(text_model: TextModel, batch: Batch, head: Callable[[Tensor], Tensor]) -> RowReader:
+    """Make the reader of a decoder; head: hidden [..., D] -> values [...]."""
+    backbone = cast(PreTrainedModel, text_model.model.base_model)
+    return RowReader(backbone, head, text_model.chunks, batch.buffers)
 
 
 def check_length(count: int, limit: int) -> None:

@@ -12,6 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 PROMPT_FORMS = "a string, chat messages (a list of dicts), a flat list of token ids, or a list of these"
+Message = Mapping[str, Any]
+OnePrompt = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or the messages of a chat."""
+SeveralPrompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Sequence[Message]] | list[OnePrompt]
 REPLACEMENT = "\ufffd"
 
 

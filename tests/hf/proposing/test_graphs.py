@@ -12,7 +12,7 @@ import stars_kernels
 from stars_kernels import ops
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK, free_memory
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf import engine
+from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.tiny import EOS
@@ -42,9 +42,8 @@ def graphs(monkeypatch):
             super().__init__(rerun)
             made.append(self)
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
-    monkeypatch.setattr(engine, "CudaCapture", lambda device: None)
-    monkeypatch.setattr(engine.Engine, "_why_eager", lambda self: None)
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: Recorded(None)))
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     return made
 
 
@@ -111,7 +110,7 @@ def test_fused_draws_are_the_same_draws(lm, rm, graphs, monkeypatch, filters):
     calls, fused = [], {"fuse": True}
     real = ops.lm_head_sample
     monkeypatch.setattr(ops, "lm_head_sample", lambda *given, **options: calls.append(1) or real(*given, **options))
-    monkeypatch.setattr(engine, "ModelProposer", lambda *given, **options: ModelProposer(*given, **options | fused))
+    monkeypatch.setattr(call, "ModelProposer", lambda *given, **options: ModelProposer(*given, **options | fused))
     settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, **filters)
     outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
     assert bool(calls) == (filters["top_k"] is None)

@@ -141,7 +141,7 @@ def test_it_needs_both_tokenizers_and_no_steps(lm, tokenizer):
         stars_kernels.decode(lm, rm, "ab", tokenizer=byte_tokenizer(), **SET)
     with pytest.raises(ValueError, match="reads text, which needs the language model's tokenizer: pass tokenizer="):
         stars_kernels.decode(lm, RewardModel(rm, tokenizer), [1], **SET)
-    with pytest.raises(ValueError, match="reduce is given, but rm is an encoder, which takes none"):
+    with pytest.raises(ValueError, match="reduce is given, but reward_model is an encoder, which takes none"):
         stars_kernels.decode(lm, RewardModel(rm, tokenizer, reduce="mean"), [1], tokenizer=tokenizer, **SET)
 
 

@@ -313,5 +313,5 @@ def test_fp32_rewards_are_bit_equal_whatever_the_width():
 
 
 def test_settings_of_other_kinds_are_refused(lm):
-    with pytest.raises(ValueError, match="label is given, but rm is a head on hidden states, which takes none"):
+    with pytest.raises(ValueError, match="label is given, but reward_model is a head on hidden states"):
         stars_kernels.decode(lm, RewardModel(linear(), label=0), [1], seed=0)

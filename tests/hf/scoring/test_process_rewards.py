@@ -133,9 +133,9 @@ def test_what_it_cannot_do_is_refused(lm, rm):
     settings = dict(SET, tokenizer=byte_tokenizer())
     for described, message in (
         (RewardModel(rm, MERGING), "has 2 labels, expected 1; say which one is the reward"),
-        (RewardModel(rm, MERGING, label=2), "label is 2, but rm LlamaForTokenClassification has 2 labels"),
+        (RewardModel(rm, MERGING, label=2), "label is 2, but reward_model LlamaForTokenClassification has 2 labels"),
         (RewardModel(process_model(num_labels=1), MERGING), "has 1 label, whose probability is always 1"),
-        (RewardModel(rm, MERGING, "{answer}", label=1), "template is given, but rm is a token classifier"),
+        (RewardModel(rm, MERGING, "{answer}", label=1), "template is given, but reward_model is a token classifier"),
         (RewardModel(rm, label=1), "has a vocabulary of 300 tokens and the language model one of 260"),
     ):
         with pytest.raises(ValueError, match=message):

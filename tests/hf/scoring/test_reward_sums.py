@@ -80,16 +80,21 @@ def test_one_parts_error_is_the_rows(lm, parts):
 def test_what_is_refused(lm, parts):
     settings = dict(SET, tokenizer=byte_tokenizer())
     for rm, message in (
-        ([], "rm is an empty list, expected at least one reward model"),
-        (RewardModel(vowels, byte_tokenizer()), "tokenizer is given, but rm is a function of texts, which takes none"),
-        (RewardModel(vowels, label=0), "label is given, but rm is a function of texts"),
-        (RewardModel(parts[0], reduce="mean"), "reduce is given, but rm is a sequence classifier"),
-        (RewardModel(parts[0], step="x"), "step is given, but rm is a sequence classifier"),
+        ([], "reward_model is an empty list, expected at least one reward model"),
+        (
+            RewardModel(vowels, byte_tokenizer()),
+            "tokenizer is given, but reward_model is a function of texts, which takes none",
+        ),
+        (RewardModel(vowels, label=0), "label is given, but reward_model is a function of texts"),
+        (RewardModel(parts[0], reduce="mean"), "reduce is given, but reward_model is a sequence classifier"),
+        (RewardModel(parts[0], step="x"), "step is given, but reward_model is a sequence classifier"),
     ):
         with pytest.raises(ValueError, match=message):
             stars_kernels.decode(lm, rm, "a", **settings)
     for item, kind in ((3, "int"), (None, "NoneType"), ([parts[0]], "list"), ((parts[0], 0.5), "tuple")):
-        with pytest.raises(TypeError, match=rf"rm\[1\] is of type {kind}, expected .* RewardModel\(\.\.\., weight=\)"):
+        with pytest.raises(
+            TypeError, match=rf"reward_model\[1\] is of type {kind}, expected .* RewardModel\(\.\.\., weight=\)"
+        ):
             stars_kernels.decode(lm, [parts[0], item], "a", **settings)
     for weight in (float("nan"), "x", True):
         with pytest.raises(TypeError, match=f"weight is {weight!r}, expected a finite number"):

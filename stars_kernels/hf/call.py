@@ -1,0 +1,370 @@
+"""One call of an engine: its prompts become requests, which are decoded in batches, and events tell of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from stars_kernels.decoder.answer import Answer, FindStop
+from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
+from stars_kernels.decoder.checks import shown
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
+from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
+from stars_kernels.decoder.round import Round
+from stars_kernels.decoder.rules import BestOf, Rule
+from stars_kernels.decoder.scheduler import Run
+from stars_kernels.hf.cache.buffers import Buffers
+from stars_kernels.hf.cache.hidden import HiddenStates
+from stars_kernels.hf.models import Models
+from stars_kernels.hf.modes import CallersMode
+from stars_kernels.hf.progress import Progress
+from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.processors import TokenHooks
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
+from stars_kernels.hf.rule_checks import check_rule, first_plan
+from stars_kernels.hf.scoring.batch import Batch
+from stars_kernels.hf.serving import Serving
+from stars_kernels.hf.sizing import auto_batch_size, free_memory_of, round_cost
+from stars_kernels.hf.text.prompts import Codec, Prompt
+from stars_kernels.hf.text.templates import TextPrompt
+from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
+
+CALIBRATION_WIDTH = 32
+"""Continuations of a prompt decoded side by side, at most; as everywhere, it changes memory and speed only."""
+
+
+class Workspace:
+    """The memory that one call at a time works in; the next takes it over, with the CUDA graphs that work on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        """device: the language model's."""
+        self.buffers = Buffers()
+        self.graphs = self.make_graphs(device)
+
+    @staticmethod
+    def make_graphs(device: torch.device) -> SegmentGraphs | None:
+        """Make what captures segments; None where there are no graphs."""
+        return SegmentGraphs(CudaCapture(device)) if device.type == "cuda" else None
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.buffers.clear()
+
+
+class Call:
+    """The settings, requests and results of one call."""
+
+    def __init__(
+        self,
+        models: Models,
+        config: StarsConfig,
+        calibration: Calibration | None = None,
+        hooks: TokenHooks | None = None,
+        texts: bool = False,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """calibration: whose r* and beta the config has. texts: whether events tell of text.
+
+        workspace: what it works in; None = of its own. It is needed, and may be set, from `events` on.
+        """
+        self.models, self.calibration = models, calibration
+        self.workspace = Workspace(models.lm.device) if workspace is None else workspace
+        self.mode = CallersMode()
+        self.config = config.replace(seed=secrets.randbits(63) if config.seed is None else config.seed)
+        self.hooks = TokenHooks() if hooks is None else hooks
+        check_rule(config, models.lm, models.rewarder)
+        models.check_ids("eos_token_id", config.eos_token_id or ())
+        self.eos = models.eos if config.eos_token_id is None else config.eos_token_id
+        self.codec = Codec(models.tokenizer, config.stop_strings, self.eos)
+        self.told = self.codec if texts else None
+        self.serving = Serving(models, config, self.hooks)
+        self.backends = self.serving.backends()
+        self.limits = MemoryLimits()
+        self.calibration_seconds: float | None = None
+        self.results: Results = []
+
+    def admit(self, prompts: list[Any], request_ids: Any) -> tuple[list[Request], list[StarsEvent]]:
+        """Encode and check every prompt; those that fail are events at once. Wrong request ids raise."""
+        encoded: dict[int, Prompt] = {}
+        errors: dict[int, Exception] = {}
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded[index] = self._checked(self.codec.encode(prompt))
+            except Exception as error:  # a tokenizer's and a chat template's errors are of many kinds
+                errors[index] = (TypeError if isinstance(error, TypeError) else ValueError)(
+                    f"prompt {index}: {message_of(error)}"
+                )
+                with_cause(errors[index], error)
+        ids = number_requests(request_ids, len(prompts), encoded)
+        requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+        return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        self.models.check_ids("token id", prompt.ids)
+        if not prompt.ids:
+            raise ValueError("it has no tokens, expected at least one")
+        limit = self.models.limit
+        if len(prompt.ids) >= limit:
+            raise ValueError(f"it has {len(prompt.ids)} tokens, expected less than the context limit of {limit}")
+        return prompt
+
+    @torch.inference_mode()  # suspended at every yield: the consumer is in its own mode
+    def events(
+        self, requests: list[Request], failed: list[StarsEvent], results: Results
+    ) -> Generator[StarsEvent, None, None]:
+        """Decode; yields segments and finished prompts as they come.
+
+        results: gets what each prompt comes to; whatever ends the generator early carries it.
+        """
+        self.results = results
+        with carrying(results):
+            yield from self._failed(failed)
+            if requests and not is_calibrated(self.config):
+                _warn_of_one(requests)
+                try:
+                    self._calibrate(requests)
+                except DecodeError as why:
+                    for r in requests:
+                        error = why.restated(f"prompt {r.index}: {why}", index=r.index, request_id=r.id)
+                        yield from self._failed([failure(self.codec, r.index, r.id, error)])
+                    return
+            with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
+                while requests:
+                    count = yield from self._decode_batch(requests, bar)
+                    requests = requests[count:]
+
+    def _failed(self, events: Iterable[StarsEvent]) -> Iterator[StarsEvent]:
+        for event in events:
+            self.results[event.index] = event.output
+            yield event
+
+    def _calibrate(self, requests: list[Request]) -> None:
+        self.calibration = self.calibrate(requests)
+        self.calibration_seconds = self.calibration.seconds
+        self.config = with_target(self.config, self.calibration.reward_threshold, self.calibration.beta)
+
+    @torch.inference_mode()
+    def calibrate(self, requests: list[Request]) -> Calibration:
+        """Find r* and beta from plain continuations of the requests; raises DecodeError where none has a reward."""
+        began = time.perf_counter()
+        config, chosen = self.config, requests[: self.config.calibration_samples]
+        samples = -(-config.calibration_samples // len(chosen))
+        answers: list[Answer] = []
+        with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
+            while len(answers) < len(chosen):
+                done = self._sample(chosen[len(answers) :], samples)
+                answers += done
+                bar.update(sum(answer.counts.sampled for answer in done))
+        done = [answer for answer in answers if answer.error is None]
+        failed = [(request, answer) for request, answer in zip(chosen, answers, strict=True) if answer.error]
+        if failed and done:
+            request, answer = failed[0]
+            warnings.warn(
+                f"calibration goes on without {len(failed)} of {len(answers)} prompts, unknown to r* and beta; "
+                f"the first, prompt {request.index}: {answer.error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        rewards = [reward for answer in done for reward in answer.segments[0].rewards if math.isfinite(reward)]
+        if not rewards:
+            error = answers[0].error
+            found = answers[0].segments[0].rewards if error is None else error
+            why = f"calibration found no finite reward among its plain continuations; the first: {found}"
+            raise DecodeError(why, what="calibration") if error is None else error.restated(why)
+        target, beta = calibrate(config, rewards)
+        return Calibration(
+            reward_threshold=target,
+            beta=beta,
+            quantile=config.calibration_quantile,
+            acceptance=config.calibration_acceptance,
+            rewards=rewards,
+            sampled=sum(answer.counts.sampled for answer in answers),
+            rm_scored=sum(answer.counts.rm_scored for answer in answers),
+            seconds=time.perf_counter() - began,
+            model=self.models.fingerprint,
+            reward_model=self.models.reward_fingerprint,
+        )
+
+    def _sample(self, requests: list[Request], samples: int) -> list[Answer]:
+        """Sample plain continuations of the first of `requests`, as many as make a batch."""
+        run = self.begin(requests, BestOf(samples), min(samples, CALIBRATION_WIDTH), STREAM_CALIBRATE)
+        try:
+            for _ in run.rounds():
+                pass
+        finally:
+            run.close()
+        return run.answers
+
+    def begin(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+        """Make a run that has read the first of `requests`: batch_size of them, or as many as memory allows."""
+        size = self._batch_size(requests, rule, width)
+        while True:
+            batch = requests[: self.limits.batch_size or size]
+            run = self._new_run(batch, rule, width, noise)
+            try:
+                run.begin()
+                return run
+            except Warning:  # which the caller has made an error
+                raise
+            except Exception as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    run.fail(range(len(batch)), error)
+                    return run
+            run.close()
+            self.workspace.clear()
+            self.limits.halve_batch(len(batch))
+            free_memory()
+
+    def _batch_size(self, requests: list[Request], rule: Rule, width: int | Literal["auto"]) -> int:
+        config, models = self.config, self.models
+        if config.batch_size != "auto":
+            return config.batch_size
+        tokens = max(min(len(r.prompt.ids) + config.max_new_tokens, models.limit) for r in requests)
+        plan = first_plan(config, rule)
+        attempts = plan.attempts if width == "auto" else min(width, plan.attempts)
+        size = min(plan.size, config.max_new_tokens)
+        free = None if models.lm.device.type != "cuda" else self._free
+        return auto_batch_size(models.lm, models.reward_models, tokens, attempts, size, free=free)
+
+    def _free(self, device: torch.device) -> int:
+        """Bytes that may be taken on a GPU; those that an earlier call has left to this one are to be had."""
+        return free_memory_of(device) + self.workspace.buffers.bytes_on(device)
+
+    def _new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+        config, models, buffers = self.config, self.models, self.workspace.buffers
+        assert config.seed is not None
+        answers = [
+            Answer(
+                key=request_key(config.seed, r.id),
+                prompt=r.prompt.ids,
+                limit=min(config.max_new_tokens, models.limit - len(r.prompt.ids)),
+                find_stop=self._find_stop(r.index),
+                max_new_tokens=config.max_new_tokens,
+                trace=config.trace,
+            )
+            for r in requests
+        ]
+        lm = models.lm
+        hidden = HiddenStates(lm, buffers.part("hidden")) if models.rewarder.reads_hidden else None
+        texts = [TextPrompt(r.prompt, self.codec) for r in requests]
+        scorer = models.rewarder.scorer(Batch(texts, lm.device, hidden, self.mode, buffers.part("rewards")))
+        graphs = self.workspace.graphs if self.serving.eager is None else None
+        processors = self.hooks.batch([r.index for r in requests])
+        proposer = ModelProposer(
+            lm, graphs, fuse=self.serving.unfused is None, hidden=hidden, processors=processors,
+            buffers=buffers.part("language model"),
+        )  # fmt: skip
+        cost = round_cost(lm, models.reward_models, first_plan(config, rule).size, graphs is not None)
+        played = Round(proposer, scorer, rule, config.sampling, answers, self.eos, noise)
+        return Run(played, width, self.limits, cost)
+
+    def _find_stop(self, index: int) -> FindStop | None:
+        """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""
+        finders = [self.codec.find_stop] if self.codec.stops else []
+        if self.hooks.criteria:
+            finders.append(functools.partial(self.hooks.find_stop, index))
+
+        def find_stop(tokens: list[int], accepted: int) -> int | None:
+            stop = None
+            for find in finders:
+                if (found := find(tokens, accepted)) is not None:
+                    stop, tokens = found, tokens[:found]  # the next is not asked about what lies behind it
+            return stop
+
+        return find_stop if finders else None
+
+    def _decode_batch(self, requests: list[Request], bar: Progress) -> Generator[StarsEvent, None, int]:
+        """Decode the first of `requests`, as many as make a batch; returns their number."""
+        run = self.begin(requests, self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
+        batch = list(zip(requests, run.answers, [Told(self.told) for _ in run.answers], strict=False))
+        try:
+            for turn in run.rounds():
+                for request, answer, told in (batch[p] for p in turn):
+                    result, before = self._result(request, answer, run.seconds), told.tokens
+                    if result is not None or len(answer.tokens) > before:
+                        bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
+                        yield self._event(request, answer, told, result, run.seconds)
+        except BaseException:
+            for request, answer, _ in batch:
+                if answer.active:
+                    answer.finish_reason = "interrupted"
+                self._result(request, answer, run.seconds)
+            raise
+        finally:
+            run.close()
+        return len(batch)
+
+    def _event(
+        self, request: Request, answer: Answer, told: Told, result: Result | None, seconds: dict[str, float]
+    ) -> StarsEvent:
+        """What is new of a prompt; where its text cannot be told, the prompt ends with that."""
+        try:
+            return told.event(request, answer, result)
+        except Exception as error:  # a tokenizer's, of any kind
+            answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
+        result = self._result(request, answer, seconds)
+        assert isinstance(result, Exception)
+        return failure(self.codec, request.index, request.id, result)
+
+    def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> Result | None:
+        """What a prompt has come to; None while it is on its way."""
+        result: Result | None = None
+        if answer.error is None and answer.finish_reason is not None:
+            try:
+                result = self._output(request, answer, answer.finish_reason, seconds)
+            except Exception as error:  # a tokenizer's, of any kind
+                answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
+        if answer.error is not None:
+            message = f"prompt {request.index} (request {request.id}), {answer.error}"
+            result = answer.error.restated(message, index=request.index, request_id=request.id)
+        self.results[request.index] = result
+        return result
+
+    def _output(
+        self, request: Request, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]
+    ) -> StarsOutput:
+        calibrating = {} if self.calibration_seconds is None else {"calibrate": self.calibration_seconds}
+        return StarsOutput(
+            text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
+            token_ids=answer.tokens,
+            reward=answer.reward,
+            finish_reason=finish_reason,
+            config=self.config,
+            request_id=request.id,
+            prompt_reward=answer.prompt_reward,
+            segments=answer.segments,
+            counts=answer.counts,
+            seconds={**calibrating, **seconds},
+            calibration=self.calibration,
+            backends=dict(self.backends),
+            memory_limits=self.limits.halved,
+        )
+
+    def _progress(self, total: int | None, what: str) -> Progress:
+        return Progress(total, what, self.config.progress)
+
+
+def _warn_of_one(requests: list[Request]) -> None:
+    if len(requests) > 1:
+        return
+    prompt = requests[0].prompt
+    found = shown(prompt.ids if prompt.text is None else prompt.text)
+    warnings.warn(
+        f"r* is calibrated on the very prompt that is decoded, {found}: what is a high reward there says little "
+        "of other prompts. Pass reward_threshold= and beta=, or calibration=, which "
+        "stars_kernels.calibrate(model, reward_model, prompts) makes from several",
+        UserWarning,
+        stacklevel=2,
+    )
