@@ -14,7 +14,7 @@ from stars_kernels.ops.philox import MAX_ATTEMPTS
 
 
 def first_plan(config: StarsConfig, rule: Rule | None = None) -> Plan:
-    """Return the plan for an answer's first segment by a rule; None = the config's. A race's rows hold whole answers."""
+    """Return the plan for an answer's first segment; rule: None = the config's. A race's rows hold whole answers."""
     rule = config.resolved_rule if rule is None else rule
     plan = rule.plan(Answer(key=0, prompt=[], limit=config.max_new_tokens))
     return plan._replace(size=config.max_new_tokens) if plan.race else plan

@@ -111,7 +111,8 @@ def _score_part(call: Call, number: int, part: Part, requests: list[Request], to
         if slots:
             padded = [tokens[slot] + [0] * (longest - len(tokens[slot])) for slot in slots]
             zeros = [0] * len(slots)
-            rows = Rows(slots, *to_device([slots, zeros, zeros, zeros], device))
+            slot, zero = to_device([slots, zeros], device)
+            rows = Rows(slots, slot, zero, zero, zero)
             lengths = torch.tensor([len(tokens[slot]) for slot in slots], device=device)
             found = scorer.score(rows, torch.tensor(padded, device=device), lengths)
             rewards[slots] = _checked(found, requests, slots)

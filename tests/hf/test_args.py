@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 import stars_kernels
 from stars_kernels import Args, StarsConfig, StarsError
 from stars_kernels.decoder.rules import Candidate
-from stars_kernels.hf import engine
+from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.draws import likeliest
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from tests.hf import families
@@ -151,14 +151,12 @@ def test_segments_as_graphs(lm, rm, monkeypatch, reward):
     rm = rm if reward == "model" else torch.nn.Linear(24, 1).double()
     expected, made = decode(lm, rm), []
 
-    class Recorded(SegmentGraphs):
-        def __init__(self, capture):
-            super().__init__(rerun)
-            made.append(self)
+    def recorded(device):
+        made.append(SegmentGraphs(rerun))
+        return made[-1]
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
-    monkeypatch.setattr(engine, "CudaCapture", lambda device: None)
-    monkeypatch.setattr(engine.Engine, "_why_eager", lambda self: None)
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     found = decode(lm, rm)
     assert [(o.token_ids, o.reward) for o in found] == [(o.token_ids, o.reward) for o in expected]
     assert sum(graphs.replays for graphs in made) > 3

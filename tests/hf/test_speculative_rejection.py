@@ -7,7 +7,7 @@ import stars_kernels
 from stars_kernels import SpeculativeRejection, StarsConfig, StarsError
 from stars_kernels.decoder.draws import draw
 from stars_kernels.decoder.rules import Plan, Verdict
-from stars_kernels.hf import engine
+from stars_kernels.hf import call, serving
 from stars_kernels.hf.cache.fork import ForkCache
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
@@ -196,14 +196,12 @@ def test_the_first_turn_as_graphs(lm, rm, monkeypatch, reward):
     config = CONFIG.replace(eos_token_id=())
     expected, made = decode(lm, rm, config, width=2), []
 
-    class Recorded(SegmentGraphs):
-        def __init__(self, capture):
-            super().__init__(rerun)
-            made.append(self)
+    def recorded(device):
+        made.append(SegmentGraphs(rerun))
+        return made[-1]
 
-    monkeypatch.setattr(engine, "SegmentGraphs", Recorded)
-    monkeypatch.setattr(engine, "CudaCapture", lambda device: None)
-    monkeypatch.setattr(engine.Engine, "_why_eager", lambda self: None)
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     for width in (2, 6):
         assert [told(o) for o in decode(lm, rm, config, width=width)] == [told(o) for o in expected]
     assert sum(graphs.replays for graphs in made) > 0
