@@ -18,7 +18,7 @@ TIMED = ("decode", "ops")
 """Modules with `add_arguments(parser)` and `run(args) -> list[Row]`; args.device and its args.rates."""
 MODELLED = ("roofline",)
 """The same, but run() prints its own tables, by formula, and returns an exit code."""
-ALONE = ("first",)
+ALONE = ("calls", "first")
 """The same, but with all its options, --device among them, in its own `add_arguments`."""
 DEVICES = ("cpu", "cuda")
 

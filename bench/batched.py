@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.common import KeysAndValues, Result, append, cached_rewards, check_plain, fork, prefill, sampler, tail
-from demo.naive import Judge, judge_attempt
+from demo.naive import judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.rules import Candidate
@@ -24,7 +24,6 @@ def batched_decode(
     config: StarsConfig,
     rows: int,
     keys: Sequence[int],
-    judges: Sequence[Judge] | None = None,
     seeded: bool = True,
 ) -> list[Result]:
     """STARS on prompts of EQUAL length, about `rows` attempts per round; other arguments as in `naive_decode`.
@@ -70,11 +69,11 @@ def batched_decode(
             rewards = cached_rewards(rm, rm_forked, tokens).tolist()
             uniforms = accept_uniforms([keys[p] for p in row_prompts], [position] * len(row_prompts), row_attempts)
             for row, p in enumerate(row_prompts):
-                answer, judge = answers[p], None if judges is None else judges[p]
+                answer = answers[p]
                 if len(answer.tokens) > position:  # decided by an attempt before
                     continue
                 candidate = Candidate(tokens[row].tolist(), rewards[row], uniforms[row])
-                if judge_attempt(answer, rule, candidate, judge):
+                if judge_attempt(answer, rule, candidate):
                     tails[p], rm_tails[p] = tail(forked, row, start), tail(rm_forked, row, rm_start)
         append(cache, tails)
         append(rm_cache, rm_tails)

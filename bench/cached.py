@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from bench.common import Result, append, cached_rewards, check_plain, prefill, sampler, tail
-from demo.naive import Judge, judge_attempt
+from demo.naive import judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.rules import Candidate
@@ -23,7 +23,6 @@ def cached_decode(
     prompt_ids: Sequence[int],
     config: StarsConfig,
     key: int,
-    judge: Judge | None = None,
     seeded: bool = True,
 ) -> Result:
     """STARS with a DynamicCache for each model, cropped after an attempt; arguments as in `naive_decode`.
@@ -53,7 +52,7 @@ def cached_decode(
             tokens = torch.stack(steps, dim=1)  # [1, size]
             reward = float(cached_rewards(rm, rm_cache, tokens))
             (uniform,) = accept_uniforms([key], [position], [len(answer.candidates)])
-            if judge_attempt(answer, rule, Candidate(tokens[0].tolist(), reward, uniform), judge):
+            if judge_attempt(answer, rule, Candidate(tokens[0].tolist(), reward, uniform)):
                 best_tails = (tail(cache, 0, start), tail(rm_cache, 0, rm_start))
             _crop(cache, start)
             _crop(rm_cache, rm_start)

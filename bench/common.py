@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from bench.report import CheckError
-from stars_kernels import StarsConfig, backends
+from stars_kernels import StarsConfig, StarsOutput, backends
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.hf.view.layout import cache_argument
 from stars_kernels.ops import segment_sample
@@ -41,8 +41,9 @@ class Result:
     """Attempts judged, segment by segment."""
 
     @staticmethod
-    def of(answer: Answer) -> Result:
-        return Result(answer.tokens, answer.reward, [segment.attempts for segment in answer.segments])
+    def of(answer: Answer | StarsOutput) -> Result:
+        tokens = answer.tokens if isinstance(answer, Answer) else answer.token_ids
+        return Result(tokens, answer.reward, [segment.attempts for segment in answer.segments])
 
 
 def sampler(config: StarsConfig, keys: Sequence[int] | None) -> Sampler:

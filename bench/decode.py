@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -18,25 +18,20 @@ from bench.batched import batched_decode
 from bench.cached import cached_decode
 from bench.common import Result, check_triton
 from bench.machine import Forward, wait
-from bench.ours import ours_decode, segment_graphs
+from bench.ours import counted, decode_once, ours_decode
 from bench.report import CheckError, Row
+from bench.script import MEAN_ATTEMPTS, Script
 from demo.arguments import whole
-from demo.naive import Judge, generate_options, naive_decode
-from stars_kernels import StarsConfig, decode
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from demo.naive import generate_options, naive_decode
+from stars_kernels import StarsConfig
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.rule_checks import first_plan
 from stars_kernels.ops.philox import request_key
 
 T = TypeVar("T")
 
 SEGMENT = 15
 SEGMENTS = 8
-MEAN_ATTEMPTS = 4
-ATTEMPTS = (3, 5, 7, 1, 2, 11, 1, 2)
-"""The attempt that is accepted, segment by segment; each prompt starts at another place.
-
-The mean is exactly 4, also over the first two, the first four, and eight prompts of any number of segments.
-The spread is that of a geometric distribution, as for a reward model that takes one attempt in four.
-"""
 BATCHED_ROWS = {1: 8, 8: 24}
 """Rows a round of the `batched` contestant, by number of prompts: about what `width="auto"` takes."""
 TARGETS = {
@@ -51,46 +46,55 @@ OVERHEAD_TARGET = 0.08
 LONG_PROMPT_TOKENS = 1024
 REWARDS = ("scripted", "real")
 """Of the job above, or the demo's: `heads`."""
-
-
-def script(prompt: int) -> Judge:
-    """Reward 1 for the attempt that the pattern accepts, 0 for the others, whatever the reward model says."""
-
-    def judge(segment: int, attempt: int, reward: float) -> float:
-        return float(attempt == ATTEMPTS[(prompt + segment) % len(ATTEMPTS)] - 1)
-
-    return judge
+ONCE = "an engine a call"
+"""As which `stars_kernels.decode` is timed."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What a contestant has to do: all prompts, each to the end of the budget."""
 
-    model: PreTrainedModel
-    rm: PreTrainedModel
+    loaded: models.Models
     prompts: list[list[int]]
     config: StarsConfig
-    scripted: bool = True
     seeded: bool = False
     """Draw the engine's tokens, for the check; else the contestants draw as transformers does."""
 
     @property
-    def keys(self) -> list[int]:
-        assert self.config.seed is not None
-        return [request_key(self.config.seed, p) for p in range(len(self.prompts))]
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
 
     @property
-    def judges(self) -> list[Judge] | None:
-        return [script(p) for p in range(len(self.prompts))] if self.scripted else None
+    def rm(self) -> PreTrainedModel:
+        return self.loaded.rm
+
+    @property
+    def keys(self) -> list[int]:
+        return request_keys(self.config, len(self.prompts))
+
+    @property
+    def segment_size(self) -> int:
+        return first_plan(self.config).size
 
     @property
     def segments(self) -> int:
         """Of all prompts together."""
-        return len(self.prompts) * -(-self.config.max_new_tokens // self.config.segment_size)
+        return len(self.prompts) * -(-self.config.max_new_tokens // self.segment_size)
 
     def cut(self, prompts: int, segments: int) -> Job:
-        config = self.config.replace(max_new_tokens=segments * self.config.segment_size)
+        config = self.config.replace(max_new_tokens=segments * self.segment_size)
         return replace(self, prompts=self.prompts[:prompts], config=config)
+
+
+def request_keys(config: StarsConfig, prompts: int) -> list[int]:
+    """Return the keys of requests whose ids are 0 to prompts - 1."""
+    assert config.seed is not None
+    return [request_key(config.seed, p) for p in range(prompts)]
+
+
+def scripted(config: StarsConfig, segment_size: int, prompts: int) -> StarsConfig:
+    """Return the config with the script as its rule."""
+    return config.replace(rule=Script(segment_size, tuple(request_keys(config, prompts))))
 
 
 def make_job(
@@ -100,25 +104,30 @@ def make_job(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Job:
+    """Load the models, with a script for as many prompts."""
     loaded = models.load(model_name, prompts, dtype, prompt_tokens, device)
     config = StarsConfig(
-        segment_size=SEGMENT, max_new_tokens=SEGMENT * SEGMENTS, temperature=1.0, top_k=40, seed=0,
-        eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0,
-    )  # fmt: skip
-    return Job(loaded.model, loaded.rm, loaded.prompts, config)
+        max_new_tokens=SEGMENT * SEGMENTS, temperature=1.0, top_k=40, seed=0, eos_token_id=(), progress=False
+    )
+    return Job(loaded, loaded.prompts, scripted(config, SEGMENT, prompts))
 
 
 # The contestants: each does the whole job
 
 
-def ours(job: Job, forwards: list[Forward] | None = None, graphs: SegmentGraphs | None = None) -> list[Result]:
-    graphs = graphs or segment_graphs(job.model, job.config)
-    return ours_decode(job.model, job.rm, job.prompts, job.config, job.keys, job.judges, forwards, graphs)
+def ours(job: Job) -> list[Result]:
+    """Decode by the engine of the models, which the first call makes."""
+    return ours_decode(job.loaded, job.prompts, job.config)
 
 
-def eager(job: Job, forwards: list[Forward] | None = None) -> list[Result]:
+def eager(job: Job) -> list[Result]:
     """Decode as `ours` does, without CUDA graphs."""
-    return ours(replace(job, config=job.config.replace(graphs=False)), forwards)
+    return ours(replace(job, config=job.config.replace(graphs=False)))
+
+
+def once(job: Job) -> list[Result]:
+    """Decode by an engine for this call."""
+    return decode_once(job.loaded, job.prompts, job.config)
 
 
 def naive(job: Job) -> list[Result]:
@@ -131,7 +140,7 @@ def cached(job: Job) -> list[Result]:
 
 def batched(job: Job) -> list[Result]:
     rows = BATCHED_ROWS.get(len(job.prompts), 3 * len(job.prompts))
-    return batched_decode(job.model, job.rm, job.prompts, job.config, rows, job.keys, job.judges, job.seeded)
+    return batched_decode(job.model, job.rm, job.prompts, job.config, rows, job.keys, job.seeded)
 
 
 def plain(job: Job) -> list[Result]:
@@ -154,15 +163,14 @@ def plain(job: Job) -> list[Result]:
 CONTESTANTS: dict[str, Callable[[Job], list[Result]]] = {
     "naive": naive, "cached": cached, "batched": batched, "ours": ours,
 }  # fmt: skip
-OTHERS = {**CONTESTANTS, "plain": plain, "ours, eager": eager}
+OTHERS = {**CONTESTANTS, "plain": plain, ONCE: once, "ours, eager": eager}
 """What ours may be timed against."""
 
 
 def _one_by_one(decode_one: Callable[..., T], job: Job) -> list[T]:
-    judges: Sequence[Judge | None] = job.judges or [None] * len(job.prompts)
     return [
-        decode_one(job.model, job.rm, prompt, job.config, key, judge, job.seeded)
-        for prompt, key, judge in zip(job.prompts, job.keys, judges, strict=True)
+        decode_one(job.model, job.rm, prompt, job.config, key, job.seeded)
+        for prompt, key in zip(job.prompts, job.keys, strict=True)
     ]
 
 
@@ -172,11 +180,12 @@ def _one_by_one(decode_one: Callable[..., T], job: Job) -> list[T]:
 def check_exact(device: str = "cpu") -> None:
     """Check that in float64, where rounding tips no choice, all give the same tokens after the same attempts."""
     loaded = models.load("tiny", prompts=3, dtype=torch.float64, device=device)
-    config = StarsConfig(segment_size=5, max_new_tokens=22, eos_token_id=(), seed=7, progress=False)
-    scripted = config.replace(accept="hard", alpha=1.0, reward_threshold=0.5, beta=1.0)
-    _compare("scripted", Job(loaded.model, loaded.rm, loaded.prompts, scripted, seeded=True))
+    config = StarsConfig(max_new_tokens=22, eos_token_id=(), seed=7, progress=False)
+    job = Job(loaded, loaded.prompts, scripted(config, 5, prompts=3), seeded=True)
+    _compare("scripted", job)
     # Real rewards: soft acceptance at a rising threshold, and few enough attempts for fallbacks.
     soft = config.replace(
+        segment_size=5,
         max_attempts=5,
         alpha=0.1,
         reward_threshold=1.5,
@@ -186,34 +195,33 @@ def check_exact(device: str = "cpu") -> None:
         top_p=0.9,
         min_p=0.01,
     )
-    job = Job(loaded.model, loaded.rm, loaded.prompts, soft, scripted=False, seeded=True)
-    expected = _compare("soft", job)
-    outputs = decode(job.model, job.rm, job.prompts, config=soft, request_ids=range(len(job.prompts)))
-    assert isinstance(outputs, list)
-    if [output.token_ids for output in outputs] != [result.token_ids for result in expected]:
-        raise CheckError("soft: stars_kernels.decode and the naive loop give different tokens in float64")
+    _compare("soft", replace(job, config=soft))
 
 
-def _compare(what: str, job: Job) -> list[Result]:
+def _compare(what: str, job: Job) -> None:
     results = {name: contestant(job) for name, contestant in CONTESTANTS.items()}
+    results[ONCE] = once(job)
     results["ours, width 3"] = ours(replace(job, config=job.config.replace(width=3)))
     expected = results["naive"]
     for name, given in results.items():
         for p, (a, b) in enumerate(zip(given, expected, strict=True)):
             if (a.token_ids, a.attempts) != (b.token_ids, b.attempts):
                 raise CheckError(f"{what}: {name} and naive differ in float64 at prompt {p}:\n{a}\n{b}")
-    return expected
 
 
 def check_graphs(device: str) -> None:
-    """Check that graphs change no token and no attempt in float32.
+    """Check that graphs change no token, attempt or reward in float32.
 
     4 and 8 rows are never padded, so that both multiply matrices of the same shapes.
     """
     job = make_job("tiny", prompts=2, device=device)
     job = replace(job, config=job.config.replace(width=4))
-    graphs = segment_graphs(job.model, job.config)
-    captured, expected = ours(job, graphs=graphs), eager(job)
+    expected = eager(job)
+    with job.loaded.engine.open_run(job.prompts, config=job.config, request_ids=range(2)) as run:
+        for _ in run.rounds():
+            pass
+        captured, proposer = [Result.of(answer) for answer in run.answers], run.round.proposer
+        graphs = proposer.graphs if isinstance(proposer, ModelProposer) else None
     if graphs is None or not graphs.replays:
         raise CheckError("no segment was replayed from a CUDA graph")
     if captured != expected:
@@ -260,19 +268,14 @@ class Pair:
     theirs: float
 
 
-def interleaved(
-    job: Job, others: dict[str, Job], forwards: list[Forward] | None = None
-) -> tuple[dict[str, Pair], float]:
+def interleaved(job: Job, others: dict[str, Job]) -> dict[str, Pair]:
     """Time each of the others on its own job, between two runs of ours on `job`, whose mean it is compared with.
 
     A shared machine drifts, so only neighbours in time are compared. The naive loop's time is proportional to its
-    attempts: it is charged MEAN_ATTEMPTS of them a segment. forwards: gets those of our first run, whose share of time
-    outside of them is returned too.
+    attempts: it is charged MEAN_ATTEMPTS of them a segment.
     """
     device = job.model.device
-    seconds = timed("ours", partial(ours, job, forwards), device)[0]
-    overhead = 1 - sum(forward.seconds for forward in forwards or []) / seconds
-    mine = [seconds / job.segments]
+    mine = [timed("ours", partial(ours, job), device)[0] / job.segments]
     pairs = {}
     for name, other in others.items():
         seconds, results = timed(name, partial(OTHERS[name], other), device)
@@ -281,7 +284,14 @@ def interleaved(
             theirs = seconds * MEAN_ATTEMPTS / sum(sum(result.attempts) for result in results)
         mine.append(timed("ours", partial(ours, job), device)[0] / job.segments)
         pairs[name] = Pair(statistics.mean(mine[-2:]), theirs)
-    return pairs, overhead
+    return pairs
+
+
+def overhead(job: Job) -> tuple[float, list[Forward]]:
+    """Return the share of our time that lies outside of the models' forwards, and these."""
+    with counted(job.loaded) as forwards:
+        seconds, _ = timed("ours, its forwards counted", partial(ours, job), job.model.device)
+    return 1 - sum(forward.seconds for forward in forwards) / seconds, forwards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -322,17 +332,17 @@ def run_on_cpu(args: argparse.Namespace) -> list[Row]:
     segments = 4 if args.quick else SEGMENTS
     one = full.cut(1, segments)
     naive_job = full.cut(1, 2) if args.quick else one
-    ours(full.cut(1, 1))  # warms up
+    ours(full.cut(1, 1))  # makes the engine, and warms up
     print("time, one prompt ...", flush=True)
-    forwards: list[Forward] = []
-    pairs, overhead = interleaved(one, {"naive": naive_job, "cached": one, "batched": one, "plain": one}, forwards)
+    pairs = interleaved(one, {"naive": naive_job, **dict.fromkeys(("cached", "batched", "plain", ONCE), one)})
+    share, forwards = overhead(one)
     speed = pairs["plain"]
     notes = {
         "naive": f"seconds a segment of {SEGMENT}; ours has {shares['ours']:.0%} of its tokens in float32",
         "plain": _plain_note(speed),
     }
     rows = _rows(args, "one prompt", one, pairs, forwards, notes)
-    rows.append(_overhead_row(args, "one prompt", overhead, speed))
+    rows.append(_overhead_row(args, "one prompt", share, speed))
     if args.prompts == 1:
         return rows
 
@@ -340,11 +350,11 @@ def run_on_cpu(args: argparse.Namespace) -> list[Row]:
     print(f"time, {name} ...", flush=True)
     many = full.cut(args.prompts, segments)
     others = {"naive": naive_job} if args.quick else {"naive": naive_job, "batched": many}
-    forwards = []
-    pairs, overhead = interleaved(many, others, forwards)
+    pairs = interleaved(many, others)
+    share, forwards = overhead(many)
     notes = {"naive": "it cannot batch: its rate from one prompt"}
     rows += _rows(args, name, many, pairs, forwards, notes)
-    rows.append(_overhead_row(args, name, overhead, pairs["naive"]))
+    rows.append(_overhead_row(args, name, share, pairs["naive"]))
     if args.quick:
         return rows
 
@@ -352,8 +362,9 @@ def run_on_cpu(args: argparse.Namespace) -> list[Row]:
     name = f"{args.prompts} prompts of {tokens} tokens"
     print(f"time, {name} ...", flush=True)
     long = make_job(args.model, args.prompts, tokens)
-    forwards = []
-    pairs, _ = interleaved(long, {"batched": long}, forwards)
+    ours(long.cut(1, 1))  # makes the engine
+    pairs = interleaved(long, {"batched": long})
+    _, forwards = overhead(long)
     return rows + _rows(args, name, long, pairs, forwards, {"batched": "reading the prompts is in both times"})
 
 
@@ -361,7 +372,8 @@ def run_on_gpu(args: argparse.Namespace) -> list[Row]:
     """Time the same jobs in float32 and bfloat16, ours as CUDA graphs.
 
     There are no targets, and no share of time outside the forwards: the host runs ahead of them. Everything runs once
-    untimed, so that no kernel is compiled or loaded on the clock; capturing the graphs is on it.
+    untimed, so that no kernel is compiled or loaded on the clock. Nor are graphs captured on it, but by an engine for
+    one call.
     """
     check_triton()
     print("check in float64 ...", flush=True)
@@ -378,7 +390,8 @@ def run_on_gpu(args: argparse.Namespace) -> list[Row]:
         segments = 4 if args.quick else SEGMENTS
         one = full.cut(1, segments)
         naive_job = full.cut(1, 2) if args.quick else one
-        jobs = [("one prompt", one, {"naive": naive_job, "cached": one, "batched": one, "plain": one})]
+        others = {"naive": naive_job, **dict.fromkeys(("cached", "batched", "plain", ONCE), one)}
+        jobs = [("one prompt", one, others)]
         if args.prompts > 1:
             many = full.cut(args.prompts, segments)
             jobs.append((f"{args.prompts} prompts", many, {"naive": naive_job, "batched": many}))
@@ -389,13 +402,13 @@ def run_on_gpu(args: argparse.Namespace) -> list[Row]:
         for name, job, others in jobs:
             others["ours, eager"] = job
             print(f"warm up, {name}, {what} ...", flush=True)
-            forwards: list[Forward] = []
-            eager(job, forwards)
+            with counted(job.loaded) as forwards:
+                eager(job)
             ours(job)
             for other, work in others.items():
                 OTHERS[other](work)
             print(f"time, {name}, {what} ...", flush=True)
-            pairs, _ = interleaved(job, others)
+            pairs = interleaved(job, others)
             notes = {"naive": f"one prompt at a time; ours has {shares['ours']:.0%} of its tokens"}
             if "plain" in pairs:
                 notes["plain"] = _plain_note(pairs["plain"])

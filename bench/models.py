@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from stars_kernels import Engine
 
 MODELS = ("smol", "tiny")
 PROMPT_TOKENS = 200
@@ -28,6 +31,11 @@ class Models:
     rm: PreTrainedModel
     prompts: list[list[int]]
     """Token ids, all of one length and all different."""
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Load and pack the models for all calls, at the first use of this."""
+        return Engine(self.model, self.rm)
 
 
 def load(
@@ -64,6 +72,7 @@ def reward_model(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(1, config.hidden_size, generator=generator) / config.hidden_size**0.5
     rm.score.weight = torch.nn.Parameter(head.to(model.device, model.dtype))
+    rm.score.weight._is_hf_initialized = True  # transformers' mark; without it, a head that a checkpoint had not
     return rm.eval()
 
 

@@ -1,6 +1,6 @@
 """rival_vllm: STARS on vLLM, the strongest way to write it without this package. NEVER RUN: no GPU so far.
 
-The same prompts, models, script of accepted attempts and accept rule as `python -m bench decode`, in bfloat16. A round
+The same prompts, models, script of accepted attempts as `python -m bench decode`, in bfloat16. A round
 asks vLLM for `n = width` samples of a segment of every unfinished prompt, with prefix caching, and a second engine
 (vLLM's classification, or transformers' with --rm hf) for the reward of each. It prints aligned tokens per second for
 every width; the best of them is the rival's figure.
@@ -31,7 +31,7 @@ from bench import models
 from bench.common import Result, check_plain
 from bench.decode import SEGMENTS, Job, make_job
 from demo.arguments import output_file, whole
-from demo.naive import Judge, judge_attempt
+from demo.naive import judge_attempt
 from stars_kernels import StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.rules import Candidate
@@ -50,9 +50,8 @@ def align(
     config: StarsConfig,
     width: int,
     keys: Sequence[int],
-    judges: Sequence[Judge] | None = None,
 ) -> list[Result]:
-    """STARS over two engines. config: with reward_threshold and beta; keys: of each request, for its decisions."""
+    """STARS over two engines. config: with all that its rule needs; keys: of each request, for its decisions."""
     check_plain(config)
     rule = config.resolved_rule
     answers = [
@@ -73,14 +72,14 @@ def align(
         ]
         uniforms = iter(accept_uniforms(*zip(*numbers, strict=True)))
         for p, row in zip(active, samples, strict=True):
-            answer, judge, position = answers[p], None if judges is None else judges[p], len(answers[p].tokens)
+            answer, position = answers[p], len(answers[p].tokens)
             for tokens in row:
                 candidate = Candidate(tokens, next(rewards), next(uniforms))
                 if len(answer.tokens) > position:  # decided by a sample before
                     continue
                 if math.isnan(candidate.reward):
                     raise ValueError(f"prompt {p}: a reward is nan, expected a number")
-                judge_attempt(answer, rule, candidate, judge)
+                judge_attempt(answer, rule, candidate)
     return [Result.of(answer) for answer in answers]
 
 
@@ -200,7 +199,7 @@ def measure(generate: Generate, score: Score, job: Job, widths: Sequence[int]) -
     for width in widths:
         for _ in range(2):
             began = time.perf_counter()
-            results = align(generate, score, job.prompts, job.config, width, job.keys, job.judges)
+            results = align(generate, score, job.prompts, job.config, width, job.keys)
             seconds = time.perf_counter() - began
         tokens = sum(len(result.token_ids) for result in results)
         speeds[width] = tokens / seconds

@@ -16,9 +16,6 @@ from stars_kernels.hf.loading.language_model import eos_ids
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import accept_uniforms
 
-Judge = Callable[[int, int, float], float]
-"""(segment, attempt, the reward model's reward) -> the reward that decides."""
-
 
 @torch.inference_mode()
 def naive_decode(
@@ -27,7 +24,6 @@ def naive_decode(
     prompt_ids: Sequence[int],
     config: StarsConfig,
     key: int,
-    judge: Judge | None = None,
     seeded: bool = True,
 ) -> Answer:
     """Decode one prompt, one attempt at a time, with nothing kept between attempts.
@@ -36,7 +32,6 @@ def naive_decode(
         rm: a sequence classifier on the same token ids, its first output is the reward; or a function of them, [1, N].
         config: with all that its rule needs (reward_threshold and beta); without stop strings. Its width has no use.
         key: the request's Philox key, `request_key(seed, request id)`.
-        judge: tells the reward that decides in place of the reward model's, which is computed all the same.
         seeded: draw the tokens that the engine draws; else as transformers does, by torch's own random numbers.
     """
     if config.stop_strings:
@@ -68,20 +63,16 @@ def naive_decode(
         )
         tokens = longer[0, ids.shape[1] :].tolist()
         (uniform,) = accept_uniforms([key], [len(answer.tokens)], [len(answer.candidates)])
-        judge_attempt(answer, rule, Candidate(tokens, reward(longer), uniform), judge, eos)
+        judge_attempt(answer, rule, Candidate(tokens, reward(longer), uniform), eos)
     return answer
 
 
-def judge_attempt(
-    answer: Answer, rule: Rule, candidate: Candidate, judge: Judge | None = None, eos: Collection[int] = ()
-) -> bool:
+def judge_attempt(answer: Answer, rule: Rule, candidate: Candidate, eos: Collection[int] = ()) -> bool:
     """Let the rule judge the next attempt at the answer's segment; say whether that one is taken, or the best so far.
 
     An attempt that is taken joins the answer.
     """
     attempt = len(answer.candidates)
-    if judge is not None:
-        candidate.reward = judge(answer.decided, attempt, candidate.reward)
     verdict = rule.judge(answer, [*answer.candidates, candidate])
     answer.add([candidate], [verdict], width=1)
     if verdict.outcome is not None:

@@ -16,6 +16,8 @@ from bench import __main__ as bench
 from bench.first import command, decodes, figures, launches, setting
 from bench.kernels import GPUS, MODELS, Model, smooth_max
 from bench.report import CheckError
+from stars_kernels.hf import call, serving
+from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from tests.hf.proposing.test_graphs import rerun
 from tests.test_bench_gpu import FakeEvent
 
@@ -315,7 +317,8 @@ def test_the_gap_of_empty_kernels(gpu, monkeypatch):
 
 
 def test_a_round_from_graphs(gpu, monkeypatch):
-    monkeypatch.setattr(decodes, "CudaCapture", lambda device: rerun)
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: SegmentGraphs(rerun)))
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     shape = gpu.shapes("tiny")[1]
     list(decodes.rounds(gpu, "tiny", shape, "eager"))
     found = {figure.name: figure for figure in decodes.rounds(gpu, "tiny", shape, "graph")}

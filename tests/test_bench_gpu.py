@@ -1,14 +1,15 @@
 """`--device cuda` of the benchmarks without a GPU: the refusal, and the whole way with the CPU in its place."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import common, decode, machine, ops, ours, report, versions
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
-from tests.hf.proposing.test_graphs import rerun
+from bench import calls, common, decode, machine, models, ops, ours, report, versions
+from stars_kernels.hf import call, serving
+from tests.hf.proposing.test_graphs import Live, rerun
 
 RATES = machine.Rates(1e10, 1e11)
 
@@ -53,7 +54,7 @@ def test_without_a_suite_all_are_timed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a suite (decode, ops, roofline, first), or --device for all of them"),
+        ([], "expected a suite (decode, ops, roofline, calls, first), or --device for all of them"),
         (["--device", "cuda", "ops"], "--device and --quick of one suite go behind its name, ops"),
         (["--device", "cuda"], f"argument --device: no CUDA device (torch {torch.__version__})"),
     ],
@@ -78,16 +79,15 @@ def test_a_gpu_is_not_timed_with_the_definitions(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Segments of the benchmark from stand-ins for CUDA graphs."""
+    """All SegmentGraphs that engines make, from stand-ins for CUDA graphs."""
     made = []
 
-    def stand_in(model, config):
-        if not config.graphs or model.dtype == torch.float64:
-            return None
-        made.append(SegmentGraphs(rerun))
+    def stand_in(device):
+        made.append(Live(rerun))
         return made[-1]
 
-    monkeypatch.setattr(decode, "segment_graphs", stand_in)
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(stand_in))
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None if self._config.graphs else "graphs=False")
     return made
 
 
@@ -99,7 +99,7 @@ def test_decode_on_a_gpu(graphs, monkeypatch, capsys):
     args = Namespace(device="cpu", quick=False, model="tiny", prompts=2, rates=RATES)
     rows = decode.run_on_gpu(args)
     jobs = {name: [row.against for row in rows if row.name == name] for name in dict.fromkeys(row.name for row in rows)}
-    one = ["naive", "cached", "batched", "plain", "ours, eager"]
+    one = ["naive", "cached", "batched", "plain", "an engine a call", "ours, eager"]
     assert jobs == {
         f"{job}, {dtype}": against
         for dtype in ("float32", "bfloat16")
@@ -120,14 +120,50 @@ def test_graphs_that_differ_or_do_not_replay_fail_the_check(graphs, monkeypatch)
     monkeypatch.setattr(decode, "eager", lambda job: [])
     with pytest.raises(report.CheckError, match="CUDA graphs and eager segments differ"):
         decode.check_graphs("cpu")
-    monkeypatch.setattr(decode, "segment_graphs", lambda model, config: None)
+    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: "why not")
     with pytest.raises(report.CheckError, match="no segment was replayed"):
         decode.check_graphs("cpu")
 
 
-def test_graphs_are_for_a_gpu_alone():
-    job = decode.make_job("tiny", prompts=1)
-    assert ours.segment_graphs(job.model, job.config) is None
+def test_an_engine_takes_the_random_head_on_a_model_from_a_checkpoint(tmp_path):
+    job = decode.make_job("tiny", prompts=1).cut(prompts=1, segments=1)
+    job.model.save_pretrained(tmp_path)
+    model = type(job.model).from_pretrained(tmp_path)
+    again = replace(job, loaded=models.Models(model, models.reward_model(model), job.prompts))
+    assert decode.ours(again) == decode.once(again) == decode.ours(job)
+
+
+def test_forwards_are_counted_and_no_longer():
+    """Among them the largest: each model reads the prompt once, the logits of its last token alone."""
+    job = decode.make_job("tiny", prompts=1).cut(prompts=1, segments=2)
+    with ours.counted(job.loaded) as forwards:
+        results = decode.ours(job)
+    count = len(forwards)
+    flops = sorted(forward.flops for forward in forwards)
+    body = sum(p.numel() for p in job.model.model.layers.parameters())
+    head = job.model.lm_head.weight.numel()
+    assert flops[-2:] == [2 * body * 200, 2 * (body * 200 + head)]
+    assert {forward.weight_bytes for forward in forwards} == {4 * body, 4 * (body + head)}
+    assert all(forward.seconds > 0 for forward in forwards)
+    assert decode.ours(job) == results and len(forwards) == count
+
+
+def test_each_call_of_an_engine_is_the_same_and_is_told(capsys, monkeypatch):
+    arguments = ["calls", "--model", "tiny", "--calls", "2", "--tokens", "4"]
+    assert calls.run(command.parse(arguments)[2]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| call") and len(lines) == 6
+    for line in lines[2:]:
+        _, _, seconds, setup, share, _ = (cell.strip() for cell in line.split("|"))
+        assert 0 < float(setup) < float(seconds) and 0 < float(share.rstrip("%")) < 100
+    real = calls.decode
+
+    def other(*args, config, **given):
+        return real(*args, config=config.replace(top_k=2), **given)
+
+    monkeypatch.setattr(calls, "decode", other)
+    assert calls.run(command.parse(arguments)[2]) == 1
+    assert "CHECK FAILED: calls give different answers" in capsys.readouterr().out
 
 
 class FakeEvent:

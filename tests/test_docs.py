@@ -37,6 +37,7 @@ SMALL = {  # command: a smaller run of the same entry point
     "python -m bench decode": [*PYTHON, "bench", "decode", "--help"],
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
     "python -m bench decode --rewards real": [*PYTHON, *"bench decode --rewards real --quick --model tiny".split()],
+    "python -m bench calls": [*PYTHON, *"bench calls --model tiny --calls 1".split()],
     "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
     "python -m bench first": [*PYTHON, *"bench first --device cpu --model tiny --out build/first-test".split()],
     "python -m bench.travel": [*PYTHON, "bench.travel"],
@@ -118,6 +119,7 @@ NEEDS_A_GPU = {
     "python -m bench first --device cuda",
     "python -m bench first --device cuda --resume",
     "python -m bench decode --device cuda",
+    "python -m bench calls --device cuda",
     "python -m bench.rival_vllm",
 }
 """Run by nothing here, and by nobody so far: of these, only that they exist and take these arguments is tested."""

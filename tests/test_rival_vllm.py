@@ -20,7 +20,7 @@ def job():
 def truth(request, job):
     if not request.param:
         changes = dict(accept="soft", alpha=0.1, reward_threshold=1.5, beta=0.5, max_attempts=5)
-        job = replace(job, config=job.config.replace(**changes), scripted=False)
+        job = replace(job, config=job.config.replace(rule=None, **changes))
     return job, decode.naive(replace(job, seeded=True))
 
 
@@ -55,13 +55,11 @@ def test_the_loop_is_stars(truth, width):
     """On engines that draw the same tokens it gives the answers of the naive loop, fallbacks included."""
     job, expected = truth
     engine = Engine(job)
-    found = rival_vllm.align(
-        engine.generate, rival_vllm.hf_score(job.rm), job.prompts, job.config, width, job.keys, job.judges
-    )
+    found = rival_vllm.align(engine.generate, rival_vllm.hf_score(job.rm), job.prompts, job.config, width, job.keys)
     assert [(r.token_ids, r.attempts) for r in found] == [(r.token_ids, r.attempts) for r in expected]
     assert [r.reward for r in found] == pytest.approx([r.reward for r in expected], rel=1e-12)
     assert max(map(max, engine.counts)) == min(width, job.config.max_attempts)
-    assert job.scripted or any(5 in result.attempts for result in found)
+    assert job.config.rule or any(5 in result.attempts for result in found)
 
 
 def test_rewards_of_texts_of_several_lengths(job):

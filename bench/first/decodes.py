@@ -16,14 +16,10 @@ from bench.first.roofline import SEGMENT, SIZES, Shape
 from bench.first.setting import SEED, Setting
 from bench.report import CheckError
 from demo.naive import generate_options, naive_decode
-from stars_kernels import StarsConfig
+from stars_kernels import Engine, StarsConfig
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.scheduler import Run
-from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
-from stars_kernels.hf.proposing.proposer import ModelProposer
-from stars_kernels.hf.scoring.classifier import ClassifierScorer
-from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
 
@@ -40,29 +36,10 @@ NAIVE_ATTEMPTS = 2
 def settings(shape: Shape, rounds: int) -> StarsConfig:
     """Let every round accept its first attempt, so that each is whole: it reads, draws, scores, judges, commits."""
     return StarsConfig(
-        segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, width=shape.width, temperature=1.0, top_k=40, seed=SEED,
-        eos_token_id=(), accept="hard", alpha=1.0, reward_threshold=-1e6, beta=1.0,
+        segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, width=shape.width, batch_size=shape.prompts,
+        temperature=1.0, top_k=40, seed=SEED, eos_token_id=(), progress=False,
+        accept="hard", alpha=1.0, reward_threshold=-1e6, beta=1.0,
     )  # fmt: skip
-
-
-class Stopwatch:
-    """A proposer or a scorer whose calls named `calls` are timed, the device's work included."""
-
-    def __init__(self, inner: Any, clock: Clock, *calls: str) -> None:
-        self._inner, self._clock = inner, clock
-        self.seconds: dict[str, list[float]] = {call: [] for call in calls}
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        if name not in self.seconds:
-            return found
-
-        def timed(*args: Any, **options: Any) -> Any:
-            seconds, result = self._clock.whole(lambda: found(*args, **options))
-            self.seconds[name].append(seconds)
-            return result
-
-        return timed
 
 
 class EagerSegments:
@@ -75,17 +52,37 @@ class EagerSegments:
         """There is nothing to forget."""
 
 
-class TimedCapture:
-    """CudaCapture, and the seconds that each capture takes."""
+class Stopwatch:
+    """Times the parts of a run: seconds of each call, the device's work included."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._capture, self._clock = CudaCapture(clock.device), clock
-        self.seconds: list[float] = []
+    def __init__(self, run: Run, clock: Clock, graph: bool) -> None:
+        self._clock = clock
+        proposer: Any = run.round.proposer
+        if not graph:
+            proposer.graphs = EagerSegments()
+        elif proposer.graphs is None:
+            raise CheckError("the engine makes no CUDA graphs here")
+        self.capture = self._timed(proposer.graphs, "capture") if graph else []
+        self.segment = self._timed(proposer.graphs, "run")
+        self.propose, self.score = self._timed(proposer, "propose"), self._timed(run.round.scorer, "score")
+        self._commits = self._timed(proposer, "commit"), self._timed(run.round.scorer, "commit")
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        seconds, replay = self._clock.whole(lambda: self._capture(run))
-        self.seconds.append(seconds)
-        return replay
+    @property
+    def commit(self) -> list[float]:
+        """Of both models."""
+        return list(map(sum, zip(*self._commits, strict=True)))
+
+    def _timed(self, place: Any, name: str) -> list[float]:
+        """Put a method that is timed in the place of an object's own; returns what gets its seconds."""
+        inner, seconds = getattr(place, name), list[float]()
+
+        def timed(*args: Any, **options: Any) -> Any:
+            took, result = self._clock.whole(lambda: inner(*args, **options))
+            seconds.append(took)
+            return result
+
+        setattr(place, name, timed)
+        return seconds
 
 
 @torch.inference_mode()
@@ -97,24 +94,16 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
     m, clock, graph = SIZES[name], setting.clock, how == "graph"
     model, rm = setting.load(name)
     prompts, config = setting.prompts(name, shape), settings(shape, ROUNDS[how])
-    capture = TimedCapture(clock) if graph else None
-    segments = Stopwatch(SegmentGraphs(capture) if capture else EagerSegments(), clock, "run")
-    proposer = Stopwatch(ModelProposer(view_of(model), segments), clock, "propose", "commit")
-    scorer = Stopwatch(ClassifierScorer(view_of(rm), label=0), clock, "score", "commit")
-    answers = [Answer(request_key(SEED, p), ids, config.max_new_tokens) for p, ids in enumerate(prompts)]
-    loop = Run.of(proposer, scorer, config, answers)
-    seconds = []
-    try:
-        prefill, _ = clock.whole(loop.begin)
-        turns = loop.rounds()
+    ids, seconds = range(len(prompts)), list[float]()
+    with Engine(model, rm, config=config, graphs=graph) as engine, engine.open_run(prompts, request_ids=ids) as run:
+        parts, turns = Stopwatch(run, clock, graph), run.rounds()
         next(turns)  # begun
         for _ in range(ROUNDS[how]):
             took, turn = clock.whole(lambda: next(turns, None))
             if turn is None:
                 break
             seconds.append(took)
-    finally:
-        loop.close()
+    answers = run.answers
     if error := next((answer.error for answer in answers if answer.error is not None), None):
         raise error
     if len(seconds) != ROUNDS[how]:
@@ -128,21 +117,21 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
     yield duration(what, whole, "ms", roofline.whole_seconds(setting.gpu, m, shape, graph=graph))
     yield Figure(f"{what}, tokens", shape.prompts * SEGMENT / whole.median, "tokens/s",
                  note="aligned, where each segment takes one round")  # fmt: skip
-    step = Timing.of([s / (SEGMENT - 1) for s in segments.seconds["run"][skip:]])
+    step = Timing.of([s / (SEGMENT - 1) for s in parts.segment[skip:]])
     phase = partial(roofline.phase_seconds, setting.gpu, m, shape, graph=graph)
     segment = phase("segment")
     yield duration(f"{what}, model step", step, "ms", segment and segment / (SEGMENT - 1), "a forward and its draw")
-    if capture:
-        yield duration(f"{what}, capture", Timing.of(capture.seconds), "s", note="once a batch, rows and length")
-    commits = map(sum, zip(proposer.seconds["commit"], scorer.seconds["commit"], strict=True))
-    parts = {"propose": proposer.seconds["propose"], "score": scorer.seconds["score"], "commit": list(commits)}
+    if graph:
+        note = "once an engine, rows and length, while its buffers stay"
+        yield duration(f"{what}, capture", Timing.of(parts.capture), "s", note=note)
     last = phase("last token")
     expected = {"propose": segment and last and segment + last, "score": phase("RM"), "commit": None}
-    for part, found in parts.items():
+    for part, found in {"propose": parts.propose, "score": parts.score, "commit": parts.commit}.items():
         yield duration(f"{what}, {part}", Timing.of(found[skip:]), "ms", expected[part])
     read = roofline.prefill_seconds(setting.gpu, m, shape)
     yield duration(f"{what}, first", Timing.of(seconds[:1]), "ms", note="kernels not met before are compiled in it")
-    yield duration(f"{what}, prompts", Timing.of([prefill]), "ms", read, "read by both models")
+    prefill = Timing.of([run.seconds["prefill"]])
+    yield duration(f"{what}, prompts", prefill, "ms", read, "read by both models")
     note = f"with draws from plain forwards; at least {TOKENS_THAT_AGREE}"
     yield Figure(f"{what}, tokens that agree", agreement, "share", note=note)
 

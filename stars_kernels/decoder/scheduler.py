@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
-from stars_kernels.decoder.protocols import Proposer, Scorer, Settle
+from stars_kernels.decoder.protocols import Settle
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
@@ -26,19 +25,6 @@ class Run:
     """Shrinks where memory runs out."""
     cost: Cost = cpu_cost
     """Of a round, on the device that it runs on: what width="auto" goes by."""
-
-    @staticmethod
-    def of(
-        proposer: Proposer,
-        scorer: Scorer,
-        config: StarsConfig,
-        answers: list[Answer],
-        eos: tuple[int, ...] = (),
-        cost: Cost = cpu_cost,
-    ) -> Run:
-        """Make a run by the rule, the sampling and the width of a config, with r* and beta."""
-        played = Round(proposer, scorer, config.resolved_rule, config.sampling, answers, eos)
-        return Run(played, config.width, cost=cost)
 
     @property
     def answers(self) -> list[Answer]:

@@ -111,6 +111,14 @@ class Call:
         requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
         return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
 
+    def admit_all(self, prompts: list[Any], request_ids: Any) -> list[Request]:
+        """Admit prompts as `admit` does, and raise what the first failure was."""
+        requests, failed = self.admit(prompts, request_ids)
+        if failed:
+            assert isinstance(failed[0].output, Exception)
+            raise failed[0].output
+        return requests
+
     def _checked(self, prompt: Prompt) -> Prompt:
         self.models.check_ids("token id", prompt.ids)
         if not prompt.ids:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.decoder.calibration import with_target
+from stars_kernels.decoder.calibration import is_calibrated, with_target
 from stars_kernels.decoder.config import Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
 from stars_kernels.decoder.rules import Stars
+from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.models import Models
@@ -23,6 +25,7 @@ from stars_kernels.hf.requests import Results, carrying, collect
 from stars_kernels.hf.score import score_answers
 from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.text.prompts import OnePrompt, SeveralPrompts, split_prompts
+from stars_kernels.ops.philox import STREAM_SAMPLE
 
 Errors = Literal["raise", "return"]
 Config = StarsConfig | Mapping[str, Any] | None
@@ -159,11 +162,7 @@ class Engine:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
         with self._turn(), self._borrowed() as workspace:
             call = Call(self.models, self._resolved(config, settings), workspace=workspace)
-            requests, failed = call.admit(given, None)
-            if failed:
-                assert isinstance(failed[0].output, Exception)
-                raise failed[0].output
-            return call.calibrate(requests)
+            return call.calibrate(call.admit_all(given, None))
 
     def score(self, prompts: SeveralPrompts, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[float]:
         """Return the reward of each whole answer to its prompt, as `decode` would have found it.
@@ -183,6 +182,38 @@ class Engine:
         with self._turn(), self._borrowed() as workspace:
             whole = self.config.replace(stop_strings=())
             return score_answers(Call(self.models, whole, workspace=workspace), given, answers)
+
+    @contextmanager
+    def open_run(
+        self,
+        prompts: SeveralPrompts,
+        *,
+        config: Config = None,
+        request_ids: Sequence[int | str] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Run]:
+        """Begin the first batch of a call, for whoever looks into its rounds, as the benchmarks do.
+
+        The run has read its prompts, and `rounds` decodes them. The engine waits for the end of the block, which closes
+        the run; what was decided stays in `run.answers`.
+
+        Raises:
+            ValueError, TypeError: as `decode`; also for settings without r* or beta, which are not calibrated here.
+        """
+        given, _ = split_prompts(prompts)
+        if not given:
+            raise ValueError("prompts is an empty list, expected at least one prompt")
+        resolved = self._resolved(config, settings)
+        if not is_calibrated(resolved):
+            raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
+        with self._turn(), self._borrowed() as workspace, torch.inference_mode():
+            call = Call(self.models, resolved, workspace=workspace)
+            requests = call.admit_all(given, request_ids)
+            run = call.begin(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
+            try:
+                yield run
+            finally:
+                run.close()
 
     def close(self) -> None:
         """Let go of the models, the buffers and the graphs; a stream that is under way ends with an error."""

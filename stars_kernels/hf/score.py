@@ -29,10 +29,7 @@ def score_answers(call: Call, prompts: list[Any], answers: Sequence[Any]) -> lis
         raise TypeError(f"answers is of type {type(answers).__name__}, expected a list, one answer per prompt")
     if len(answers) != len(prompts):
         raise ValueError(f"{len(answers)} answers to {len(prompts)} prompts, expected one each")
-    requests, failed = call.admit(prompts, None)
-    for event in failed:
-        assert isinstance(event.output, Exception)
-        raise event.output
+    requests = call.admit_all(prompts, None)
     tokens = [_tokens(call, request, answer) for request, answer in zip(requests, answers, strict=True)]
     rewards: list[float] = []
     size = 8 if call.config.batch_size == "auto" else call.config.batch_size

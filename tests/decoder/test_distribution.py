@@ -27,11 +27,11 @@ from stars_kernels.decoder.rules import (
     Verdict,
     best,
 )
-from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.proposing.draws import entropy, likeliest
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
 from tests.chi_square import chi_square
+from tests.runs import run_of
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 V, EOS, PROMPT, DEPTH, DECODES = 5, 4, [1, 3], 4, 50_000
@@ -115,7 +115,7 @@ def run(world, config, seed, decodes=DECODES, limit=DEPTH):
     for start in range(0, decodes, size):
         table = Table(world)
         batch = [Answer(request_key(seed, i), PROMPT, limit) for i in range(start, min(start + size, decodes))]
-        Run.of(table, Scorer(table), config, batch, eos=(EOS,)).run()
+        run_of(table, Scorer(table), config, batch, eos=(EOS,)).run()
         assert not any(answer.error for answer in batch)
         answers += [tuple(answer.tokens) for answer in batch]
     return answers

@@ -2,8 +2,8 @@
 
 import stars_kernels
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.scheduler import Run
 from stars_kernels.ops.philox import request_key
+from tests.runs import run_of
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, byte_tokenizer
 
@@ -13,7 +13,7 @@ def loop_of(proposer, scorer, config, prompts, ids, eos=(), find_stop=None):
         Answer(request_key(config.seed, id_), prompt, config.max_new_tokens, find_stop=find_stop)
         for prompt, id_ in zip(prompts, ids, strict=True)
     ]
-    return Run.of(proposer, scorer, config, answers, eos)
+    return run_of(proposer, scorer, config, answers, eos)
 
 
 def decided(loop):

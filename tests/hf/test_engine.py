@@ -17,6 +17,7 @@ from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.view import layout
 from stars_kernels.hf.view.rewrites import packed
+from tests.hf.proposing.test_graphs import Live, rerun
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10], [5, 6]]
@@ -124,20 +125,7 @@ def test_graphs_stay(monkeypatch, fp32):
 
     def capture(run):
         captures.append(1)
-        tokens = run()
-
-        def replay():
-            tokens.copy_(run())
-            return tokens
-
-        return replay
-
-    class Live(SegmentGraphs):
-        """Its replays run the newest segment: a GPU's have no Python, only addresses, which stay."""
-
-        def run(self, segment, *given):
-            self.segment = segment
-            return super().run(lambda rows: self.segment(rows), *given)
+        return rerun(run)
 
     graphs = Live(capture)
     monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: graphs))
@@ -151,8 +139,8 @@ def test_graphs_stay(monkeypatch, fp32):
         assert not captures
         monkeypatch.undo()
         assert told(engine.decode(PROMPTS, seed=3, graphs=False)) == told(first)
-        longer = engine.decode([[9] * 200, *PROMPTS], seed=5)  # the arena moves: old graphs are worth nothing
-        assert told(longer) == told(stars_kernels.decode(lm, rm, [[9] * 200, *PROMPTS], seed=5, eos_token_id=(), **SET))
+        longer = engine.decode([[9] * 140, *PROMPTS], seed=5)  # the arena moves: old graphs are worth nothing
+        assert told(longer) == told(stars_kernels.decode(lm, rm, [[9] * 140, *PROMPTS], seed=5, eos_token_id=(), **SET))
 
 
 def test_graphs_are_bounded():
@@ -160,8 +148,31 @@ def test_graphs_are_bounded():
     rows = Rows([0], *(torch.zeros(1, dtype=torch.int64) for _ in range(4)))
     for _ in range(2):
         for size in range(200):
-            assert graphs.run(lambda rows, size=size: rows.slot + size, rows, size, ()).item() == size
+            (found,) = graphs.run(lambda rows, size=size: (rows.slot + size,), rows, size, ())
+            assert found.item() == size
     assert len(graphs._captured) <= 64
+
+
+def test_an_open_run_decodes_as_a_call_does_and_holds_the_turn(fp32):
+    lm, rm = fp32
+    given = dict(seed=3, request_ids=range(4))
+    with Engine(lm, rm, eos_token_id=(), **SET) as engine, ThreadPoolExecutor(1) as pool:
+        expected = [(o.token_ids, o.reward, o.prompt_reward) for o in engine.decode(PROMPTS, **given)]
+        with engine.open_run(PROMPTS, **given) as run:
+            assert [a.prompt_reward for a in run.answers] == [prompt_reward for *_, prompt_reward in expected]
+            other = pool.submit(engine.decode, PROMPTS, **given)
+            for _ in run.rounds():
+                assert not other.done()
+        assert [(a.tokens, a.reward, a.prompt_reward) for a in run.answers] == expected
+        assert [(o.token_ids, o.reward, o.prompt_reward) for o in other.result()] == expected
+        for prompts, settings, message in (
+            ([], {}, "prompts is an empty list"),
+            ([[]], {}, "it has no tokens"),
+            (PROMPTS, {"beta": None}, "reward_threshold or beta is None, expected both"),
+        ):
+            with pytest.raises((ValueError, TypeError), match=message), engine.open_run(prompts, **settings):
+                pass
+        assert engine.decode(PROMPTS, **given)
 
 
 def test_threads_take_turns(fp32):

@@ -40,6 +40,8 @@ class Candidate:
 class AnswerSoFar(Protocol):
     """What a rule sees of an answer while its next segment is under decision."""
 
+    key: int
+    """The request's, which its random numbers are made from."""
     tokens: list[int]
     """Of the segments that are decided."""
     prompt_reward: float

@@ -104,7 +104,7 @@ class SegmentGraphs:
     """The captured segments of one model and one place in memory, the newest MAX_GRAPHS of them."""
 
     def __init__(self, capture: Capture) -> None:
-        self._capture = capture
+        self.capture = capture
         self._seen: set[object] = set()
         self._captured: dict[object, tuple[Rows, Callable[[], Tensors]]] = {}
         self._storage: object = None
@@ -127,7 +127,7 @@ class SegmentGraphs:
             while len(self._captured) >= MAX_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
             static = rows.map(torch.clone, slots=())  # which change from round to round: a segment reads none
-            self._captured[key] = static, self._capture(lambda: segment(static))
+            self._captured[key] = static, self.capture(lambda: segment(static))
         static, replay = self._captured[key]
         for place, column in zip(static.columns, rows.columns, strict=True):
             place.copy_(column)

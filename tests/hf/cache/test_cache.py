@@ -5,13 +5,13 @@ import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.cache.prefill import PREFILL_TOKENS, packed_chunks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops.philox import request_key
+from tests.runs import run_of
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
@@ -71,7 +71,7 @@ def test_prompts_longer_than_a_packed_forward():
 
 def loop_of(lm, rm, config, prompts=PROMPTS):
     answers = [Answer(request_key(0, p), prompt, config.max_new_tokens) for p, prompt in enumerate(prompts)]
-    return Run.of(ModelProposer(view_of(lm)), ClassifierScorer(view_of(rm), 0), config, answers)
+    return run_of(ModelProposer(view_of(lm)), ClassifierScorer(view_of(rm), 0), config, answers)
 
 
 def poison(cache):
