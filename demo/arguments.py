@@ -38,3 +38,12 @@ def output_file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise ArgumentTypeError(f"it is {text!r}, expected a file in a folder that exists")
     return path
+
+
+def output_folder(text: str) -> Path:
+    """Read the name of a folder, which will be made where it is missing."""
+    path = Path(text)
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ArgumentTypeError(f"it is {text!r}, expected a folder or a place for one; {existing} is a file")
+    return path

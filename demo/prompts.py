@@ -99,6 +99,9 @@ TRAIN_PROMPTS = (
     "Tell me about a house that nobody lives in.",
 )
 
+CALIBRATION_PROMPTS = TRAIN_PROMPTS[::3]
+"""Training prompts of every kind, on which r* and beta are found for the unseen ones."""
+
 UNSEEN_PROMPTS = (
     "Write a short story about an astronaut on a long mission.",
     "Tell me about a gardener and a wall.",

@@ -22,9 +22,12 @@ from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
 PYTHON = [sys.executable, "-m"]
-SMALL = {  # command: a smaller run of the same entry point
+SMALL = {  # command: a smaller run of the same entry point; TMP is an empty folder
     "make help": ["make", "help"],
-    "python -m demo.gain": [*PYTHON, "demo.gain", "--prompts", "2", "--tokens", "8", "--plain-samples", "1"],
+    "python -m demo.compare --write docs/comparison.md": [
+        *PYTHON,
+        *"demo.compare --prompts 2 --tokens 8 --rules stars --out TMP/out --write TMP/comparison.md".split(),
+    ],
     "python -m demo.equality": [
         *PYTHON,
         "demo.equality",
@@ -64,7 +67,8 @@ SAME_ENTRY = {
     "python -m bench decode --rewards real --quick",
     "python -m bench decode --quick --prompts 1",
     "python -m bench.neighbour --runs 3",
-    "python -m demo.gain --reward own-head",
+    "python -m demo.compare",
+    "python -m demo.compare --rules stars --reward own-head --out out/own-head",
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
     "python -m bench ops --only fork_attention",
@@ -164,11 +168,12 @@ def test_links_resolve():
 
 @needs_models
 @pytest.mark.parametrize("command", SMALL)
-def test_command_runs(command):
+def test_command_runs(command, tmp_path):
     # pytest-benchmark times nothing in a worker of pytest-xdist, which it knows by the environment.
     here = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**here, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(SMALL[command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    words = [word.replace("TMP", str(tmp_path)) for word in SMALL[command]]
+    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout
 

@@ -23,7 +23,7 @@ from bench.first import decodes, launches
 from bench.first.figures import Figure, Report, number, percent
 from bench.first.roofline import SIZES
 from bench.first.setting import DTYPE, SEED, Setting
-from demo.arguments import whole
+from demo.arguments import output_folder, whole
 
 SECONDS = 540
 """By default: for a command that may take ten minutes."""
@@ -128,22 +128,13 @@ def line(figure: Figure) -> str:
     return f"{figure.name}: {number(figure.value)} {figure.unit}{beside}"
 
 
-def folder(text: str) -> Path:
-    """A folder, which is made where it is missing."""
-    path = Path(text)
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise argparse.ArgumentTypeError(f"it is {text!r}, expected a folder or a place for one; {existing} is a file")
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="a CPU is a rehearsal (default cpu)")
     parser.add_argument(
         "--model", nargs="+", choices=SIZES, metavar="MODEL",
         help=f"of {', '.join(SIZES)} (default: tiny on a CPU, else llama-3-8b qwen2.5-0.5b)",
     )  # fmt: skip
-    parser.add_argument("--out", type=folder, default=Path("build/first"), metavar="FOLDER",
+    parser.add_argument("--out", type=output_folder, default=Path("build/first"), metavar="FOLDER",
                         help="gets first.json and first.md (default build/first)")  # fmt: skip
     parser.add_argument("--seconds", type=whole(1), default=SECONDS, metavar="N",
                         help=f"no part begins after them (default {SECONDS})")  # fmt: skip
