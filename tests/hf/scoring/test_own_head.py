@@ -245,7 +245,7 @@ class Scorer(nn.Module):
     [
         (Scorer(), r"reward_model Scorer was taken for a head .* TypeError: .*'attention_mask'"),
         (nn.DataParallel(tiny_reward_model()), "reward_model DataParallel was taken for a head"),
-        (nn.Linear(64, 1), r"reward_model Linear was taken for a head .* ValueError: weight has shape \[64\], expected \[24\]"),
+        (nn.Linear(64, 1), r"Linear was taken for a head .* ValueError: weight has shape \[64\], expected \[24\]"),
         (nn.Linear(24, 2).double(), r"reward_model Linear was taken for a head .*: the head returned shape \[1, 2\]"),
     ],
 )
