@@ -203,8 +203,9 @@ def calibrate(
 ) -> Calibration:
     """Find r* and beta from the rewards of plain continuations of prompts like those that are to be decoded.
 
-    `calibration_samples` continuations in all are sampled; r* is the `calibration_quantile` of their rewards, and beta
-    such that the share `calibration_acceptance` of them would be accepted at r*. More samples make both steadier.
+    About `calibration_samples` continuations are sampled in all, as many of each prompt and at least one. r* is the
+    `calibration_quantile` of their rewards, and beta such that the share `calibration_acceptance` of them would be
+    accepted at r*. More samples make both steadier.
 
     Returns:
         A `Calibration`: `save` it, and pass it to any call with the same models.

@@ -22,12 +22,12 @@ class Segment:
     rewards, thresholds, lengths: of each judged attempt, its threshold tau (NaN where the rule has none), its tokens.
     widths: attempts decoded side by side, a round each.
     tokens: of each judged attempt, cut where it ends; None unless trace="full".
-    chosen: the attempt that was taken.
+    chosen: index in these lists of what was taken, or as long as it is undecided of the best so far.
     outcome: "accepted", "fallback" (max_attempts were rejected, the best of them was taken), "best" (a rule that
         takes the best) or "undecided".
     kept: of a race, the numbers of the attempts that went on, at each border. The lists above have the attempts that
         grew in each turn, one turn after the other, with the tokens that they then had.
-    reward, threshold, length: of the chosen attempt. attempts: how many were judged.
+    reward, threshold, length: of the chosen attempt. attempts: how many were judged; in a race, once per turn each.
     """
 
     rewards: list[float] = field(default_factory=list)

@@ -42,6 +42,7 @@ class Rows:
 
     slot: Tensor
     attempt: Tensor
+    """What the row's random numbers are made from: its attempt, but see `Answer.number`."""
     key: Tensor
     position: Tensor
     """Of the row's next token in the answer: behind the decided ones, and those that it holds."""

@@ -90,6 +90,7 @@ class Round:
         with self.timed("propose"):
             plans = {slot: self.rule.plan(self.answers[slot]) for slot in set(rows.slots)}
             sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
+            # The plans of one round differ in size and attempts alone: `Run._turn` chose the slots by them.
             plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
             proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos)
         with self.timed("judge"):
@@ -140,11 +141,11 @@ class Round:
             answer, verdict = self.answers[trial.slot], trial.verdict
             if trial.fault is not None or verdict is None or self.rule.plan(answer).race:
                 continue  # a race is for the whole answer: nothing comes behind it
-            column = verdict.chosen - len(answer.candidates)  # < 0: of an earlier round, and copied then
-            if column < 0 and verdict.outcome is None:
+            index = verdict.chosen - len(answer.candidates)  # among this round's; < 0: an earlier round's, copied then
+            if index < 0 and verdict.outcome is None:
                 continue
             chosen = [*answer.candidates, *trial.candidates][verdict.chosen]
-            row = trial.head + column if column >= 0 else -1
+            row = trial.head + index if index >= 0 else -1
             host.append((trial.slot, row, len(chosen.tokens), verdict.outcome is not None))
             last.append(chosen.tokens[-1])
         if not host:

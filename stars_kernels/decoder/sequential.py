@@ -25,9 +25,9 @@ def decode(
     eos: Collection[int] = (),
     stops: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Answer:
-    """Decode the empty `answer`, to a prompt that `logits` (answer tokens -> [V], of the next) and `reward` know.
+    """Decode one answer, which starts empty; logits(answer tokens): [V] of the next token behind the prompt and these.
 
-    sampling: temperature, top_k, top_p, min_p. eos: tokens that end the answer. stops: whether its last token ends it.
+    reward(tokens): of the answer. stops(tokens): whether the last of them ends it; so do those in eos.
     """
 
     def grow(plan: Plan, start: Candidate) -> Candidate:

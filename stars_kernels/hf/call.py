@@ -159,15 +159,18 @@ class Call:
             yield event
 
     def _calibrate(self, requests: list[Request]) -> None:
-        self.calibration = self.calibrate(requests)
+        self.calibration = self.calibrate(requests[: self.config.calibration_samples])
         self.calibration_seconds = self.calibration.seconds
         self.config = with_target(self.config, self.calibration.reward_threshold, self.calibration.beta)
 
     @torch.inference_mode()
     def calibrate(self, requests: list[Request]) -> Calibration:
-        """Find r* and beta from plain continuations of the requests; raises DecodeError where none has a reward."""
+        """Find r* and beta from plain continuations, `calibration_samples` in all and at least one per request.
+
+        Raises DecodeError where none has a reward.
+        """
         began = time.perf_counter()
-        config, chosen = self.config, requests[: self.config.calibration_samples]
+        config, chosen = self.config, requests
         samples = -(-config.calibration_samples // len(chosen))
         answers: list[Answer] = []
         with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known

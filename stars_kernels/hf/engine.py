@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.calibration import is_calibrated, with_target
-from stars_kernels.decoder.config import Settings, StarsConfig, resolve_config
+from stars_kernels.decoder.config import RULE_SETTINGS, Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
 from stars_kernels.decoder.rules import Stars
 from stars_kernels.decoder.scheduler import Run
@@ -289,7 +289,10 @@ class Engine:
     def _resolved(self, config: Config, settings: Mapping[str, Any]) -> StarsConfig:
         """The settings of a call."""
         if config is None or isinstance(config, Mapping):
-            resolved = resolve_config(self.config, {**(config or {}), **settings})
+            given, base = {**(config or {}), **settings}, self.config
+            if given.get("rule") is not None:  # in place of the engine's settings of STARS, if it has some
+                base = base.replace(**{name: getattr(Stars, name) for name in RULE_SETTINGS}, rule=None)
+            resolved = resolve_config(base, given)
         else:
             resolved = resolve_config(config, settings)
         own = self.config.pack

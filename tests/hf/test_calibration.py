@@ -29,6 +29,14 @@ def test_it_is_what_a_call_would_find(lm, rm, calibration):
     assert (found.quantile, found.acceptance) == (0.9, 0.25) and found.sampled > 0 and found.rm_scored > 0
 
 
+def test_every_prompt_counts(lm, rm):
+    """A call looks at the first prompts alone; `calibrate` at all that it gets."""
+    prompts = [[i] for i in range(1, 9)]
+    settings = {**SET, "calibration_samples": 4}
+    assert len(stars_kernels.calibrate(lm, rm, prompts, **settings).rewards) == 8
+    assert len(stars_kernels.decode(lm, rm, prompts, **settings)[0].calibration.rewards) == 4
+
+
 def test_calls_that_are_given_it_sample_nothing_for_it(lm, rm, calibration):
     expected = stars_kernels.decode(lm, rm, PROMPTS, **SET)
     with Engine(lm, rm, **SET) as engine:

@@ -227,6 +227,10 @@ def test_settings_of_the_engine_and_of_a_call(fp32):
         assert engine.decode(PROMPTS[0], config={"alpha": 0.1}).config.max_attempts == 5
         assert engine.decode(PROMPTS[0], config=StarsConfig(reward_threshold=2, beta=1)).config.max_attempts == 20
         assert engine.decode([]) == []
+        best = engine.decode(PROMPTS[0], rule=BestOf(2))  # in place of the engine's settings of STARS
+        assert best.config.resolved_rule == BestOf(2) and best.config.max_new_tokens == 14
+        with pytest.raises(ValueError, match=r"alpha is given beside rule=BestOf\(n=2\)"):
+            engine.decode(PROMPTS[0], rule=BestOf(2), alpha=0.1)
         with pytest.raises(TypeError, match="unknown setting 'segment_sizes'; did you mean 'segment_size'"):
             engine.decode(PROMPTS, segment_sizes=3)
         with pytest.raises(ValueError, match=r"pack is False, but this engine's models were packed with pack=True"):

@@ -62,7 +62,8 @@ class AnswerSoFar(Protocol):
 class Plan(NamedTuple):
     """How the attempts at one segment come to be.
 
-    size: tokens per attempt, at most; >= 1. attempts: per segment, at most; >= 1. `judge` takes one at the last.
+    size: tokens per attempt, at most; >= 1. attempts: per segment, at most; >= 1. At attempt number
+    `attempts`, `judge` takes one.
     early: whether one may be taken before the last, so that not all need to be sampled.
     draw: see `Draw`.
     entropy: a bound in nats: an attempt ends before the first token, after its own first one, whose distribution
@@ -101,7 +102,10 @@ class Rule(Protocol):
         """Plan the next segment. The first plan is asked for before r(x) is known; none later is for more tokens."""
 
     def judge(self, answer: AnswerSoFar, candidates: Sequence[Candidate]) -> Verdict:
-        """Judge the last of `candidates`; none before it was taken. Choose it, or the one chosen before it came."""
+        """Judge the last of `candidates`; none before it was taken.
+
+        Choose it, or the one chosen before it came; in a race, any that may go on.
+        """
 
 
 def best(candidates: Sequence[Candidate]) -> int:
