@@ -124,7 +124,7 @@ class Answer:
         self.candidates = [survivor for survivor in survivors if survivor.ended]
         self.going = [survivor for survivor in survivors if not survivor.ended]
 
-    def settle(self, verdict: Verdict, eos: Collection[int]) -> None:
+    def follow(self, verdict: Verdict, eos: Collection[int]) -> None:
         """Do what the last verdict of a round says, if it says something yet: take an attempt, or let some go on."""
         if verdict.outcome is not None:
             self.take(verdict, eos)

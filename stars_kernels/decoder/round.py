@@ -90,7 +90,7 @@ class Round:
         with self.timed("propose"):
             plans = {slot: self.rule.plan(self.answers[slot]) for slot in set(rows.slots)}
             sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
-            # The plans of one round differ in size and attempts alone: `Run._turn` chose the slots by them.
+            # The plans of one round differ in size and attempts alone: `Run._slots` chose the slots by them.
             plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
             proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos)
         with self.timed("judge"):
@@ -166,7 +166,7 @@ class Round:
             return
         assert trial.verdict is not None
         answer.add(trial.candidates[: trial.judged], trial.verdicts, len(trial.candidates))
-        answer.settle(trial.verdict, self.eos)
+        answer.follow(trial.verdict, self.eos)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Runs a batch of answers to their ends: whose turn it is, how wide, and with how much memory."""
+"""Runs a batch of answers to their ends: which of them a round is for, how wide, and with how much memory."""
 
 from __future__ import annotations
 
@@ -59,23 +59,23 @@ class Run:
         history = AcceptanceHistory()
         yield list(range(len(self.answers)))  # begun, or failed there
         while active := [slot for slot, answer in enumerate(self.answers) if answer.active]:
-            turn, widths, again = active, list[int](), False
+            slots, widths, again = active, list[int](), False
             settle: Settle | None = None
             try:
-                turn = self._turn(active)
-                widths = self._widths(turn, history)
-                trials, settle = self.round.play(turn, widths)
-                self._settle(trials, settle, history)
+                slots = self._slots(active)
+                widths = self._widths(slots, history)
+                trials, settle = self.round.play(slots, widths)
+                self._finish(trials, settle, history)
             except Warning:  # which the caller has made an error
                 raise
             except Exception as error:
                 again = settle is None and sum(widths) > 1 and is_out_of_memory(error)
                 if not again:
-                    self.fail(turn, error)
+                    self.fail(slots, error)
             if again:  # out here nothing holds the round's tensors any more: the exception did
-                self._shrink(len(turn), max(widths))
+                self._shrink(len(slots), max(widths))
             else:
-                yield turn
+                yield slots
 
     def fail(self, slots: Sequence[int], error: Exception) -> None:
         """End those of `slots` that have not ended."""
@@ -84,7 +84,7 @@ class Run:
             if self.answers[slot].active:
                 self.answers[slot].fail("the batch failed", error, trace)
 
-    def _settle(self, trials: Sequence[Trial], settle: Settle, history: AcceptanceHistory) -> None:
+    def _finish(self, trials: Sequence[Trial], settle: Settle, history: AcceptanceHistory) -> None:
         """Make what a judged round commits visible, and write the round on its answers."""
         with self.round.timed("commit"):
             settle()
@@ -100,7 +100,7 @@ class Run:
         self.round.scorer.release()
         free_memory()
 
-    def _turn(self, active: Sequence[int]) -> list[int]:
+    def _slots(self, active: Sequence[int]) -> list[int]:
         """Choose a round's slots: attempts of one kind and size, or shorter ones that fill the answer's room.
 
         What follows a row (logits, states) is kept after the round's last step alone.

@@ -55,5 +55,5 @@ def decode(
             answer.add([candidate], [verdict], width=1)
             if verdict.outcome is not None:
                 break
-        answer.settle(verdict, eos)
+        answer.follow(verdict, eos)
     return answer

@@ -301,8 +301,8 @@ class Call:
         run = self.begin(requests, self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
         batch = list(zip(requests, run.answers, [Told(self.told) for _ in run.answers], strict=False))
         try:
-            for turn in run.rounds():
-                for request, answer, told in (batch[p] for p in turn):
+            for slots in run.rounds():
+                for request, answer, told in (batch[slot] for slot in slots):
                     result, before = self._result(request, answer, run.seconds), told.tokens
                     if result is not None or len(answer.tokens) > before:
                         bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)

@@ -41,7 +41,7 @@ class Engine:
     The settings of `StarsConfig` that are given here hold for its calls, where these give none of their own. Weights
     are read here, and not again: a change of them needs a new engine. The memory of the largest batch, and on a GPU the
     graphs that were captured for it, stay for the next call until `close`. Several threads may call it, and a reward
-    function may: one decodes at a time, a round each in turn. The answers do not depend on it.
+    function may: one decodes at a time, round by round. The answers do not depend on it.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Engine:
         given, _ = split_prompts(prompts)
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
-        with self._turn(), self._borrowed() as workspace:
+        with self._exclusive(), self._borrowed() as workspace:
             call = Call(self.models, self._resolved(config, settings), workspace=workspace)
             return call.calibrate(call.admit_all(given, None))
 
@@ -179,7 +179,7 @@ class Engine:
         given, many = split_prompts(prompts)
         if not many:
             raise TypeError("prompts is one prompt, expected a list of prompts")
-        with self._turn(), self._borrowed() as workspace:
+        with self._exclusive(), self._borrowed() as workspace:
             whole = self.config.replace(stop_strings=())
             return score_answers(Call(self.models, whole, workspace=workspace), given, answers)
 
@@ -206,7 +206,7 @@ class Engine:
         resolved = self._resolved(config, settings)
         if not is_calibrated(resolved):
             raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
-        with self._turn(), self._borrowed() as workspace, torch.inference_mode():
+        with self._exclusive(), self._borrowed() as workspace, torch.inference_mode():
             call = Call(self.models, resolved, workspace=workspace)
             requests = call.admit_all(given, request_ids)
             run = call.begin(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
@@ -261,10 +261,10 @@ class Engine:
             with self._borrowed() as call.workspace:
                 yield from call.events(requests, failed, results)
 
-        return resumed_in(events(), self._turn)
+        return resumed_in(events(), self._exclusive)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Let no other thread decode meanwhile."""
         with self._lock, without_autocast():
             self._check_open()
