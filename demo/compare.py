@@ -35,12 +35,23 @@ from demo.models import (
 )
 from demo.prompts import CALIBRATION_PROMPTS, UNSEEN_PROMPTS, messages
 from demo.report import Line, reading_of, rows, table, write
-from stars_kernels import Args, BestOf, BlockBestOf, Calibration, Cards, Engine, Plain, RewardModel, Stars, StarsConfig
+from stars_kernels import (
+    Args,
+    BestOf,
+    BlockBestOf,
+    Calibration,
+    Cards,
+    Engine,
+    Plain,
+    RewardModel,
+    SpeculativeRejection,
+    Stars,
+    StarsConfig,
+)
 from stars_kernels.decoder.rules import Rule
 
 AT_ONCE = 8
 """Prompts of a call: a batch of the engine's."""
-SpeculativeRejection = getattr(stars_kernels, "SpeculativeRejection", None)
 RULES: dict[str, Callable[[dict[str, float]], Rule]] = {
     "plain": lambda target: Plain(),
     "best-of-2": lambda target: BestOf(2),
@@ -217,9 +228,6 @@ def main(argv: list[str] | None = None) -> None:
     calibration = Calibration.from_dict(run["calibration"])
     target = {"reward_threshold": calibration.reward_threshold, "beta": calibration.beta}
     names = [name for name in RULES if name in {"plain", *args.rules}]
-    if SpeculativeRejection is None and "speculative-rejection" in names:
-        names.remove("speculative-rejection")
-        print("speculative-rejection is left out: this version of stars_kernels has no such rule", file=sys.stderr)
     rules = {name: RULES[name](target) for name in names}
     answers = complete(args.out / "answers.jsonl", rules, UNSEEN_PROMPTS[: args.prompts], run["settings"], engine)
     found = rows(answers)

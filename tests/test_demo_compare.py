@@ -79,7 +79,7 @@ def test_a_line_for_each_rule_and_prompt(done, engine):
         assert line["vader"] == compare.vader(output.text) and line["seconds"] > 0
         assert (line["judged"], line["attempts"]) == (counts.judged, counts.attempts)
         assert line["sampled"] >= line["judged"] and line["rm_scored"] > 0
-    stars = lines[-1]["settings"]["rule"]
+    stars = lines[-1]["settings"]["rule"]["settings"]
     assert all(stars[name] == run["calibration"][name] for name in ("reward_threshold", "beta"))
     assert len(run["calibration"]["rewards"]) == 4
 
@@ -135,14 +135,6 @@ def test_changed_settings_are_refused(monkeypatch, engine, copied):
     with pytest.raises(SystemExit, match=r"answers\.jsonl has rule = .*'n': 2.*, expected .*'n': 3"):
         start(monkeypatch, engine, copied)
     assert (copied / "answers.jsonl").read_text() == before
-
-
-def test_a_rule_that_is_not_there_is_left_out_and_named(monkeypatch, capsys, engine, copied):
-    monkeypatch.setattr(compare, "SpeculativeRejection", None)
-    start(monkeypatch, engine, copied, "--rules", "speculative-rejection")
-    found = capsys.readouterr()
-    assert "speculative-rejection is left out" in found.err and "| plain |" in found.out
-    assert "speculative" not in found.out
 
 
 @needs_matplotlib

@@ -25,6 +25,8 @@ def fault_of(verdict: Verdict, best: int, candidates: Sequence[Candidate], plan:
     best: the attempt chosen by the verdict before, -1 = none: only its keys and values are kept beside the new one's.
     """
     judged, planned = len(candidates), plan.attempts
+    if verdict.keep is not None and (verdict.outcome is not None or not plan.race or judged < planned):
+        return Fault(f"the rule kept {verdict.keep}, expected no keep but of a race, after a turn's last attempt", None)
     if plan.race:
         return _fault_of_race(verdict, candidates, planned)
     if verdict.chosen not in (judged - 1, best) or verdict.chosen < 0:

@@ -45,11 +45,11 @@ def rule_to_plain(rule: object) -> dict[str, Any] | None:
     if rule is None:
         return None
     settings = to_plain(rule) if dataclasses.is_dataclass(rule) else {"repr": repr(rule)}
-    return {"name": type(rule).__name__, **settings}
+    return {"name": type(rule).__name__, "settings": settings}
 
 
 def rule_from_plain(data: Mapping[str, Any] | None, rules: Sequence[type[Kind]]) -> Kind | None:
-    """Make the rule again, one of `rules`."""
+    """Make the rule again, one of `rules`; its __post_init__ makes tuples of lists, where it has some."""
     if data is None:
         return None
     known = {rule.__name__: rule for rule in rules}
@@ -58,4 +58,4 @@ def rule_from_plain(data: Mapping[str, Any] | None, rules: Sequence[type[Kind]])
             f"the rule is {data['name']!r}, expected one of {', '.join(known)}; pass a rule of your own, a dataclass, "
             "as rules=[...]"
         )
-    return known[data["name"]](**{name: value for name, value in data.items() if name != "name"})
+    return known[data["name"]](**data["settings"])

@@ -48,6 +48,8 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         """device: the language model's."""
+        self.used = False
+        """Whether an earlier call may have left memory in it."""
         self.buffers = Buffers()
         self.graphs = self.make_graphs(device)
 
@@ -58,13 +60,16 @@ class Workspace:
 
     def clear(self) -> None:
         """Give the memory back."""
+        self.used = False
         if self.graphs is not None:
             self.graphs.clear()
         self.buffers.clear()
 
 
 class Call:
-    """The settings, requests and results of one call."""
+    """The settings, requests and results of one call. It is given a workspace before it decodes."""
+
+    workspace: Workspace
 
     def __init__(
         self,
@@ -73,15 +78,14 @@ class Call:
         calibration: Calibration | None = None,
         hooks: TokenHooks | None = None,
         texts: bool = False,
-        workspace: Workspace | None = None,
+        mode: CallersMode | None = None,
     ) -> None:
         """calibration: whose r* and beta the config has. texts: whether events tell of text.
 
-        workspace: what it works in; None = of its own. It is needed, and may be set, from `events` on.
+        mode: what the user's functions are called in; None = the one that this is called in.
         """
         self.models, self.calibration = models, calibration
-        self.workspace = Workspace(models.lm.device) if workspace is None else workspace
-        self.mode = CallersMode()
+        self.mode = CallersMode() if mode is None else mode
         self.config = config.replace(seed=secrets.randbits(63) if config.seed is None else config.seed)
         self.hooks = TokenHooks() if hooks is None else hooks
         check_rule(config, models.lm, models.rewarder)
@@ -230,12 +234,14 @@ class Call:
             except Warning:  # which the caller has made an error
                 raise
             except Exception as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
+                again = self.workspace.used  # by an earlier call, whose memory may be all that lacks
+                if not is_out_of_memory(error) or (len(batch) == 1 and not again):
                     run.fail(range(len(batch)), error)
                     return run
             run.close()
             self.workspace.clear()
-            self.limits.halve_batch(len(batch))
+            if not again:
+                self.limits.halve_batch(len(batch))
             free_memory()
 
     def _batch_size(self, requests: list[Request], rule: Rule, width: int | Literal["auto"]) -> int:
@@ -250,7 +256,7 @@ class Call:
         return auto_batch_size(models.lm, models.reward_models, tokens, attempts, size, free=free)
 
     def _free(self, device: torch.device) -> int:
-        """Bytes that may be taken on a GPU; those that an earlier call has left to this one are to be had."""
+        """Return the bytes that may be taken on a GPU, those that an earlier call left in the workspace included."""
         return free_memory_of(device) + self.workspace.buffers.bytes_on(device)
 
     def _new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:

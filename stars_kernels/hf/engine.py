@@ -19,7 +19,7 @@ from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.models import Models
-from stars_kernels.hf.modes import resumed_in, without_autocast
+from stars_kernels.hf.modes import CallersMode, resumed_in, without_autocast
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.requests import Results, carrying, collect
 from stars_kernels.hf.score import score_answers
@@ -41,7 +41,8 @@ class Engine:
     The settings of `StarsConfig` that are given here hold for its calls, where these give none of their own. Weights
     are read here, and not again: a change of them needs a new engine. The memory of the largest batch, and on a GPU the
     graphs that were captured for it, stay for the next call until `close`. Several threads may call it, and a reward
-    function may: one decodes at a time, round by round. The answers do not depend on it.
+    function may from its own thread: one decodes at a time, from one event of `stream` to the next (a call of `decode`
+    also lets others go on between these). The answers do not depend on it.
     """
 
     def __init__(
@@ -160,8 +161,10 @@ class Engine:
         given, _ = split_prompts(prompts)
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
+        mode = CallersMode()
         with self._exclusive(), self._borrowed() as workspace:
-            call = Call(self.models, self._resolved(config, settings), workspace=workspace)
+            call = Call(self.models, self._resolved(config, settings), mode=mode)
+            call.workspace = workspace
             return call.calibrate(call.admit_all(given, None))
 
     def score(self, prompts: SeveralPrompts, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[float]:
@@ -179,9 +182,11 @@ class Engine:
         given, many = split_prompts(prompts)
         if not many:
             raise TypeError("prompts is one prompt, expected a list of prompts")
+        mode = CallersMode()
         with self._exclusive(), self._borrowed() as workspace:
-            whole = self.config.replace(stop_strings=())
-            return score_answers(Call(self.models, whole, workspace=workspace), given, answers)
+            call = Call(self.models, self.config, mode=mode)
+            call.workspace = workspace
+            return score_answers(call, given, answers)
 
     @contextmanager
     def open_run(
@@ -206,8 +211,10 @@ class Engine:
         resolved = self._resolved(config, settings)
         if not is_calibrated(resolved):
             raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
+        mode = CallersMode()
         with self._exclusive(), self._borrowed() as workspace, torch.inference_mode():
-            call = Call(self.models, resolved, workspace=workspace)
+            call = Call(self.models, resolved, mode=mode)
+            call.workspace = workspace
             requests = call.admit_all(given, request_ids)
             run = call.begin(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
             try:
@@ -277,9 +284,10 @@ class Engine:
         try:
             yield workspace
         finally:
-            if self._closed:
+            if self._closed or self._idle:  # one is enough, unless calls overlap
                 workspace.clear()
             else:
+                workspace.used = True
                 self._idle.append(workspace)
 
     def _check_open(self) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import fields
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
 
-from stars_kernels.hf.scoring.reward_model import Likelihood, RewardModel, is_function
+from stars_kernels.hf.scoring.reward_model import Likelihood, RewardModel
 
 SAMPLES = 16
 """Numbers of each parameter that are read: training changes all of them."""
@@ -21,32 +22,31 @@ def fingerprint_of(model: nn.Module) -> str:
 
     A change of a few single weights may go unseen. Nothing depends on the device.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    sampled: dict[torch.device, list[Tensor]] = {}
+    digest, sampled = hashlib.blake2b(digest_size=8), list[Tensor]()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {type(parameter).__name__}\n".encode())
         if type(parameter) is nn.Parameter and parameter.numel():  # a quantized weight has no plain numbers
             flat = parameter.detach().reshape(-1)
-            sampled.setdefault(flat.device, []).append(flat[:: -(-flat.numel() // SAMPLES)].double())
-    for parts in sampled.values():
-        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+            sampled.append(flat[:: -(-flat.numel() // SAMPLES)].double().cpu())
+    if sampled:
+        digest.update(torch.cat(sampled).numpy().tobytes())
     return f"{type(model).__name__} {digest.hexdigest()}"
 
 
 def reward_fingerprint(parts: Iterable[tuple[RewardModel, nn.Module | None]]) -> str:
     """Return the fingerprint of a reward: of each part as it was described, and as it was loaded.
 
-    A function is known by its name, and so is a template that is one.
+    A function is known by its module and name, a lambda by its code too; so is a template that is one.
     """
     return " + ".join(_part(described, loaded) for described, loaded in parts)
 
 
 def _part(described: RewardModel, loaded: nn.Module | None) -> str:
     given = described.model
-    if loaded is not None:
-        kind = ("likelihood " if isinstance(given, Likelihood) else "") + fingerprint_of(loaded)
+    if loaded is None:
+        kind = f"function {_name(given)}"
     else:
-        kind = f"function {_name(given)}" if is_function(given) else os.fspath(str(given))
+        kind = ("likelihood " if isinstance(given, Likelihood) else "") + fingerprint_of(loaded)
     settings = [
         f"{field.name}={_name(value)}"
         for field in fields(described)
@@ -58,4 +58,16 @@ def _part(described: RewardModel, loaded: nn.Module | None) -> str:
 def _name(value: object) -> str:
     if not callable(value):
         return repr(value)
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, functools.partial):
+        return f"partial({_name(value.func)}, {value.args}, {value.keywords})"
+    code = getattr(value, "__code__", None)
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if code is None or "<lambda>" not in name:
+        return name
+    return f"{name} {hashlib.blake2b(_said(code), digest_size=8).hexdigest()}"
+
+
+def _said(code: CodeType) -> bytes:
+    """What a function's code does, that of the functions inside of it included."""
+    parts = [_said(c) if isinstance(c, CodeType) else repr(c).encode() for c in code.co_consts]
+    return b"\n".join([code.co_code, repr(code.co_names).encode(), *parts])

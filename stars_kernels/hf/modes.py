@@ -38,7 +38,7 @@ def resumed_in(
             with ExitStack() as stack:
                 try:
                     stack.enter_context(enter())
-                except Exception as error:
+                except BaseException as error:  # Ctrl-C too, while another thread is waited for
                     thrown = thrown or error
                 event = next(events) if thrown is None else events.throw(thrown)
         except StopIteration:

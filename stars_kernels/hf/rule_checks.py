@@ -28,8 +28,9 @@ def check_rule(config: StarsConfig, lm: PreTrainedModel, rewarder: Rewarder) -> 
             f"rule={rule!r} takes the {plan.attempts} likeliest tokens, expected at most the {vocabulary(lm)} of the "
             "vocabulary"
         )
-    if plan.race and plan.entropy is not None:
-        raise ValueError(f"rule={rule!r} plans a race of attempts that end by entropy, expected one or the other")
+    if plan.race and (plan.entropy is not None or plan.draw == "likeliest"):
+        what = "of the likeliest tokens" if plan.entropy is None else "of attempts that end by entropy"
+        raise ValueError(f"rule={rule!r} plans a race {what}, expected a race of sampled attempts of a fixed size")
     if plan.entropy is not None:
         if plan.attempts * max_new_tokens >= MAX_ATTEMPTS:  # numbered on through the answer: `Answer.number`
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from stars_kernels.hf.text.prompts import Codec
 from stars_kernels.hf.text.templates import TextPrompt
 
 
+@dataclass(frozen=True)
+class Scored:
+    """An answer that is to be scored: its prompt's request, its tokens, and what makes text of them."""
+
+    request: Request
+    tokens: list[int]
+    codec: Codec
+
+
 def score_answers(call: Call, prompts: list[Any], answers: Sequence[Any]) -> list[float]:
     """Return the reward of each answer; see `Engine.score`."""
     if isinstance(answers, str) or not isinstance(answers, Sequence):
@@ -30,13 +40,12 @@ def score_answers(call: Call, prompts: list[Any], answers: Sequence[Any]) -> lis
     if len(answers) != len(prompts):
         raise ValueError(f"{len(answers)} answers to {len(prompts)} prompts, expected one each")
     requests = call.admit_all(prompts, None)
-    tokens = [_tokens(call, request, answer) for request, answer in zip(requests, answers, strict=True)]
+    scored = [_scored(call, request, answer) for request, answer in zip(requests, answers, strict=True)]
     rewards: list[float] = []
     size = 8 if call.config.batch_size == "auto" else call.config.batch_size
-    while len(rewards) < len(requests):
-        some = slice(len(rewards), len(rewards) + size)
+    while len(rewards) < len(scored):
         try:
-            rewards += _score_batch(call, requests[some], tokens[some])
+            rewards += _score_batch(call, scored[len(rewards) : len(rewards) + size])
             continue
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
@@ -47,17 +56,24 @@ def score_answers(call: Call, prompts: list[Any], answers: Sequence[Any]) -> lis
     return rewards
 
 
-def _tokens(call: Call, request: Request, answer: Any) -> list[int]:
-    """The tokens of an answer, which are as many as all models can read behind its prompt."""
+def _scored(call: Call, request: Request, answer: Any) -> Scored:
+    """Check an answer, which all models must be able to read behind its prompt.
+
+    Token ids end at a stop string as in `decode`; a text is read as it is.
+    """
     codec, where = call.codec, f"answer {request.index}"
-    tokens = _tokenised(codec, answer, where) if isinstance(answer, str) else [int(token) for token in answer]
+    if isinstance(answer, str):
+        codec = Codec(codec.tokenizer, (), codec.eos)
+        tokens = _tokenised(codec, answer, where)
+    else:
+        tokens = [int(token) for token in answer]
     call.models.check_ids(f"{where}: token id", tokens)
     room = call.models.limit - len(request.prompt.ids)
     if len(tokens) > room:
         raise ValueError(
             f"{where} has {len(tokens)} tokens, expected at most {room}: the context limit, less the prompt's tokens"
         )
-    return tokens
+    return Scored(request, tokens, codec)
 
 
 def _tokenised(codec: Codec, answer: str, where: str) -> list[int]:
@@ -73,58 +89,58 @@ def _tokenised(codec: Codec, answer: str, where: str) -> list[int]:
 
 
 @torch.inference_mode()
-def _score_batch(call: Call, requests: list[Request], tokens: list[list[int]]) -> list[float]:
+def _score_batch(call: Call, batch: list[Scored]) -> list[float]:
     rewarder = call.models.rewarder
-    parts = [_score_part(call, i, part, requests, tokens) for i, part in enumerate(rewarder.parts)]
+    parts = [_score_part(call, i, part, batch) for i, part in enumerate(rewarder.parts)]
     weighted = [weight * part for weight, part in zip(rewarder.weights, parts, strict=True)]
     rewards = (weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(dim=0)).tolist()
-    for request, reward in zip(requests, rewards, strict=True):
+    for scored, reward in zip(batch, rewards, strict=True):
         if math.isnan(reward):
-            raise DecodeError(
-                f"answer {request.index}: the reward is nan, expected a number", what="the reward is nan",
-                index=request.index, request_id=request.id,
-            )  # fmt: skip
+            raise _failed(scored, "the reward is nan", "the reward is nan, expected a number")
     return rewards
 
 
-def _score_part(call: Call, number: int, part: Part, requests: list[Request], tokens: list[list[int]]) -> torch.Tensor:
-    """Rewards [P] float64 on the CPU by one reward model."""
+def _score_part(call: Call, number: int, part: Part, batch: list[Scored]) -> torch.Tensor:
+    """Return the rewards [P] float64, on the CPU, of one reward model."""
     device, buffers = call.models.lm.device, call.workspace.buffers
-    prompts, longest = [request.prompt.ids for request in requests], max(1, *map(len, tokens))
-    texts = [TextPrompt(request.prompt, call.codec) for request in requests]
+    prompts, longest = [scored.request.prompt.ids for scored in batch], max(1, *(len(s.tokens) for s in batch))
+    texts = [TextPrompt(scored.request.prompt, scored.codec) for scored in batch]
     hidden = HiddenStates(call.models.lm, buffers.part("hidden")) if part.reads_hidden else None
     scorer = part.scorer(Batch(texts, device, hidden, call.mode, buffers.part("rewards").part(number)))
     if hidden is not None:  # the state at an answer's end is that at the end of a prompt which ends in it
-        prompts = [prompt + answer for prompt, answer in zip(prompts, tokens, strict=True)]
+        prompts = [prompt + scored.tokens for prompt, scored in zip(prompts, batch, strict=True)]
         reader = ModelProposer(call.models.lm, hidden=hidden, buffers=buffers.part("language model"))
         try:
             reader.begin(prompts, 0, 1)
-            return _checked(scorer.begin(prompts, 0, 1), requests, range(len(requests)))
+            return _checked(scorer.begin(prompts, 0, 1), batch)
         finally:
             reader.close()
     try:
-        rewards = _checked(scorer.begin(prompts, longest, longest), requests, range(len(requests)))
-        slots = [slot for slot, answer in enumerate(tokens) if answer]
+        empty = scorer.begin(prompts, longest, longest)  # of empty answers, of which most were not asked for
+        empty.errors = {slot: error for slot, error in empty.errors.items() if not batch[slot].tokens}
+        rewards = _checked(empty, batch)
+        slots = [slot for slot, scored in enumerate(batch) if scored.tokens]
         if slots:
-            padded = [tokens[slot] + [0] * (longest - len(tokens[slot])) for slot in slots]
+            answers = [batch[slot].tokens for slot in slots]
             zeros = [0] * len(slots)
-            slot, zero = to_device([slots, zeros], device)
-            rows = Rows(slots, slot, zero, zero, zero)
-            lengths = torch.tensor([len(tokens[slot]) for slot in slots], device=device)
-            found = scorer.score(rows, torch.tensor(padded, device=device), lengths)
-            rewards[slots] = _checked(found, requests, slots)
+            slot, zero, lengths = to_device([slots, zeros, list(map(len, answers))], device)
+            padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=device)
+            found = scorer.score(Rows(slots, slot, zero, zero, zero), padded, lengths)
+            rewards[slots] = _checked(found, [batch[slot] for slot in slots])
         return rewards
     finally:
         scorer.close()
 
 
-def _checked(scores: Scores, requests: list[Request], slots: Sequence[int]) -> torch.Tensor:
+def _checked(scores: Scores, batch: Sequence[Scored]) -> torch.Tensor:
     for row, cause in scores.errors.items():
-        request = requests[slots[row]]
-        error = DecodeError(
-            f"answer {request.index}: the reward model failed: {type(cause).__name__}: {message_of(cause)}",
-            what="the reward model failed", index=request.index, request_id=request.id,
-        )  # fmt: skip
+        why = f"the reward model failed: {type(cause).__name__}: {message_of(cause)}"
+        error = _failed(batch[row], "the reward model failed", why)
         with_cause(error, cause)
         raise error
     return scores.rewards.to("cpu", torch.float64)
+
+
+def _failed(scored: Scored, what: str, why: str) -> DecodeError:
+    index, request_id = scored.request.index, scored.request.id
+    return DecodeError(f"answer {index}: {why}", what=what, index=index, request_id=request_id)

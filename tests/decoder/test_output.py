@@ -23,6 +23,7 @@ class First:
     """Take the first attempt; a rule of a user's own."""
 
     size: int
+    name: str = "first"
 
     def plan(self, answer):
         return Plan(self.size, 1)

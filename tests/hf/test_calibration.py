@@ -1,5 +1,6 @@
 """r* and beta as an object that is made once, saved, and passed to calls with the same models."""
 
+import functools
 import json
 import warnings
 
@@ -103,6 +104,22 @@ def test_functions_are_known_by_name(lm):
     stars_kernels.decode(lm, shouting, PROMPTS, tokenizer=byte_tokenizer(), calibration=made, **SET)
     with pytest.raises(ValueError, match=r"the calibration was made with the reward model .*shouting.*counting"):
         stars_kernels.decode(lm, counting, PROMPTS, tokenizer=byte_tokenizer(), calibration=made, **SET)
+
+
+def test_functions_without_a_name_are_known_by_their_code(lm):
+    calls = dict(tokenizer=byte_tokenizer(), **SET)
+    made = stars_kernels.calibrate(lm, lambda p, answers: [1.0 * len(a) for a in answers], PROMPTS, **calls)
+    stars_kernels.decode(lm, lambda p, answers: [1.0 * len(a) for a in answers], PROMPTS, calibration=made, **calls)
+    for other in (lambda p, answers: [2.0 * len(a) for a in answers], functools.partial(scaled, 2.0)):
+        with pytest.raises(ValueError, match="the calibration was made with the reward model"):
+            stars_kernels.decode(lm, other, PROMPTS, calibration=made, **calls)
+    made = stars_kernels.calibrate(lm, functools.partial(scaled, 2.0), PROMPTS, **calls)
+    with pytest.raises(ValueError, match="the calibration was made with the reward model"):
+        stars_kernels.decode(lm, functools.partial(scaled, 3.0), PROMPTS, calibration=made, **calls)
+
+
+def scaled(factor, prompts, answers):
+    return [factor * len(answer) for answer in answers]
 
 
 def test_fingerprints_see_training_and_nothing_else(lm):

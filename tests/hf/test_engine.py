@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import BestOf, Engine, Likelihood, RewardModel, StarsConfig
+from stars_kernels import BestOf, Cards, Engine, Likelihood, RewardModel, StarsConfig
 from stars_kernels.decoder.protocols import Rows
+from stars_kernels.decoder.round import Round
 from stars_kernels.hf import call, serving
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
@@ -22,6 +23,8 @@ from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10], [5, 6]]
 SET = dict(reward_threshold=2.0, beta=1.0, max_new_tokens=14, segment_size=4, max_attempts=5)
+
+CARDS = Cards(reward_threshold=2.0, beta=1.0, segment_size=4, max_attempts=3, entropy_threshold=1.0)
 
 
 def length_reward(prompts, answers):
@@ -137,8 +140,11 @@ def test_graphs_stay(monkeypatch, fp32):
         captures.clear()
         assert told(engine.decode(PROMPTS, seed=3)) == told(first)
         assert not captures
+        for prompts in (PROMPTS[:1], PROMPTS[1:3], PROMPTS[:1], PROMPTS):  # `Live` holds what their segments read
+            for eos in ((), 7, [7, 8, 9]):
+                engine.decode(prompts, seed=4, eos_token_id=eos)
+                engine.decode(prompts, seed=4, eos_token_id=eos, rule=CARDS)
         monkeypatch.undo()
-        assert told(engine.decode(PROMPTS, seed=3, graphs=False)) == told(first)
         longer = engine.decode([[9] * 140, *PROMPTS], seed=5)  # the arena moves: old graphs are worth nothing
         assert told(longer) == told(stars_kernels.decode(lm, rm, [[9] * 140, *PROMPTS], seed=5, eos_token_id=(), **SET))
 
@@ -279,6 +285,54 @@ def test_an_engine_that_is_closed(lm, rm):
     assert view() is None
 
 
+def test_one_idle_workspace_is_kept(lm, rm):
+    with Engine(lm, rm, **SET) as engine:
+        streams = [engine.stream(PROMPTS, seed=seed) for seed in range(3)]
+        for events in streams:
+            next(events)
+        for events in streams:
+            events.close()
+        assert len(engine._idle) == 1 and engine._idle[0].used
+
+
+def test_memory_of_an_earlier_call_is_given_back_before_a_batch_shrinks(monkeypatch, lm, rm):
+    """A batch that has no room beside what an earlier call left is begun again, as large as it was."""
+    with Engine(lm, rm, **SET) as engine:
+        expected = told(engine.decode(PROMPTS, seed=1))
+        assert engine._idle[0].buffers._parts
+        begin = Round.begin
+
+        def scarce(self):
+            if engine_workspace[0].used:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            begin(self)
+
+        engine_workspace = [engine._idle[0]]
+        monkeypatch.setattr(Round, "begin", scarce)
+        outputs = engine.decode(PROMPTS, seed=1)
+        assert told(outputs) == expected and outputs[0].memory_limits == {}
+        assert told(engine.decode(PROMPTS[:1], seed=1)) == expected[:1]
+
+
+def test_the_callers_mode_is_that_of_the_call(lm):
+    seen = []
+
+    def asks(prompts, answers):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return length_reward(prompts, answers)
+
+    with Engine(lm, asks, tokenizer=byte_tokenizer(), max_new_tokens=3, calibration_samples=2) as engine:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            engine.calibrate(["a", "b"])
+            engine.score(["a"], ["b"])
+            engine.decode(["a"], rule=BestOf(1))
+        assert set(seen) == {(True, True)}
+        seen.clear()
+        with torch.no_grad():
+            engine.score(["a"], ["b"])
+        assert set(seen) == {(False, False)}
+
+
 def test_a_stream_may_be_closed_after_its_engine(lm, rm):
     engine = Engine(lm, rm, **SET)
     begun, untouched = engine.stream(PROMPTS, seed=0), engine.stream(PROMPTS, seed=0)
@@ -305,6 +359,8 @@ def test_scores_are_the_rewards_of_answers(lm, rm, kind):
 def test_scores_of_texts_and_what_is_refused(lm, rm):
     with Engine(lm, length_reward, tokenizer=byte_tokenizer(), stop_strings=["ll"]) as engine:
         assert engine.score(["a", "b", "c"], ["hello", "", "é"]) == [5.0, 0.0, 1.0]
+        hello = byte_tokenizer()("hello", add_special_tokens=False)["input_ids"]
+        assert engine.score(["a"], [hello]) == [2.0]  # as `decode` would have read it
         with pytest.raises(TypeError, match="prompts is one prompt, expected a list"):
             engine.score("a", ["b"])
         with pytest.raises(ValueError, match="1 answers to 2 prompts, expected one each"):
@@ -338,11 +394,11 @@ def test_scoring_shrinks_where_memory_runs_out(monkeypatch, lm, rm):
 
     sizes, real = [], score._score_batch
 
-    def scarce(called, requests, tokens):
-        sizes.append(len(requests))
-        if len(requests) > 1:
+    def scarce(called, batch):
+        sizes.append(len(batch))
+        if len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(called, requests, tokens)
+        return real(called, batch)
 
     with Engine(lm, rm) as engine:
         expected = engine.score(PROMPTS, [[3], [4, 5], [6], [7]])

@@ -310,7 +310,7 @@ def test_a_race_of_attempts_that_end_by_entropy_is_refused(lm, rm):
         def plan(self, answer):
             return super().plan(answer)._replace(entropy=3.0)
 
-    with pytest.raises(ValueError, match="plans a race of attempts that end by entropy, expected one or the other"):
+    with pytest.raises(ValueError, match="plans a race of attempts that end by entropy, expected a race of sampled"):
         decode(lm, rm, CONFIG.replace(rule=Both(3)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from stars_kernels.decoder.checks import check_count, check_number
 from stars_kernels.decoder.rules.rule import AnswerSoFar, Candidate, Plan, Verdict, best
@@ -40,7 +41,7 @@ class SpeculativeRejection:
         if len(candidates) < self.plan(answer).attempts:
             return Verdict(best(candidates), None)
         order = sorted(range(len(candidates)), key=lambda i: (-candidates[i].reward, candidates[i].attempt))
-        stay = sorted(order[: math.ceil(self.keep * len(candidates))])
+        stay = sorted(order[: math.ceil(Fraction(str(self.keep)) * len(candidates))])
         if all(candidates[i].ended for i in stay):
             return Verdict(order[0], "best")
         return Verdict(order[0], None, keep=tuple(stay))

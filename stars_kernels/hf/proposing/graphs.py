@@ -54,10 +54,10 @@ def streams_of(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stre
 
 
 class CudaCapture:
-    """Captures the graphs of one batch, in one pool of memory.
+    """Captures the graphs of one workspace, in one pool of memory.
 
-    Two batches cannot share a pool: a graph's result lies in it until it is copied, and a replay of the other batch's
-    may come first. Nor would the memory come back with the end of a batch.
+    Two workspaces cannot share a pool: a graph's result lies in it until it is copied, and a replay of the other's may
+    come first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -121,8 +121,9 @@ class SegmentGraphs:
             self._storage = storage
         key = (len(rows), settings)
         if key not in self._seen:
+            drawn = segment(rows)
             self._seen.add(key)
-            return segment(rows)
+            return drawn
         if key not in self._captured:
             while len(self._captured) >= MAX_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))

@@ -90,10 +90,14 @@ class ModelProposer:
             drawn = self._segment(rows, plan, sampling, noise, eos)
         else:
             self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
-            storage = (*self.cache.storage, self.logits.data_ptr())
+            kept = self.buffers.take("eos", eos.shape, eos.dtype, eos.device)[: len(eos)]  # where a graph may read it
+            kept.copy_(eos)
+            storage = (*self.cache.storage, self.logits.data_ptr(), kept.data_ptr())
             storage += () if self.hidden is None else self.hidden.storage
             count = plan.attempts if plan.draw == "likeliest" else None
-            settings = (plan.size, plan.draw, count, plan.entropy, noise, *sampling.items())
+            sizes = (plan.size, len(self.logits), len(eos))  # of a row's tokens, the slots, the tokens that end one
+            settings = (*sizes, plan.draw, count, plan.entropy, self.head is not None, noise, *sampling.items())
+            eos = kept
             run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
             drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
         if plan.race:

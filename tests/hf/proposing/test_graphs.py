@@ -33,11 +33,31 @@ def rerun(run):
 
 
 class Live(SegmentGraphs):
-    """Its replays run the newest segment: a GPU's have no Python, only addresses, which stay."""
+    """Its replays run the newest segment: a GPU's have no Python, but only what was there at the capture.
 
-    def run(self, segment, *given):
-        self.segment = segment
-        return super().run(lambda rows: self.segment(rows), *given)
+    So what a segment reads must be the same, and at the same place, whenever a key comes again.
+    """
+
+    def __init__(self, capture):
+        super().__init__(capture)
+        self.read = {}
+
+    def run(self, segment, rows, settings, storage):
+        self.segment, proposer, eos = segment, segment.func.__self__, segment.keywords["eos"]
+        if storage != self._storage:
+            self.read.clear()
+        logits, cache, head = proposer.logits, proposer.cache, proposer.head
+        read = (
+            logits.shape,
+            logits.data_ptr(),
+            eos.shape,
+            eos.data_ptr(),
+            cache.offsets.shape,
+            cache.storage,
+            head is None,
+        )
+        assert self.read.setdefault((len(rows), settings), read) == read
+        return super().run(lambda rows: self.segment(rows), rows, settings, storage)
 
 
 @pytest.fixture
