@@ -48,7 +48,6 @@ class Models:
         check_reward(reward_model)
         self._original, self.tokenizer = load_language_model(model, tokenizer, trust_remote_code)
         self.lm = view_of(self._original)
-        layout_of(self.lm)  # refuses what cannot be decoded exactly
         self.rewarder = Rewarder(reward_model, self._original, self.tokenizer, trust_remote_code)
         self.limit = min(context_limit(self.lm), self.rewarder.limit)
         self.eos = eos_ids(self._original)
@@ -56,6 +55,7 @@ class Models:
         if pack_as:
             dtype = torch.bfloat16 if pack_as == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack(body, dtype) for body in self.bodies)
+        layout_of(self.lm)  # refuses what cannot be decoded exactly
 
     @cached_property
     def bodies(self) -> list[torch.nn.Module]:
