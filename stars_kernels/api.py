@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from stars_kernels.decoder.config import Settings, resolve_config
+from stars_kernels.decoder.config import Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
 from stars_kernels.hf.engine import Config, Engine, Errors
 from stars_kernels.hf.loading.language_model import ModelOrPath
@@ -134,14 +134,9 @@ def decode(
         KeyboardInterrupt, and whatever else ends a call early (SystemExit, a warning made an error): `.results` holds
             what was done: finished answers, partial ones ("interrupted"), or None.
     """
-    resolved = resolve_config(config, settings)
-    prompts, _ = split_prompts(prompt)
-    if not prompts:
+    engine = _engine_for(prompt, model, reward_model, tokenizer, trust_remote_code, resolve_config(config, settings))
+    if engine is None:
         return []
-    with carrying([None] * len(prompts)):
-        engine = Engine(
-            model, reward_model, tokenizer=tokenizer, config=resolved, trust_remote_code=trust_remote_code
-        )  # fmt: skip
     ids: Any = request_ids
     given: Any = prompt
     with engine:
@@ -174,14 +169,9 @@ def stream(
         KeyboardInterrupt, and whatever else ends the work early: as from `decode`; at the call, or where the
             next event is waited for.
     """
-    resolved = resolve_config(config, settings)
-    prompts, _ = split_prompts(prompt)
-    if not prompts:
+    engine = _engine_for(prompt, model, reward_model, tokenizer, trust_remote_code, resolve_config(config, settings))
+    if engine is None:
         return (event for event in list[StarsEvent]())
-    with carrying([None] * len(prompts)):
-        engine = Engine(
-            model, reward_model, tokenizer=tokenizer, config=resolved, trust_remote_code=trust_remote_code
-        )  # fmt: skip
     events = engine.stream(prompt, request_ids=request_ids, calibration=calibration)
 
     def until_closed() -> Generator[StarsEvent, None, None]:
@@ -218,3 +208,19 @@ def calibrate(
         model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code, **settings
     ) as engine:
         return engine.calibrate(prompts)
+
+
+def _engine_for(
+    prompt: OnePrompt | SeveralPrompts,
+    model: ModelOrPath,
+    reward_model: Reward,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+    config: StarsConfig,
+) -> Engine | None:
+    """Make the engine of one call; None for an empty list of prompts. What ends it early carries `.results`, too."""
+    prompts, _ = split_prompts(prompt)
+    if not prompts:
+        return None
+    with carrying([None] * len(prompts)):
+        return Engine(model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from bench.kernels import GPUS, MODELS, Model, smooth_max
 from bench.report import CheckError
 from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
-from tests.hf.proposing.test_graphs import rerun
+from tests.captured import rerun
 from tests.test_bench_gpu import FakeEvent
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import torch
 from bench import __main__ as command
 from bench import calls, common, decode, machine, models, ops, ours, report, versions
 from stars_kernels.hf import call, serving
-from tests.hf.proposing.test_graphs import Live, rerun
+from tests.captured import Live, rerun
 
 RATES = machine.Rates(1e10, 1e11)
 

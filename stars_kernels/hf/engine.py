@@ -161,10 +161,7 @@ class Engine:
         given, _ = split_prompts(prompts)
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
-        mode = CallersMode()
-        with self._exclusive(), self._borrowed() as workspace:
-            call = Call(self.models, self._resolved(config, settings), mode=mode)
-            call.workspace = workspace
+        with self._call(self._resolved(config, settings)) as call:
             return call.calibrate(call.admit_all(given, None))
 
     def score(self, prompts: SeveralPrompts, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[float]:
@@ -182,10 +179,7 @@ class Engine:
         given, many = split_prompts(prompts)
         if not many:
             raise TypeError("prompts is one prompt, expected a list of prompts")
-        mode = CallersMode()
-        with self._exclusive(), self._borrowed() as workspace:
-            call = Call(self.models, self.config, mode=mode)
-            call.workspace = workspace
+        with self._call(self.config) as call:
             return score_answers(call, given, answers)
 
     @contextmanager
@@ -211,10 +205,7 @@ class Engine:
         resolved = self._resolved(config, settings)
         if not is_calibrated(resolved):
             raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
-        mode = CallersMode()
-        with self._exclusive(), self._borrowed() as workspace, torch.inference_mode():
-            call = Call(self.models, resolved, mode=mode)
-            call.workspace = workspace
+        with self._call(resolved) as call, torch.inference_mode():
             requests = call.admit_all(given, request_ids)
             run = call.begin(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
             try:
@@ -269,6 +260,15 @@ class Engine:
                 yield from call.events(requests, failed, results)
 
         return resumed_in(events(), self._exclusive)
+
+    @contextmanager
+    def _call(self, config: StarsConfig) -> Iterator[Call]:
+        """Make a call that holds the engine to the end of the block."""
+        mode = CallersMode()  # before autocast is left
+        with self._exclusive(), self._borrowed() as workspace:
+            call = Call(self.models, config, mode=mode)
+            call.workspace = workspace
+            yield call
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

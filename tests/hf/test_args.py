@@ -7,12 +7,10 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 import stars_kernels
 from stars_kernels import Args, StarsConfig, StarsError
 from stars_kernels.decoder.rules import Candidate
-from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.draws import likeliest
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from tests.captured import segments_as_graphs
 from tests.hf import families
 from tests.hf.fork_check import check_decode
-from tests.hf.proposing.test_graphs import rerun
 from tests.hf.test_cards import letters
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_out_of_memory import limited
@@ -149,14 +147,8 @@ def test_fp32_is_equal_to_the_bit(width):
 def test_segments_as_graphs(lm, rm, monkeypatch, reward):
     torch.manual_seed(0)
     rm = rm if reward == "model" else torch.nn.Linear(24, 1).double()
-    expected, made = decode(lm, rm), []
-
-    def recorded(device):
-        made.append(SegmentGraphs(rerun))
-        return made[-1]
-
-    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))
-    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
+    expected = decode(lm, rm)
+    made = segments_as_graphs(monkeypatch)
     found = decode(lm, rm)
     assert [(o.token_ids, o.reward) for o in found] == [(o.token_ids, o.reward) for o in expected]
     assert sum(graphs.replays for graphs in made) > 3

@@ -5,12 +5,10 @@ import torch
 
 import stars_kernels
 from stars_kernels import Cards, StarsConfig, StarsError
-from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.draws import entropy
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from tests.captured import segments_as_graphs
 from tests.hf import families
 from tests.hf.fork_check import check_decode
-from tests.hf.proposing.test_graphs import rerun
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_out_of_memory import limited
 from tests.sequential import sequential_answer
@@ -163,14 +161,8 @@ def test_every_kind_of_reward(lm, rm, kind, width):
 def test_segments_as_graphs(lm, rm, monkeypatch, reward):
     torch.manual_seed(0)
     rm = rm if reward == "model" else torch.nn.Linear(24, 1).double()
-    expected, made = decode(lm, rm), []
-
-    def recorded(device):
-        made.append(SegmentGraphs(rerun))
-        return made[-1]
-
-    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))
-    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
+    expected = decode(lm, rm)
+    made = segments_as_graphs(monkeypatch)
     assert traced(decode(lm, rm)) == traced(expected) and sum(graphs.replays for graphs in made) > 3
 
 

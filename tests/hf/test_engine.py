@@ -18,7 +18,7 @@ from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.view import layout
 from stars_kernels.hf.view.rewrites import packed
-from tests.hf.proposing.test_graphs import Live, rerun
+from tests.captured import Live, rerun
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10], [5, 6]]

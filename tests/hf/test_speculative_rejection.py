@@ -7,14 +7,12 @@ import stars_kernels
 from stars_kernels import SpeculativeRejection, StarsConfig, StarsError
 from stars_kernels.decoder.draws import draw
 from stars_kernels.decoder.rules import Plan, Verdict
-from stars_kernels.hf import call, serving
 from stars_kernels.hf.cache.fork import ForkCache
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.ops.philox import request_key
+from tests.captured import segments_as_graphs
 from tests.hf import families
 from tests.hf.fork_check import check_decode
-from tests.hf.proposing.test_graphs import rerun
 from tests.hf.test_cards import letters
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
 from tests.hf.test_out_of_memory import exhausted, limited
@@ -194,14 +192,8 @@ def test_the_first_turn_as_graphs(lm, rm, monkeypatch, reward):
     torch.manual_seed(0)
     rm = rm if reward == "model" else torch.nn.Linear(24, 1).double()
     config = CONFIG.replace(eos_token_id=())
-    expected, made = decode(lm, rm, config, width=2), []
-
-    def recorded(device):
-        made.append(SegmentGraphs(rerun))
-        return made[-1]
-
-    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))
-    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
+    expected = decode(lm, rm, config, width=2)
+    made = segments_as_graphs(monkeypatch)
     for width in (2, 6):
         assert [told(o) for o in decode(lm, rm, config, width=width)] == [told(o) for o in expected]
     assert sum(graphs.replays for graphs in made) > 0

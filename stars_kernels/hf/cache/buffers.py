@@ -18,7 +18,7 @@ class Buffers:
         return self._parts.setdefault(name, Buffers())
 
     def take(self, name: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor of at least this shape, of any content: the one of before where it suffices."""
+        """Return a tensor of at least this shape, whatever it holds: the kept one, where that is large enough."""
         kept = self._kept.get(name)
         if kept is not None and kept.dtype == dtype and kept.device == device and kept.dim() == len(shape):
             if all(have >= size for have, size in zip(kept.shape, shape, strict=True)):

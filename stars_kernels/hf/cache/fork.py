@@ -41,9 +41,8 @@ class ForkCache(Cache):
 
         buffers: where the memory comes from and stays; None = memory of its own.
         """
-        self._own = Buffers() if buffers is None else None
-        buffers = buffers or self._own
-        assert buffers is not None
+        self._own = Buffers()
+        buffers = self._own if buffers is None else buffers
         self.layout, self.segment_size, self.device, self.states = layout, segment_size, device, states
         self.packs = layout.mode == "hook" and states is None
         """Whether a forward may read several prompts, one after the other."""
@@ -151,8 +150,7 @@ class ForkCache(Cache):
         """Give back all memory; the cache is of no use any more."""
         for group in self.groups:
             group.close()
-        if self._own is not None:
-            self._own.clear()
+        self._own.clear()
         self._layers, self.states, self.layers = [], None, []
 
     def commit(self, slot: Tensor, row: Tensor, count: Tensor, advance: Tensor) -> Settle:

@@ -12,67 +12,19 @@ import stars_kernels
 from stars_kernels import ops
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK, free_memory
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.hf import call, serving
+from stars_kernels.hf import call
 from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
+from tests.captured import rerun, segments_as_graphs
 from tests.tiny import EOS
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]
 
 
-def rerun(run):
-    """What a replay does: the same work on the same memory, its result where it was before."""
-    result = run()
-
-    def replay():
-        for place, tensor in zip(result, run(), strict=True):
-            place.copy_(tensor)
-        return result
-
-    return replay
-
-
-class Live(SegmentGraphs):
-    """Its replays run the newest segment: a GPU's have no Python, but only what was there at the capture.
-
-    So what a segment reads must be the same, and at the same place, whenever a key comes again.
-    """
-
-    def __init__(self, capture):
-        super().__init__(capture)
-        self.read = {}
-
-    def run(self, segment, rows, settings, storage):
-        self.segment, proposer, eos = segment, segment.func.__self__, segment.keywords["eos"]
-        if storage != self._storage:
-            self.read.clear()
-        logits, cache, head = proposer.logits, proposer.cache, proposer.head
-        read = (
-            logits.shape,
-            logits.data_ptr(),
-            eos.shape,
-            eos.data_ptr(),
-            cache.offsets.shape,
-            cache.storage,
-            head is None,
-        )
-        assert self.read.setdefault((len(rows), settings), read) == read
-        return super().run(lambda rows: self.segment(rows), rows, settings, storage)
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """All SegmentGraphs of a decode, which then takes the path of a GPU."""
-    made = []
-
-    class Recorded(SegmentGraphs):
-        def __init__(self, capture):
-            super().__init__(rerun)
-            made.append(self)
-
-    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: Recorded(None)))
-    monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
-    return made
+    return segments_as_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("width", [1, 3, "auto"])
