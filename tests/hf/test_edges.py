@@ -7,7 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BioGptForSequenceClassification,
+    FalconForSequenceClassification,
     GPT2ForSequenceClassification,
+    GPTJForSequenceClassification,
     GPTNeoForSequenceClassification,
     OPTForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -24,6 +26,8 @@ CLASSIFIERS = {
     "opt": OPTForSequenceClassification,
     "gpt_neo": GPTNeoForSequenceClassification,
     "biogpt": BioGptForSequenceClassification,
+    "falcon": FalconForSequenceClassification,
+    "gptj": GPTJForSequenceClassification,
 }
 SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=12, segment_size=4, max_attempts=5)
 
@@ -112,9 +116,12 @@ def test_the_context_limit(whose):
 
 
 @pytest.mark.parametrize("whose", ["lm", "rm", "head", "likelihood"])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "biogpt"])
-def test_learned_positions_end_where_the_context_does(whose, family):
-    """A prompt near the limit does not take a batch-mate with it, whose longer segment has positions beyond."""
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_positions_end_where_the_context_does(whose, family):
+    """A prompt near the limit does not take a batch-mate with it, whose longer segment has positions beyond.
+
+    Nor does its own reward: a model without the attention hook gives all rows as many keys as its context has.
+    """
     limit = dict(max_position_embeddings=32)
     lm = families.tiny(family, **limit) if whose in ("lm", "head") else tiny_language_model()
     rm = {
@@ -125,10 +132,14 @@ def test_learned_positions_end_where_the_context_does(whose, family):
     }[whose]()
     settings = dict(SET, segment_size=6, eos_token_id=(), width=3)
     prompts = [list(range(1, 31)), [5, 6]]
-    alone = [stars_kernels.decode(lm, rm, p, **settings, request_ids=i).token_ids for i, p in enumerate(prompts)]
-    assert [len(tokens) for tokens in alone] == [2, 12]
+    alone = [stars_kernels.decode(lm, rm, p, **settings, request_ids=i) for i, p in enumerate(prompts)]
+    assert [len(output.token_ids) for output in alone] == [2, 12]
     both = stars_kernels.decode(lm, rm, prompts, **settings, request_ids=[0, 1])
-    assert [output.token_ids for output in both] == alone
+    rel = 1e-6 if family in ("gpt_neo", "gptj") else 1e-12  # these two attend in float32
+    for output, expected in zip(both, alone, strict=True):
+        assert output.token_ids == expected.token_ids
+        rewards = [reward for segment in output.segments for reward in segment.rewards]
+        assert rewards == pytest.approx([r for segment in expected.segments for r in segment.rewards], rel=rel)
 
 
 def test_learned_positions_of_a_reader_of_text():

@@ -11,7 +11,7 @@ it expands them. Layers whose keys and values are of one shape, dtype and device
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -215,6 +215,22 @@ class ForkCache(Cache):
         with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
             yield self._arguments(positions)
         self.held = start + steps
+
+    def read(self, ids: Tensor, count: Tensor, forward: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
+        """Read suffix tokens [R, S] of the open rows, count [R] of them real, in as few forwards as they allow.
+
+        forward: (ids [R, s], the model's arguments) -> [R, s, ...]. Returns [R, S, ...].
+        """
+        parts, done = [], 0
+        for steps in self._strides(ids.shape[1]):
+            with self.extend(steps, (count - done).clamp(0, steps)) as inputs:
+                parts.append(forward(ids[:, done : done + steps], inputs))
+            done += steps
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _strides(self, steps: int) -> list[int]:
+        """How many of `steps` more suffix tokens each forward takes."""
+        return [steps]
 
     def _arguments(self, positions: Tensor) -> dict[str, Any]:
         """What the model's forward takes beside its input_ids."""

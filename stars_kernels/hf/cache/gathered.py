@@ -41,6 +41,16 @@ class GatheredCache(ForkCache):
         with super()._forward(plan):
             yield
 
+    def _strides(self, steps: int) -> list[int]:
+        """All at once up to where the longest row's context ends; beyond it, singly.
+
+        A forward's keys are one block, of no more columns than the context has, so each column beyond takes the first
+        one from every row. Of tokens read singly that is padding, or what a row past its own end would read.
+        """
+        room = self.layout.limit - int(self.lengths[self.slot].max()) - self.held
+        together = max(1, min(steps, room))
+        return [together] + [1] * (steps - together)
+
     def _arguments(self, positions: Tensor) -> dict[str, Any]:
         return super()._arguments(positions) | {"attention_mask": self._mask}
 

@@ -56,8 +56,7 @@ class ClassifierScorer:
 
         def forward(chunk: slice) -> Tensor:
             self.cache.select(chunk, there)
-            with self.cache.extend(ids.shape[1], counts[chunk]) as inputs:
-                hidden = self._hidden(ids[chunk], inputs)
+            hidden = self.cache.read(ids[chunk], counts[chunk], self._hidden)
             return self.head(hidden, counts[chunk] - 1)
 
         rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,8 +112,8 @@ class _Likelihood:
             steps = max(1, LOGITS // (len(ids) * self.best_logits.shape[1]))
             for start in range(0, size, steps):
                 part, following = ids[:, start : start + steps], ids[:, start + 1 : start + steps + 1]
-                with self.cache.extend(part.shape[1], (count - start).clamp(0, part.shape[1])) as inputs:
-                    logits = logits_of(self.model, part, inputs, 0)  # [r, steps, V]
+                real = (count - start).clamp(0, part.shape[1])
+                logits = self.cache.read(part, real, self._all_logits)  # [r, steps, V]
                 found = logits[:, : following.shape[1]].log_softmax(-1, self.dtype).gather(2, following[..., None])
                 log_probs[some, start + 1 : start + 1 + following.shape[1]] = found[..., 0]  # token t + 1's lies at t
                 last = count - 1 - start
@@ -144,3 +145,6 @@ class _Likelihood:
     def release(self) -> None:
         self.cache.release()
         self.row_logits = self.best_logits[:0]
+
+    def _all_logits(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return logits_of(self.model, ids, inputs, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class RowReader:
         for chunk in packed_chunks(pieces, cache):
             chunk_slots = [slots[i] for i in chunk.slots]
             with cache.prefill(chunk_slots, chunk.counts) as inputs:
-                hidden = self.backbone(input_ids=self._tensor([chunk.ids]), **inputs).last_hidden_state
+                hidden = self._hidden(self._tensor([chunk.ids]), inputs)
             values = self.head(hidden)[0].split(chunk.counts)
             for p, new in zip(chunk_slots, values, strict=True):
                 start = len(self.held[p])
@@ -138,11 +139,13 @@ class RowReader:
             steps = max(counts[chunk])
             ids = self._tensor([new + [0] * (steps - len(new)) for new in news[chunk]])  # [r, S]
             cache.select(chunk)
-            with cache.extend(steps, self._tensor(counts[chunk])) as inputs:
-                hidden = self.backbone(input_ids=ids, **inputs).last_hidden_state
+            hidden = cache.read(ids, self._tensor(counts[chunk]), self._hidden)
             return [row[:n] for row, n in zip(self.head(hidden).tolist(), counts[chunk], strict=True)]
 
         return [values for chunk in self.chunks.run(counts, forward) for values in chunk]
+
+    def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return self.backbone(input_ids=ids, **inputs).last_hidden_state
 
     def _tensor(self, ids: Sequence[int] | Sequence[list[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
