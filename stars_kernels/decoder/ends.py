@@ -68,15 +68,15 @@ def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: End
         find_stop = answers[slot].find_stop
         if find_stop is None:
             continue
-        accepted = [*answers[slot].tokens, *(rows.held[row] if rows.held else ())]
+        decided = [*answers[slot].tokens, *(rows.held[row] if rows.held else ())]
         usable = itertools.takewhile(lambda token: token >= 0, candidate[: lengths[row]])
         try:
-            stop = find_stop([*accepted, *usable], len(accepted))
+            stop = find_stop([*decided, *usable], len(decided))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             ends.errors[row] = error
             continue
         if stop is not None:
-            lengths[row], ends.stopped[row] = stop - len(accepted), True
+            lengths[row], ends.stopped[row] = stop - len(decided), True
     (ends.lengths,) = to_device([lengths], tokens.device)

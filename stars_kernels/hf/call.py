@@ -293,10 +293,10 @@ class Call:
         if self.hooks.criteria:
             finders.append(functools.partial(self.hooks.find_stop, index))
 
-        def find_stop(tokens: list[int], accepted: int) -> int | None:
+        def find_stop(tokens: list[int], decided: int) -> int | None:
             stop = None
             for find in finders:
-                if (found := find(tokens, accepted)) is not None:
+                if (found := find(tokens, decided)) is not None:
                     stop, tokens = found, tokens[:found]  # the next is not asked about what lies behind it
             return stop
 

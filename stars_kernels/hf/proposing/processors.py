@@ -129,12 +129,12 @@ class TokenHooks:
     inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     mode: CallersMode = field(default_factory=CallersMode)
 
-    def find_stop(self, index: int, tokens: list[int], accepted: int) -> int | None:
+    def find_stop(self, index: int, tokens: list[int], decided: int) -> int | None:
         """Return how many of the answer's `tokens` there are when a criterion first ends it; None where none does."""
         with self.mode.active():
             ids = torch.cat([self.inputs[index], self.inputs.new_tensor(tokens)])[None]
             length = self.inputs.shape[1]
-            return next((n for n in range(accepted + 1, len(tokens) + 1) if self._ends(ids[:, : length + n])), None)
+            return next((n for n in range(decided + 1, len(tokens) + 1) if self._ends(ids[:, : length + n])), None)
 
     def _ends(self, ids: Tensor) -> bool:
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.criteria)
@@ -163,9 +163,9 @@ class BatchProcessors:
     def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor, mode: CallersMode) -> None:
         """inputs: [P, T] int64. mode: what they are asked in."""
         self.processors, self.device, self.mode = processors, inputs.device, mode
-        self.accepted = list(inputs)  # [T + accepted] of each slot
+        self.decided = list(inputs)  # [T + decided] of each slot
         self.tail = [row[:0] for row in inputs]
-        """The candidate to keep so far, behind the accepted tokens."""
+        """The candidate to keep so far, behind the decided tokens."""
         self.errors: dict[int, Exception] = {}
         """The rows of the last round that a processor failed on."""
 
@@ -201,7 +201,7 @@ class BatchProcessors:
         return torch.cat([self._process(slot, [row], *one).to(logits.device) for row, *one in rows])
 
     def _ask(self, slot: int, suffix: Tensor, logits: Tensor) -> Tensor:
-        known = self.accepted[slot].expand(len(suffix), -1)
+        known = self.decided[slot].expand(len(suffix), -1)
         ids = torch.cat([known, suffix.to(self.device)], dim=1)
         scores = logits.to(self.device, torch.float32, copy=True)  # as in `model.generate`: it may be written on
         for processor in self.processors[slot]:
@@ -213,14 +213,14 @@ class BatchProcessors:
 
     def commit(self, commit: Commit, candidates: Tensor) -> Settle:
         """Append what was taken of `candidates` [R, S], the round's tokens; it shows once the result is called."""
-        tail, accepted = self.tail.copy(), self.accepted.copy()
+        tail, decided = self.tail.copy(), self.decided.copy()
         for p, row, length, advance in commit.host:
             if row >= 0:
                 tail[p] = candidates[row, :length].to(self.device)
             if advance:
-                accepted[p] = torch.cat([accepted[p], tail[p]])
+                decided[p] = torch.cat([decided[p], tail[p]])
 
         def settle() -> None:
-            self.tail, self.accepted = tail, accepted
+            self.tail, self.decided = tail, decided
 
         return settle

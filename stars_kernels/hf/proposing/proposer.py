@@ -31,7 +31,7 @@ NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 class ModelProposer:
     """`model` is a view (`hf.view.copying.view_of`).
 
-    A candidate's last token is not read, as nothing is drawn behind it, until it is accepted: by a forward of one row a
+    A candidate's last token is not read, as nothing is drawn behind it, until it is decided: by a forward of one row a
     prompt. Where hidden states are wanted it is read as the others are, and leaves the logits for the next segment.
     """
 
@@ -62,7 +62,7 @@ class ModelProposer:
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
         capacities = [len(prompt) + max_new_tokens for prompt in prompts]
         self.cache = open_cache(self.model, capacities, segment_size, self.buffers)
-        self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the accepted answer
+        self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the decided answer
         self.unread: frozenset[int] = frozenset()  # the slots whose last token is not in the cache yet
         states = []
         for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
@@ -220,7 +220,7 @@ class ModelProposer:
         close_cache_of(self)
 
     def _read_last(self, slots: list[int]) -> None:
-        """Feed the last accepted token of these slots: one row per slot."""
+        """Feed the last decided token of these slots: one row per slot."""
         if not slots:
             return
         (slot,) = to_device([slots], self.device)

@@ -20,7 +20,7 @@ from stars_kernels.hf.scoring.chunks import Chunks
 
 
 class ClassifierScorer:
-    """A causal sequence classifier that reads each accepted token once; it may lie on another device than the rows.
+    """A causal sequence classifier that reads each decided token once; it may lie on another device than the rows.
 
     The reward is the head's output at the LAST token of prompt + answer, an EOS included. (transformers reads it at the
     last token that is not the pad token: one earlier where an answer ends in EOS and pad is EOS.)

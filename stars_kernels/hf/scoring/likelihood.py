@@ -72,10 +72,10 @@ def likelihood_chunks(model: PreTrainedModel) -> Chunks:
 
 
 class _Likelihood:
-    """One model with a cache of its own, which reads each accepted token once.
+    """One model with a cache of its own, which reads each decided token once.
 
-    total, best     [P]     log p of the accepted answer, and of that + the winner or the best so far
-    next_log_probs  [P, V]  of the token after the accepted answer
+    total, best     [P]     log p of the decided answer, and of that + the winner or the best so far
+    next_log_probs  [P, V]  of the token after the decided answer
     best_logits     [P, V]  after the winner or the best so far
     row_total, row_logits   [R], [R, V]  of a round's candidates
     """
@@ -98,7 +98,7 @@ class _Likelihood:
         self.best = self.total.clone()
 
     def score(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """log p [R] of the accepted answer of `slot` [R] and tokens[r, :lengths[r]] behind it."""
+        """log p [R] of the decided answer of `slot` [R] and tokens[r, :lengths[r]] behind it."""
         slot, tokens, lengths = (column.to(self.device) for column in (slot, tokens, lengths))
         rows, size = tokens.shape
         log_probs = torch.empty(rows, size, dtype=torch.float64, device=self.device)

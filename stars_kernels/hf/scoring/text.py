@@ -1,4 +1,4 @@
-"""Scorers of texts: the accepted answers as tokens, and each row's prompt and answer as text."""
+"""Scorers of texts: the decided answers as tokens, and each row's prompt and answer as text."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TextScorer(ABC, Generic[Input]):
         self.prompts, self.device = batch.prompts, batch.device
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        self.accepted: list[list[int]] = [[] for _ in prompts]
+        self.decided: list[list[int]] = [[] for _ in prompts]
         self.tail: list[list[int]] = [[] for _ in prompts]
         self.rows: list[list[int]] = []
-        return self._scores(list(range(len(prompts))), self.accepted)
+        return self._scores(list(range(len(prompts))), self.decided)
 
     def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
         self.rows = [t[:n] for t, n in zip(*to_host((tokens, lengths)), strict=True)]
-        answers = [self.accepted[p] + c for p, c in zip(rows.slots, self.rows, strict=True)]
+        answers = [self.decided[p] + c for p, c in zip(rows.slots, self.rows, strict=True)]
         return self._scores(list(rows.slots), answers)
 
     def commit(self, commit: Commit) -> Settle:
@@ -44,7 +44,7 @@ class TextScorer(ABC, Generic[Input]):
                 if row >= 0:
                     self.tail[p] = self.rows[row]
                 if advance:
-                    self.accepted[p] += self.tail[p]
+                    self.decided[p] += self.tail[p]
 
         return settle
 

@@ -83,8 +83,8 @@ class Codec:
         starts = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
         return text[: -max((len(start) for start in starts if text.endswith(start)), default=0) or None]
 
-    def find_stop(self, tokens: list[int], accepted: int) -> int | None:
-        """How many of `tokens` it takes to complete a stop string, given that the first `accepted` complete none."""
+    def find_stop(self, tokens: list[int], decided: int) -> int | None:
+        """How many of `tokens` it takes to complete a stop string, given that the first `decided` complete none."""
 
         def complete(count: int) -> bool:
             text = self._text(tokens[:count])
@@ -92,7 +92,7 @@ class Codec:
 
         if not complete(len(tokens)):
             return None
-        return next(count for count in range(accepted + 1, len(tokens) + 1) if complete(count))
+        return next(count for count in range(decided + 1, len(tokens) + 1) if complete(count))
 
     def _text(self, ids: list[int], skip_special: bool = True) -> str:
         assert self.tokenizer is not None
