@@ -119,7 +119,9 @@ def auto_width(job: Job) -> Choose:
     history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
 
     def choose(prompts: float, prefix: float) -> int:
-        return min(history.best_width(math.ceil(prompts), MAX_ATTEMPTS, cost), max(job.widths))
+        return min(
+            decoder_width.best_shape(math.ceil(prompts), MAX_ATTEMPTS, history.miss, cost).width, max(job.widths)
+        )
 
     return choose
 

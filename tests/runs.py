@@ -6,4 +6,4 @@ from stars_kernels.decoder.scheduler import Run
 
 def run_of(proposer, scorer, config, answers, eos=()):
     """A `Run` by the rule, the sampling and the width of a config, with r* and beta."""
-    return Run(Round(proposer, scorer, config.resolved_rule, config.sampling, answers, eos), config.width)
+    return Run(Round(proposer, scorer, config.resolved_rule, config.sampling, answers, eos), config.width, config.wave)

@@ -102,9 +102,9 @@ def test_the_width_of_auto_is_the_decoders(name):
     view = view_of(model.bfloat16())
     gpu = Gpu(job.gpu.bandwidth, job.gpu.tensor_flops)
     cost = round_cost(view, [view.base_model], job.segment, graphs=True, gpu=gpu)
-    history = decoder_width.AcceptanceHistory()  # starts at 1 in 4
+    miss = decoder_width.AcceptanceHistory().miss  # starts at 3 in 4
     found = [schedule.auto_width(job)(prompts, 0.0) for prompts in (1, 2, 8, 64)]
-    assert found == [history.best_width(prompts, schedule.MAX_ATTEMPTS, cost) for prompts in (1, 2, 8, 64)]
+    assert found == [decoder_width.best_shape(n, schedule.MAX_ATTEMPTS, miss, cost).width for n in (1, 2, 8, 64)]
     assert found[0] >= found[2] > found[3]
 
 

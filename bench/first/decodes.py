@@ -36,8 +36,8 @@ NAIVE_ATTEMPTS = 2
 def settings(shape: Shape, rounds: int) -> StarsConfig:
     """Let every round accept its first attempt, so that each is whole: it reads, draws, scores, judges, commits."""
     return StarsConfig(
-        segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, width=shape.width, batch_size=shape.prompts,
-        temperature=1.0, top_k=40, seed=SEED, eos_token_id=(), progress=False,
+        segment_size=SEGMENT, max_new_tokens=SEGMENT * rounds, batch_size=shape.prompts,
+        width=shape.width, wave=shape.width, temperature=1.0, top_k=40, seed=SEED, eos_token_id=(), progress=False,
         accept="hard", alpha=1.0, reward_threshold=-1e6, beta=1.0,
     )  # fmt: skip
 

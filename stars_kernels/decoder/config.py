@@ -37,6 +37,7 @@ class Settings(TypedDict, total=False):
     do_sample: bool
     seed: int | None
     width: int | Literal["auto"]
+    wave: int | Literal["auto"]
     batch_size: int | Literal["auto"]
     pack: bool | Literal["bfloat16"]
     graphs: bool
@@ -52,7 +53,7 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `batch_size`, `graphs` and `progress` change speed and display alone.
+    """Settings of STARS decoding. `width`, `wave`, `batch_size`, `graphs` and `progress` change speed alone.
 
     segment_size: tokens of a segment.
     max_attempts: candidates judged for a segment, at most; then the best of them is taken.
@@ -66,6 +67,8 @@ class StarsConfig:
     do_sample: transformers' switch; STARS needs different attempts, so only True is accepted.
     seed: of every random number; None draws one and records it in the output's config.
     width: attempts of a prompt decoded side by side in a round, or "auto".
+    wave: how many of these are scored before they are judged, or "auto". What follows is scored only if none was taken,
+        so that the reward model is asked about fewer.
     batch_size: prompts decoded in lock-step, or "auto": 8 on a CPU, on a GPU what free memory holds, at most 256.
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
@@ -96,6 +99,7 @@ class StarsConfig:
     do_sample: bool = True
     seed: int | None = None
     width: int | Literal["auto"] = "auto"
+    wave: int | Literal["auto"] = "auto"
     batch_size: int | Literal["auto"] = "auto"
     pack: bool | Literal["bfloat16"] = True
     graphs: bool = True
@@ -148,9 +152,9 @@ class StarsConfig:
             check(self, name, isinstance(getattr(self, name), bool), "True or False")
         valid = self.seed is None or (is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
         check(self, "seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
-        check(self, "width", self.width == "auto" or (is_int(self.width) and self.width >= 1), '>= 1 or "auto"')
-        valid = self.batch_size == "auto" or (is_int(self.batch_size) and self.batch_size >= 1)
-        check(self, "batch_size", valid, 'an integer >= 1 or "auto"')
+        for name in ("width", "wave", "batch_size"):
+            value = getattr(self, name)
+            check(self, name, value == "auto" or (is_int(value) and value >= 1), 'an integer >= 1 or "auto"')
         eos, stops = self.eos_token_id, self.stop_strings
         valid = eos is None or (isinstance(eos, tuple) and all(is_int(i) for i in eos))
         check(self, "eos_token_id", valid, "an id, a list of ids, or None")

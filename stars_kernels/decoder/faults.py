@@ -54,22 +54,24 @@ def _fault_of_race(verdict: Verdict, candidates: Sequence[Candidate], planned: i
     return None
 
 
-def faults_of(
-    rewards: Sequence[float],
-    broken: Sequence[bool],
-    unsampled: Mapping[int, Exception],
-    unscored: Mapping[int, Exception],
-    unstopped: Mapping[int, Exception],
+def faults_of_sampling(
+    broken: Sequence[bool], unsampled: Mapping[int, Exception], unstopped: Mapping[int, Exception]
 ) -> dict[int, Fault]:
-    """Return what failed first on each row that has no reward.
+    """Return what failed on each row before it could have a reward.
 
     Args:
-        rewards, broken: per row. broken: it holds a token that could not be sampled, or its end could not be found.
-        unsampled, unscored, unstopped: errors of logits processors, of the reward model, of stopping criteria.
+        broken: per row; it holds a token that could not be sampled, or its end could not be found.
+        unsampled, unstopped: errors of logits processors, of stopping criteria.
     """
-    faults = {r: Fault("the reward is nan, expected a number", None) for r, x in enumerate(rewards) if math.isnan(x)}
-    faults |= {row: Fault("the reward model failed", error) for row, error in unscored.items()}
+    faults: dict[int, Fault] = {}
     for row in itertools.compress(range(len(broken)), broken):
         known = row in unsampled
         faults[row] = Fault("a logits processor failed", unsampled[row]) if known else Fault(BAD_LOGITS, None)
     return faults | {row: Fault("a stopping criterion failed", error) for row, error in unstopped.items()}
+
+
+def fault_of_score(reward: float, error: Exception | None) -> Fault | None:
+    """Return what is wrong with a row's reward. error: the reward model's, if it failed on the row."""
+    if error is not None:
+        return Fault("the reward model failed", error)
+    return Fault("the reward is nan, expected a number", None) if math.isnan(reward) else None

@@ -159,7 +159,7 @@ class StarsOutput:
     segments: the trace, a `Segment` each.
     counts: the work done for this prompt, a `Counts`.
     seconds: wall seconds of the host by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
-        A GPU's work shows where the host waits for it: at the end of a round, in "judge".
+        A GPU's work shows where the host waits for it: for the rewards of each wave, in "judge".
     calibration: a `Calibration`; None where r* and beta were given as settings, or the rule has none.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
         were asked ("processors").

@@ -1,8 +1,9 @@
 """The two sides of a round: a Proposer (the language model) and a Scorer (the reward model).
 
 A round knows a request by its slot, the index in the batch. Its steps are propose, score, judge (by the rule) and
-commit. Any of them may run out of memory, and the round is then repeated. So none changes what the repeat would see: a
-commit shows only when the function that it returns is called.
+commit; it scores and judges wave by wave, in the order of judgement, and what lies behind an attempt that is taken is
+never scored. Any step may run out of memory, and the round is then repeated. So none changes what the repeat would see:
+a commit shows only when the function that it returns is called.
 """
 
 from __future__ import annotations
@@ -114,13 +115,13 @@ class Proposal:
 
 @dataclass
 class Scores:
-    """Rewards [R] float64 (of the empty answers: [P])."""
+    """Rewards [R] float64 of a wave (of the empty answers: [P])."""
 
     rewards: Tensor
     tokens: Tensor | None = None
     """[R] tokens the reward model read for each; None where nothing is read (a function, a head on hidden states)."""
     errors: dict[int, Exception] = field(default_factory=dict)
-    """The rows the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
+    """The rows of the wave the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
 
     @property
     def read(self) -> Tensor:
@@ -162,8 +163,14 @@ class Scorer(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         """Read the prompts and return r(x), the rewards of the empty answers, [P]."""
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        """Return the rewards [R] of prompt + decided answer + tokens[r, :lengths[r]]; may be asked again."""
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        """Take a round's candidates, tokens[r, :lengths[r]] behind the decided answer; may be asked again."""
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        """Return the rewards [len(wave)] of prompt + decided answer + candidate, of these of the opened rows.
+
+        wave: in rising order; each row is in one wave of a round, at most.
+        """
 
     def commit(self, commit: Commit) -> Settle:
         """Write what is kept of the last round's rows behind the prefixes; it shows once the result is called."""

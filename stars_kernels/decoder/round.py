@@ -5,6 +5,7 @@ A round tries some attempts at each slot's segment side by side and judges them 
 What may go wrong with a row is in `faults.py`, running out of memory in `scheduler.py`.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
-from stars_kernels.decoder.faults import faults_of
+from stars_kernels.decoder.faults import faults_of_sampling
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
 from stars_kernels.decoder.rules import Candidate, Rule
 from stars_kernels.decoder.transfer import to_device, to_host
@@ -59,18 +60,27 @@ class Round:
             elif not math.isfinite(rewards[slot]):
                 answer.fail(f"the reward of the empty answer is {rewards[slot]}, expected a finite number")
 
-    def play(self, slots: Sequence[int], widths: Sequence[int]) -> tuple[list[Trial], Settle]:
+    def play(self, slots: Sequence[int], widths: Sequence[int], wave: int) -> tuple[list[Trial], Settle]:
         """Try widths[i] attempts for slots[i]; until the result is settled, the round can be repeated.
 
-        On a GPU the host queues all of it and waits once, in `judge`. It waits earlier only for what runs on the host:
-        stop strings, logits processors and reward models that read text.
+        wave: attempts of a slot that are scored before the rule judges them; the next ones follow if it took none.
+
+        On a GPU the host queues all of it up to the first wave's rewards, waits in `trials`, and then once for each
+        further wave. It waits earlier only for what runs on the host: stop strings, logits processors and reward models
+        that read text.
         """
         with self.timed("propose"):
             starts = {slot: self.answers[slot].starts(width) for slot, width in zip(slots, widths, strict=True)}
             rows = self.rows(starts)
         proposal, ends = self.propose(rows)
-        scores = self.score(rows, proposal, ends)
-        trials = self.judge(rows, starts, proposal, ends, scores)
+        self.open(rows, proposal, ends)
+        heads = itertools.accumulate(widths, initial=0)
+        first = [head + column for head, width in zip(heads, widths, strict=False) for column in range(width)[:wave]]
+        scores = self.score(first)  # queued before the host waits for the candidates
+        trials, told = self.trials(rows, starts, proposal, ends, scores)
+        self.judge(trials, wave, scores, told)
+        while following := [row for trial in trials for row in trial.wave(wave)]:
+            self.judge(trials, wave, self.score(following))
         return trials, self.commit(trials)
 
     def rows(self, starts: Mapping[int, Sequence[Candidate]]) -> Rows:
@@ -97,39 +107,58 @@ class Round:
             (room,) = to_device([sizes], self.proposer.device)
             return proposal, find_ends(self.answers, rows, proposal, room, self._eos, plan.entropy)
 
-    def score(self, rows: Rows, proposal: Proposal, ends: Ends) -> Scores:
-        """Score every candidate, with what it held before, behind its slot's answer."""
+    def open(self, rows: Rows, proposal: Proposal, ends: Ends) -> None:
+        """Hand the candidates, each with what it held before, to the scorer."""
         with self.timed("score"):
             held = rows.held_tokens()
             tokens = torch.cat([held, proposal.tokens.clamp(min=0)], dim=1)
-            return self.scorer.score(rows, tokens, ends.lengths + held.shape[1])
+            self.scorer.open(rows, tokens, ends.lengths + held.shape[1])
 
-    def judge(
+    def score(self, wave: Sequence[int]) -> Scores:
+        """Score the candidates of these rows, each behind its slot's answer."""
+        with self.timed("score"):
+            return self.scorer.score(wave)
+
+    def trials(
         self, rows: Rows, starts: Mapping[int, Sequence[Candidate]], proposal: Proposal, ends: Ends, scores: Scores
-    ) -> list[Trial]:
-        """Let the rule judge each slot's candidates in order, until one is taken or one that failed is reached."""
+    ) -> tuple[list[Trial], list[list[Any]]]:
+        """Make each slot's candidates; read with them, in one wait, the first wave's rewards and tokens read."""
         with self.timed("judge"):
             answers = [self.answers[slot] for slot in rows.slots]
             decided = [len(answer.tokens) for answer in answers]
             uniforms = accept_uniforms([a.key for a in answers], decided, rows.attempts)  # while a GPU is at work
-            columns = (scores.rewards, proposal.tokens, ends.lengths, ends.stopped, ends.broken, scores.read)
-            rewards, tokens, lengths, stopped, broken, read, logprobs = to_host(
+            columns = (scores.rewards, scores.read, proposal.tokens, ends.lengths, ends.stopped, ends.broken)
+            rewards, read, tokens, lengths, stopped, broken, logprobs = to_host(
                 (*columns, proposal.logprob(ends.lengths))
             )
-            faults = faults_of(rewards, broken, proposal.errors, scores.errors, ends.errors)
+            faults = faults_of_sampling(broken, proposal.errors, ends.errors)
             trials, head = list[Trial](), 0
             for slot, mine in starts.items():
-                tried, answer = list[Candidate](), self.answers[slot]
+                room, tried = self.answers[slot].room, list[Candidate]()
                 for r, start in enumerate(mine, start=head):
                     grown = [*start.tokens, *tokens[r][: lengths[r]]]
-                    ended = stopped[r] or grown[-1] in self.eos or len(grown) == answer.room
-                    told = dict(reward=rewards[r], uniform=uniforms[r], stopped=stopped[r], ended=ended)
+                    ended = stopped[r] or grown[-1] in self.eos or len(grown) == room
+                    told = dict(uniform=uniforms[r], stopped=stopped[r], ended=ended)
                     tried.append(replace(start, tokens=grown, logprob=start.logprob + logprobs[r], **told))
                 here = range(head, head + len(mine))
-                trials.append(Trial(slot, head, tried, sum(len(tokens[r]) for r in here), sum(read[r] for r in here)))
-                trials[-1].judge(self.rule, answer, faults)
+                known = {r - head: faults[r] for r in here if r in faults}
+                trials.append(Trial(slot, head, tried, sum(len(tokens[r]) for r in here), known))
                 head += len(mine)
-            return trials
+            return trials, [rewards, read]
+
+    def judge(self, trials: Sequence[Trial], wave: int, scores: Scores, told: list[list[Any]] | None = None) -> None:
+        """Let the rule judge a wave's candidates in order, until one is taken or one that failed is reached.
+
+        scores: in the order of `trials`. told: their rewards and tokens read, where the host knows them.
+        """
+        with self.timed("judge"):
+            rewards, read = told or to_host((scores.rewards, scores.read))
+            at = 0
+            for trial in trials:
+                for row in trial.wave(wave):
+                    trial.score(row - trial.head, rewards[at], read[at], scores.errors.get(at))
+                    at += 1
+                trial.judge(self.rule, self.answers[trial.slot])
 
     def commit(self, trials: Sequence[Trial]) -> Settle:
         """Copy each slot's chosen candidate behind its prefix, which it joins once it is taken.
@@ -155,18 +184,6 @@ class Round:
             slots, rows, lengths, advance, last_tokens = to_device(numbers, self.proposer.device)
             commit = Commit(host, slots, rows, lengths, advance.bool(), last_tokens)
             return together([self.proposer.commit(commit), self.scorer.commit(commit)])
-
-    def book(self, trial: Trial) -> None:
-        """Write what a settled round tried for one slot on its answer."""
-        answer = self.answers[trial.slot]
-        answer.counts.sampled += trial.sampled
-        answer.counts.rm_scored += trial.rm_scored
-        if trial.fault is not None:
-            answer.fail(trial.fault.what, trial.fault.cause, attempt=trial.candidates[trial.judged].attempt)
-            return
-        assert trial.verdict is not None
-        answer.add(trial.candidates[: trial.judged], trial.verdicts, len(trial.candidates))
-        answer.follow(trial.verdict, self.eos)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

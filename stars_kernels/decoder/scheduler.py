@@ -12,7 +12,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.protocols import Settle
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.trial import Trial
-from stars_kernels.decoder.width import AcceptanceHistory, Cost, cpu_cost
+from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_shape
 
 
 @dataclass
@@ -21,10 +21,11 @@ class Run:
 
     round: Round
     width: int | Literal["auto"] = "auto"
+    wave: int | Literal["auto"] = "auto"
     limits: MemoryLimits = field(default_factory=MemoryLimits)
     """Shrinks where memory runs out."""
-    cost: Cost = cpu_cost
-    """Of a round, on the device that it runs on: what width="auto" goes by."""
+    cost: Cost = field(default_factory=lambda: CpuCost(segment_size=15))
+    """Of a round, on the device that it runs on: what "auto" goes by."""
 
     @property
     def answers(self) -> list[Answer]:
@@ -63,8 +64,8 @@ class Run:
             settle: Settle | None = None
             try:
                 slots = self._slots(active)
-                widths = self._widths(slots, history)
-                trials, settle = self.round.play(slots, widths)
+                widths, wave = self._shape(slots, history)
+                trials, settle = self.round.play(slots, widths, wave)
                 self._finish(trials, settle, history)
             except Warning:  # which the caller has made an error
                 raise
@@ -89,7 +90,7 @@ class Run:
         with self.round.timed("commit"):
             settle()
             for trial in trials:
-                self.round.book(trial)
+                trial.book(self.answers[trial.slot], self.round.eos)
                 if trial.fault is None and trial.verdict is not None:
                     history.judged += trial.judged
                     history.accepted += trial.verdict.outcome == "accepted"
@@ -113,12 +114,18 @@ class Run:
         alike = [slot for slot in active if kinds[slot] == kinds[largest]]
         return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.limits.prompts]
 
-    def _widths(self, slots: Sequence[int], history: AcceptanceHistory) -> list[int]:
-        """How many attempts of each slot to decode side by side."""
+    def _shape(self, slots: Sequence[int], history: AcceptanceHistory) -> tuple[list[int], int]:
+        """How many attempts of each slot to decode side by side, and how many of them are a wave."""
         plans = [self.round.rule.plan(self.answers[slot]) for slot in slots]
-        width = self.width
-        if width == "auto":
-            early = history if any(plan.early for plan in plans) else AcceptanceHistory(judged=1, accepted=0)
-            width = early.best_width(len(slots), max(plan.attempts for plan in plans), self.cost)
+        attempts, early = max(plan.attempts for plan in plans), any(plan.early for plan in plans)
+        miss = history.miss if early else 1.0
+        given = self.width
+        width = best_shape(len(slots), attempts, miss, self.cost).width if given == "auto" else given
+        width = min(width, self.limits.width or width, attempts)
+        wave: int | Literal["auto"] = self.wave
+        if not early or plans[0].race:  # all are judged; and who goes on in a race lies as it was forked
+            wave = width
+        if wave == "auto":
+            wave = best_shape(len(slots), attempts, miss, self.cost, width).wave
         left = [self.answers[slot].left(plan) for slot, plan in zip(slots, plans, strict=True)]
-        return [min(width, self.limits.width or width, attempts) for attempts in left]
+        return [min(width, attempts) for attempts in left], wave

@@ -30,6 +30,14 @@ def to_host(tensors: Iterable[Tensor]) -> list[list[Any]]:
     ]
 
 
+def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return these rows of a tensor [R, ...], in rising order: itself, where they are all of them."""
+    if len(rows) == len(tensor):
+        return tensor
+    (index,) = to_device([rows], tensor.device)
+    return tensor.index_select(0, index)
+
+
 def _words(tensor: Tensor) -> Tensor:
     """Return a tensor as int64 [numel]: by value or, of a float64, by bits."""
     if tensor.dtype not in (torch.float64, torch.int64, torch.bool):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.faults import Fault, fault_of
+from stars_kernels.decoder.faults import Fault, fault_of, fault_of_score
 from stars_kernels.decoder.rules import Candidate, Rule, Verdict
 
 
@@ -14,16 +14,19 @@ from stars_kernels.decoder.rules import Candidate, Rule, Verdict
 class Trial:
     """What a round tried for one slot, and what came of it.
 
-    head: index of its first row. candidates: one per row. sampled: tokens in its rows, those past a candidate's end
-    included. rm_scored: tokens that the reward model read. verdicts: the rule's, on the candidates that it judged, from
-    the first on. fault: what is wrong with the candidate after the judged ones, which ends the answer.
+    head: index of its first row. candidates: one per row; those behind the first `scored` have no reward yet. sampled:
+    tokens in its rows, those past a candidate's end included. rm_scored: tokens that the reward model read. verdicts:
+    the rule's, on the candidates that it judged, from the first on. faults: what is wrong with candidates, by index.
+    fault: the one that was met, which ends the answer.
     """
 
     slot: int
     head: int
     candidates: list[Candidate]
     sampled: int
-    rm_scored: int
+    faults: dict[int, Fault]
+    scored: int = 0
+    rm_scored: int = 0
     verdicts: list[Verdict] = field(default_factory=list)
     fault: Fault | None = None
 
@@ -37,14 +40,35 @@ class Trial:
         """The last one; None where the first candidate had a fault."""
         return self.verdicts[-1] if self.verdicts else None
 
-    def judge(self, rule: Rule, answer: Answer, faults: Mapping[int, Fault]) -> None:
-        """Show the rule one candidate after the other, until one is taken or one of `faults`, by row, is reached."""
-        candidates, best, plan = list(answer.candidates), answer.chosen, rule.plan(answer)
-        for column, candidate in enumerate(self.candidates):
-            if self.head + column in faults:
-                self.fault = faults[self.head + column]
+    @property
+    def over(self) -> bool:
+        """Whether the rule has taken a candidate, or met a fault."""
+        return self.fault is not None or (self.verdict is not None and self.verdict.outcome is not None)
+
+    def wave(self, size: int) -> range:
+        """Return the rows to score next, `size` at most."""
+        first = self.head + self.scored
+        return range(first, first if self.over else self.head + min(self.scored + size, len(self.candidates)))
+
+    def score(self, index: int, reward: float, read: int, error: Exception | None) -> None:
+        """Write the reward of the next candidate, for which the reward model read so many tokens or failed."""
+        self.candidates[index].reward, self.scored = reward, index + 1
+        self.rm_scored += read
+        fault = fault_of_score(reward, error)
+        if fault is not None:
+            self.faults.setdefault(index, fault)
+
+    def judge(self, rule: Rule, answer: Answer) -> None:
+        """Show the rule one scored candidate after the other, until one is taken or one with a fault is reached."""
+        if self.over:
+            return
+        best, plan = answer.chosen if self.verdict is None else self.verdict.chosen, rule.plan(answer)
+        candidates = [*answer.candidates, *self.candidates[: self.judged]]
+        for index in range(self.judged, self.scored):
+            self.fault = self.faults.get(index)
+            if self.fault is not None:
                 return
-            candidates.append(candidate)
+            candidates.append(self.candidates[index])
             verdict = rule.judge(answer, candidates)
             self.fault = fault_of(verdict, best, candidates, plan)
             if self.fault is not None:
@@ -53,3 +77,14 @@ class Trial:
             best = verdict.chosen
             if verdict.outcome is not None:
                 return
+
+    def book(self, answer: Answer, eos: Collection[int]) -> None:
+        """Write what was tried on the slot's answer, once the round has settled."""
+        answer.counts.sampled += self.sampled
+        answer.counts.rm_scored += self.rm_scored
+        if self.fault is not None:
+            answer.fail(self.fault.what, self.fault.cause, attempt=self.candidates[self.judged].attempt)
+            return
+        assert self.verdict is not None
+        answer.add(self.candidates[: self.judged], self.verdicts, len(self.candidates))
+        answer.follow(self.verdict, eos)

@@ -1,16 +1,19 @@
-"""width="auto": how many attempts to decode side by side. It changes speed only, and reads no clock."""
+"""width="auto", wave="auto": how many attempts to decode side by side, and how many of them to score before judging.
+
+Both change speed only, and no clock is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-Cost = Callable[[int], float]
-"""Rows of a round -> what the round costs, in a unit of its own: only ratios count. Never less for more rows."""
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 HOST_SECONDS = 2e-3  # a round's bookkeeping
+ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of each answer in it
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
@@ -20,13 +23,56 @@ TOKEN_STATES = 60  # hidden states' worth that a layer's element-wise kernels mo
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
 
 
-def cpu_cost(rows: int) -> float:
-    """Return the cost of a round of `rows` rows on a CPU; the part that is the same for any number is 1.
+class Cost(Protocol):
+    """What a round costs, in a unit of its own: only ratios count. More rows never cost less. It can be hashed."""
 
-    Measured for rounds of a 135M model in fp32 on packed weights, as language and reward model, on 2 cores. (Steps by
-    themselves, of 1, 8, 16 and 64 rows, took 32, 38, 47 and 137 ms; scoring adds more for each row.)
+    @property
+    def waves(self) -> bool:
+        """Whether a round may be scored in several waves."""
+
+    def sample(self, rows: int) -> float:
+        """Return the cost of sampling a round of `rows` rows."""
+
+    def score(self, rows: float) -> float:
+        """Return the cost of scoring a wave of `rows` rows, on average."""
+
+    def __hash__(self) -> int: ...
+
+
+class Shape(NamedTuple):
+    """How a round is laid out.
+
+    width: attempts of a slot side by side. wave: how many of them are scored before the rule judges them.
     """
-    return 1 + rows / 11
+
+    width: int
+    wave: int
+
+
+@dataclass(frozen=True)
+class CpuCost:
+    """A round on a CPU, in steps of one row.
+
+    Between what two machines of 2 cores took, with a 135M model in fp32 on packed weights as language and as reward
+    model. A step of 1, 8, 16 and 64 rows took 32, 38, 47 and 137 ms on one, 59, 65, 114 and 228 ms on the other (of up
+    to 8 rows, one prompt's). A row and token to score took 1/16 of a step of one row there and 1/65 here, where a wave
+    took half a step more.
+
+    segment_size: tokens of a row. reads: whether a reward model reads them, or a function is asked.
+    """
+
+    segment_size: int
+    reads: bool = True
+
+    @property
+    def waves(self) -> bool:
+        return self.reads
+
+    def sample(self, rows: int) -> float:
+        return self.segment_size * (1 + rows / 30)
+
+    def score(self, rows: float) -> float:
+        return 0.5 + self.segment_size * rows / 30 if self.reads else 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +99,7 @@ class GpuCost:
     A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
-    operations per second. graphs: whether segments run as CUDA graphs.
+    operations per second. graphs: whether segments run as CUDA graphs. asks: whether a reward function is asked.
     """
 
     model: ModelSize
@@ -62,14 +108,24 @@ class GpuCost:
     bandwidth: float
     flops: float
     graphs: bool = True
+    asks: bool = False
 
-    def __call__(self, rows: int) -> float:
-        """One forward for the last tokens of the segments before, segment_size - 1 steps, and the reward models'."""
+    @property
+    def waves(self) -> bool:
+        """Only for a function, which runs on the host: else the host would wait for the GPU once more in each wave."""
+        return self.asks
+
+    def sample(self, rows: int) -> float:
+        """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
         last = self._forward(self.model, 0, 1)
-        steps = (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
-        return HOST_SECONDS + last + steps + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
+        return HOST_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
 
-    def _forward(self, size: ModelSize, rows: int, tokens: int, graphed: bool = False) -> float:
+    def score(self, rows: float) -> float:
+        """A forward of each reward model."""
+        asked = ASKED_SECONDS * (1 + rows) if self.asks else 0.0
+        return asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
+
+    def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
         """Seconds for `tokens` new tokens of each row."""
         bandwidth, new = BANDWIDTH_SHARE * self.bandwidth, rows * tokens
         moved = size.weights + rows * self.segment_size * size.kv_bytes + new * LOGIT_PASSES * size.logits_bytes
@@ -90,14 +146,35 @@ class AcceptanceHistory:
     judged: int = 4
     accepted: int = 1
 
-    def best_width(self, prompts: int, max_attempts: int, cost: Cost) -> int:
-        """Return the width with the lowest expected cost of a decided segment.
+    @property
+    def miss(self) -> float:
+        """The share of attempts that were rejected, to the hundredth: so that few are to be thought about."""
+        return round(1 - self.accepted / self.judged, 2)
 
-        A round takes place if all attempts before it were rejected; after max_attempts the best is taken.
-        """
-        miss = 1 - self.accepted / self.judged
 
-        def expected(width: int) -> float:
-            return cost(prompts * width) * sum(miss**attempts for attempts in range(0, max_attempts, width))
+@functools.lru_cache(maxsize=4096)
+def best_shape(prompts: int, max_attempts: int, miss: float, cost: Cost, width: int | None = None) -> Shape:
+    """Return the shape with the lowest expected cost of a decided segment, where an attempt fails with chance `miss`.
 
-        return min((min(width, max_attempts) for width in CHOICES), key=expected)
+    A round takes place if all attempts before it were rejected; after max_attempts the best is taken. In a round, so
+    does a wave. width: given; None = to be found.
+    """
+    widths = sorted({min(choice, max_attempts) for choice in CHOICES}) if width is None else [width]
+    shapes = [Shape(w, v) for w in widths for v in (*CHOICES, w) if v == w or (cost.waves and v < w)]
+    return min(shapes, key=lambda shape: expected_cost(shape, prompts, max_attempts, miss, cost))
+
+
+def expected_cost(shape: Shape, prompts: int, max_attempts: int, miss: float, cost: Cost) -> float:
+    """Return the expected cost of a decided segment: of its rounds, all prompts' at once, and of their waves."""
+    total = 0.0
+    sampled = cost.sample(prompts * shape.width)
+    scored = 0.0
+    for first in range(0, shape.width, shape.wave):
+        open_share = miss**first  # of the prompts, those that have none accepted before this wave
+        any_open = 1 - (1 - open_share) ** prompts
+        rows = prompts * min(shape.wave, shape.width - first)
+        if any_open > 0:
+            scored += any_open * cost.score(rows * open_share / any_open)
+    for first in range(0, max_attempts, shape.width):
+        total += miss**first * (sampled + scored)
+    return total

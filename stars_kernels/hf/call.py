@@ -283,9 +283,10 @@ class Call:
             lm, graphs, fuse=self.serving.unfused is None, hidden=hidden, processors=processors,
             buffers=buffers.part("language model"),
         )  # fmt: skip
-        cost = round_cost(lm, models.reward_models, first_plan(config, rule).size, graphs is not None)
+        asks = any(part.body is None for part in models.rewarder.parts)
+        cost = round_cost(lm, models.reward_models, first_plan(config, rule).size, graphs is not None, asks)
         played = Round(proposer, scorer, rule, config.sampling, answers, self.eos, noise)
-        return Run(played, width, self.limits, cost)
+        return Run(played, width, config.wave, self.limits, cost)
 
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""

@@ -71,6 +71,7 @@ def generate(
     accept: Literal["soft", "hard"] = "soft",
     seed: int | None = None,
     width: int | Literal["auto"] = "auto",
+    wave: int | Literal["auto"] = "auto",
     batch_size: int | Literal["auto"] = "auto",
     pack: bool | Literal["bfloat16"] = True,
     graphs: bool = True,

@@ -125,7 +125,8 @@ def _score_part(call: Call, number: int, part: Part, batch: list[Scored]) -> tor
             zeros = [0] * len(slots)
             slot, zero, lengths = to_device([slots, zeros, list(map(len, answers))], device)
             padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=device)
-            found = scorer.score(Rows(slots, slot, zero, zero, zero), padded, lengths)
+            scorer.open(Rows(slots, slot, zero, zero, zero), padded, lengths)
+            found = scorer.score(range(len(slots)))
             rewards[slots] = _checked(found, [batch[slot] for slot in slots])
         return rewards
     finally:

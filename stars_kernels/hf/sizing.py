@@ -1,6 +1,6 @@
-"""What a device can carry: the cost of a round, which width="auto" follows, and how many prompts batch_size="auto" is.
+"""What a device can carry: a round's cost, which width and wave "auto" follow, and what batch_size="auto" is.
 
-Both change speed and memory only. Figures of devices and models are small dataclasses, so that a machine without a GPU
+They change speed and memory only. Figures of devices and models are small dataclasses, so that a machine without a GPU
 can ask about one.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.width import Cost, GpuCost, ModelSize, cpu_cost
+from stars_kernels.decoder.width import Cost, CpuCost, GpuCost, ModelSize
 from stars_kernels.hf.loading.reward_model import ENCODERS
 from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, vocabulary
 
@@ -69,22 +69,28 @@ def models_in(bodies: Iterable[nn.Module]) -> list[PreTrainedModel]:
 
 
 def round_cost(
-    model: PreTrainedModel, rewards: Sequence[PreTrainedModel], segment_size: int, graphs: bool, gpu: Gpu | None = None
+    model: PreTrainedModel,
+    rewards: Sequence[PreTrainedModel],
+    segment_size: int,
+    graphs: bool,
+    asks: bool = False,
+    gpu: Gpu | None = None,
 ) -> Cost:
-    """Return the cost of a round of so many rows on the device of `model`.
+    """Return what a round costs on the device of `model`.
 
     Args:
         model: the language model's view.
         rewards: the views of `models_in`; counted as if they were on the same device and read a segment for each row.
         graphs: whether segments run as CUDA graphs.
+        asks: whether a reward function is asked.
         gpu: the figures of the GPU; None = those of the model's device, where that is one.
     """
     if gpu is None:
         if model.device.type != "cuda":
-            return cpu_cost
+            return CpuCost(segment_size, reads=asks or bool(rewards))
         gpu = gpu_of(model.device, model.dtype)
     sizes = tuple(map(size_of, rewards))
-    return GpuCost(size_of(model), sizes, segment_size, gpu.bandwidth, gpu.flops, graphs)
+    return GpuCost(size_of(model), sizes, segment_size, gpu.bandwidth, gpu.flops, graphs, asks)
 
 
 def size_of(model: PreTrainedModel) -> ModelSize:

@@ -74,11 +74,13 @@ class Table:
             value = value * V + token
         return Proposal(*(torch.stack(column, dim=1) for column in zip(*drawn, strict=True)))
 
-    def score(self, rows, tokens, lengths):
-        self.candidate = self.value[rows.slot]
+    def open(self, rows, tokens, lengths):
+        self.candidate, self.ends = self.value[rows.slot], self.length[rows.slot] + lengths
         for step in range(tokens.shape[1]):
             self.candidate = torch.where(step < lengths, self.candidate * V + tokens[:, step], self.candidate)
-        return Scores(self.rewards[self.length[rows.slot] + lengths, self.candidate])
+
+    def score(self, wave):
+        return Scores(self.rewards[self.ends[wave], self.candidate[wave]])
 
     def commit(self, commit):
         def settle():
@@ -95,7 +97,12 @@ class Scorer:
     """The table's other face, so that a commit reaches it once."""
 
     def __init__(self, table):
-        self.begin, self.score, self.commit = table.begin, table.score, lambda commit: lambda: None
+        self.begin, self.open, self.score, self.commit = (
+            table.begin,
+            table.open,
+            table.score,
+            lambda commit: lambda: None,
+        )
 
 
 def run(world, config, seed, decodes=DECODES, limit=DEPTH):

@@ -1,7 +1,7 @@
-"""width="auto": what a round costs on each device, and the width that follows."""
+"""width="auto", wave="auto": what a round costs on each device, and the shape that follows."""
 
 from dataclasses import replace
-from math import log
+from math import comb, log
 
 import pytest
 
@@ -11,16 +11,19 @@ from bench.costs import ours, round_seconds
 from bench.kernels import GPUS, MODELS
 from bench.schedule import Job, auto_width
 from stars_kernels.decoder import width as module
-from stars_kernels.decoder.width import CHOICES, AcceptanceHistory, GpuCost, ModelSize, cpu_cost
+from stars_kernels.decoder.width import CHOICES, AcceptanceHistory, CpuCost, GpuCost, ModelSize, Shape, best_shape
 
 MAX_ATTEMPTS = 20
+MISS = AcceptanceHistory().miss  # 3 in 4
 LLAMA = ModelSize(15e9, 7.5e9, layers=32, kv_bytes=131072, state_bytes=8192, logits_bytes=256512)
 H100 = GpuCost(LLAMA, (LLAMA,), segment_size=15, bandwidth=3.35e12, flops=989e12)
 COSTS = {
-    "CPU": cpu_cost,
+    "CPU": CpuCost(15),
+    "no model as reward, on a CPU": CpuCost(15, reads=False),
     "H100": H100,
     "eager": replace(H100, graphs=False),
     "no model as reward": replace(H100, rewards=()),
+    "a function": replace(H100, rewards=(), asks=True),
     "one token": replace(H100, segment_size=1),
 }
 
@@ -51,60 +54,85 @@ def test_the_constants_are_the_rooflines():
 
 
 def test_the_cpus_cost_would_not_do_on_a_gpu():
-    history = AcceptanceHistory()
-    assert history.best_width(64, MAX_ATTEMPTS, cpu_cost) == 1 < history.best_width(64, MAX_ATTEMPTS, H100)
+    on_a_cpu, on_a_gpu = (best_shape(64, MAX_ATTEMPTS, MISS, cost).width for cost in (CpuCost(15), H100))
+    assert on_a_cpu == 2 < on_a_gpu == 4
 
 
-def test_the_widths_on_a_cpu():
-    history = AcceptanceHistory()  # starts at 1 in 4
-    found = {prompts: history.best_width(prompts, MAX_ATTEMPTS, cpu_cost) for prompts in (1, 2, 4, 8, 16, 64)}
-    assert found == {1: 6, 2: 4, 4: 4, 8: 3, 16: 2, 64: 1}
+def test_the_shapes_on_a_cpu():
+    found = {prompts: best_shape(prompts, MAX_ATTEMPTS, MISS, CpuCost(15)) for prompts in (1, 2, 4, 8, 16, 64)}
+    assert found == {1: (8, 2), 2: (6, 2), 4: (6, 2), 8: (4, 1), 16: (3, 1), 64: (2, 1)}
 
 
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
 def test_monotonic(cost):
     """More rows never cost less; more prompts, or more attempts accepted, never make a round wider."""
-    costs = [cost(rows) for rows in range(1, 3000)]
-    assert costs == sorted(costs) and costs[0] > 0 and costs[-1] > costs[0]
-    for history in (AcceptanceHistory(100, 5), AcceptanceHistory(), AcceptanceHistory(100, 80)):
-        widths = [history.best_width(prompts, MAX_ATTEMPTS, cpu_cost) for prompts in range(1, 300)]
+    for part in (cost.sample, cost.score):
+        costs = [part(rows) for rows in range(1, 3000)]
+        assert costs == sorted(costs) and costs[0] >= 0
+    assert 0 < cost.sample(1) + cost.score(1) < cost.sample(3000) + cost.score(3000)
+    for miss in (0.95, 0.75, 0.2):
+        widths = [best_shape(prompts, MAX_ATTEMPTS, miss, COSTS["CPU"]).width for prompts in range(1, 300)]
         assert widths == sorted(widths, reverse=True)
     for prompts in (1, 8, 64):
-        widths = [AcceptanceHistory(100, n).best_width(prompts, MAX_ATTEMPTS, cost) for n in (10, 25, 50, 75, 100)]
+        widths = [best_shape(prompts, MAX_ATTEMPTS, 1 - n / 100, cost).width for n in (10, 25, 50, 75, 100)]
         assert widths == sorted(widths, reverse=True)
 
 
-def test_the_cheapest_way_to_a_decision_is_taken():
-    """By the definition: rounds of so many rows until an attempt is accepted, or all have been tried."""
+def test_where_scoring_is_free_or_all_is_judged_a_round_is_one_wave():
+    for prompts in (1, 8, 64):
+        for miss in (0.0, 0.5, 0.9, 1.0):
+            assert len(set(best_shape(prompts, MAX_ATTEMPTS, miss, CpuCost(15, reads=False)))) == 1
+        for cost in COSTS.values():
+            assert len(set(best_shape(prompts, MAX_ATTEMPTS, 1.0, cost))) == 1
 
-    def expected(width, prompts, miss):
-        seconds, happens, attempts = 0.0, 1.0, 0
-        while attempts < MAX_ATTEMPTS:
-            seconds += happens * H100(prompts * width)
-            attempts += width
-            happens *= miss**width
-        return seconds
 
-    for prompts in (1, 5, 30, 200):
-        for accepted in (0, 1, 2, 3, 4):
-            widths = [w for w in CHOICES if w <= MAX_ATTEMPTS]
-            best = min(widths, key=lambda w: expected(w, prompts, 1 - accepted / 4))
-            assert AcceptanceHistory(4, accepted).best_width(prompts, MAX_ATTEMPTS, H100) == best
+@pytest.mark.parametrize("cost", [H100, CpuCost(15), replace(H100, asks=True)], ids=["GPU", "CPU", "function"])
+def test_the_cheapest_way_to_a_decision_is_taken(cost):
+    """By the definition: rounds, and waves in them, of so many rows, until one is accepted or all have been tried."""
+
+    def expected(shape, prompts, miss):
+        total, happens = 0.0, 1.0
+        for first in range(0, MAX_ATTEMPTS, shape.width):
+            total += happens * cost.sample(prompts * shape.width)
+            for start in range(0, shape.width, shape.wave):
+                size, going = min(shape.wave, shape.width - start), miss**start
+                for k in range(1, prompts + 1):  # of the prompts that are still open; each has as many rows
+                    chance = comb(prompts, k) * going**k * (1 - going) ** (prompts - k)
+                    total += happens * chance * cost.score(k * size)
+            happens = miss ** (first + shape.width)
+        return total
+
+    widths = [w for w in CHOICES if w <= MAX_ATTEMPTS]
+    waves = CHOICES if cost.waves else (0,)
+    shapes = [Shape(width, wave) for width in widths for wave in {*waves, width} if 0 < wave <= width]
+    for prompts in (1, 5, 12):
+        for miss in (0.0, 0.25, 0.5, 0.75, 1.0):
+            least = min(expected(shape, prompts, miss) for shape in shapes)
+            # The rows of a wave are taken at their mean, so nearly.
+            assert expected(best_shape(prompts, MAX_ATTEMPTS, miss, cost), prompts, miss) <= 1.01 * least
 
 
 def test_as_wide_as_attempts_are_allowed():
-    history = AcceptanceHistory(1000, 1)
-    assert [history.best_width(1, attempts, H100) for attempts in (1, 5, 20, 64, 200)] == [1, 5, 20, 64, 64]
+    assert [best_shape(1, n, 1.0, H100).width for n in (1, 5, 20, 64, 200)] == [1, 5, 20, 64, 64]
+
+
+def test_a_given_width_keeps_it():
+    for width in (1, 4, 7, 20):
+        shape = best_shape(8, MAX_ATTEMPTS, MISS, CpuCost(15), width)
+        assert shape.width == width >= shape.wave
 
 
 def test_what_a_gpu_s_round_follows_from():
     """Few rows are bound by bytes, many by operations, small models by their launches where there are no graphs."""
 
+    def total(cost, rows):
+        return cost.sample(rows) + cost.score(rows)
+
     def quicker(cost, rows, **change):
-        return cost(rows) / replace(cost, **{name: 2 * getattr(cost, name) for name in change})(rows)
+        return total(cost, rows) / total(replace(cost, **{name: 2 * getattr(cost, name) for name in change}), rows)
 
     assert quicker(H100, 4, bandwidth=True) > 1.25 > 1.1 > quicker(H100, 4, flops=True)
     assert quicker(H100, 4000, flops=True) > 1.5 > 1.2 > quicker(H100, 4000, bandwidth=True)
     small = replace(LLAMA, weights=1e6, parameters=5e5, kv_bytes=1024, logits_bytes=1024)
     eager = replace(H100, model=small, rewards=(small,), graphs=False)
-    assert eager(1) == eager(50) > 3 * replace(eager, graphs=True)(1)
+    assert total(eager, 1) == total(eager, 50) > 3 * total(replace(eager, graphs=True), 1)

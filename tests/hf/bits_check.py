@@ -77,8 +77,8 @@ def measured(family: str) -> Bits:
     expected = answers([0, 1, 2], width=1, batch_size=1)
     assert max(len(row) for _, rewards in expected.values() for row in rewards) > 1
     with _Noting() as noting, patch.object(Elementwise, "forward", noting.unseen(Elementwise.forward)):
-        others = [answers([0, 1, 2], width=3)]
-    others.append(answers([2, 0, 1], width=8, batch_size=2))
+        others = [answers([0, 1, 2], width=3, wave=3)]
+    others.append(answers([2, 0, 1], width=8, wave=2, batch_size=2))
     return Bits(
         tokens=all(found[i][0] == expected[i][0] for found in others for i in expected),
         rewards=all(found == expected for found in others),

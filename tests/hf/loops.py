@@ -55,15 +55,16 @@ def count_forwards(model):
 
 
 def decode_as_the_sequential_loop(lm, rm, reward, prompts, config):
-    """Outputs for texts at widths 1 and 5, whose tokens and attempts are the sequential loop's; and these attempts.
+    """Outputs for texts at several shapes, whose tokens and attempts are the sequential loop's; and these attempts.
 
     reward: what `rm` is to give for (prompt ids, answer ids).
     """
     plain, ids = byte_tokenizer(), range(len(prompts))
     expected = [sequential_decode(lm, reward, plain(prompts[i])["input_ids"], i, config, (EOS,)) for i in ids]
     every = []
-    for width in (1, 5):
-        outputs = stars_kernels.decode(lm, rm, prompts, tokenizer=plain, request_ids=ids, config=config, width=width)
+    for width, wave in ((1, 1), (5, 5), (5, 2)):
+        shaped = config.replace(width=width, wave=wave)
+        outputs = stars_kernels.decode(lm, rm, prompts, tokenizer=plain, request_ids=ids, config=shaped)
         assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
         every.append(outputs)
     return every, [attempts for _, attempts in expected]

@@ -12,7 +12,7 @@ from tests.hf.fork_check import PROMPTS, ROWS
 def check_rewards(model, tolerance=1e-6):
     """The largest difference from the model's own reward of one row's ids, relative to the largest reward.
 
-    Ragged candidates are scored, one of each prompt is accepted, and others are scored behind it.
+    Ragged candidates are scored, one of each prompt is accepted, and others are scored behind it, wave by wave.
     """
     generator = torch.Generator().manual_seed(1)
     scorer, prompts = ClassifierScorer(view_of(model), 0), [list(prompt) for prompt in PROMPTS]
@@ -21,13 +21,19 @@ def check_rewards(model, tolerance=1e-6):
     def own(tokens):
         return model(input_ids=torch.tensor([tokens])).logits[0, 0].item()
 
-    found += scorer.begin(prompts, 12, 6).rewards.tolist()
+    found += scorer.begin(prompts, 18, 6).rewards.tolist()
     expected += map(own, prompts)
-    for lengths in ([2, 6, 4, 6, 6, 3], [1, 3, 2, 6, 5, 4]):
+    for lengths, waves in (
+        ([2, 6, 4, 6, 6, 3], [range(6)]),
+        ([1, 6, 2, 6, 6, 4], [[0, 3, 5], [2], [1, 4]]),
+        ([1, 3, 2, 6, 5, 4], [range(6)]),
+    ):
         tokens = torch.randint(0, 250, (len(ROWS), 6), generator=generator)
         zeros = torch.zeros(len(ROWS), dtype=torch.int64)
         rows = Rows(ROWS, torch.tensor(ROWS), zeros, zeros, zeros)
-        found += scorer.score(rows, tokens, torch.tensor(lengths)).rewards.tolist()
+        scorer.open(rows, tokens, torch.tensor(lengths))
+        rewards = {row: r for wave in waves for row, r in zip(wave, scorer.score(wave).rewards.tolist(), strict=True)}
+        found += [rewards[row] for row in range(len(ROWS))]
         candidates = [t[:n] for t, n in zip(tokens.tolist(), lengths, strict=True)]
         expected += [own(prompts[p] + candidate) for p, candidate in zip(ROWS, candidates, strict=True)]
         chosen = torch.tensor([1, 3, 4])  # a row of each prompt; those of a model with states end at the last token

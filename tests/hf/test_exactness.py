@@ -5,6 +5,7 @@ import torch
 
 import stars_kernels
 from stars_kernels import Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars
+from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
 from tests.sequential import sequential_decode
 from tests.tiny import EOS, tiny_language_model, tiny_reward_model
@@ -68,6 +69,20 @@ def test_every_width_is_the_sequential_answer(truth, lm, rm, width):
     config, expected = truth
     outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, config=config, width=width)
     check(outputs, IDS, expected)
+
+
+@pytest.mark.parametrize("wave", [1, 2, 3])
+def test_every_wave_is_the_sequential_answer(truth, lm, rm, wave):
+    """And the reward model reads what the rule judges, and in each round less than a wave more."""
+    config, expected = truth
+    outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, config=config, width=5, wave=wave)
+    check(outputs, IDS, expected)
+    early = config.resolved_rule.plan(Answer(0, [0], 22)).early
+    for output, prompt in zip(outputs, PROMPTS, strict=True):
+        beyond = output.counts.rm_scored - len(prompt) - output.counts.judged
+        assert 0 <= beyond
+        if early:
+            assert beyond <= (wave - 1) * config.resolved_rule.segment_size * len(output.segments)
 
 
 @pytest.mark.parametrize("width", [1, 5])

@@ -135,7 +135,7 @@ READING = r"out of memory as the reward model read (\d+) tokens at once: going o
 
 @pytest.mark.parametrize("rows", BY_ROWS)
 def test_what_the_reward_model_reads_is_halved_before_the_round(lm, truth, rows):
-    outputs, said = run(lm, limited(tiny_reward_model(), rows))
+    outputs, said = run(lm, limited(tiny_reward_model(), rows), wave=7)
     check(outputs, truth)
     sizes = [tuple(map(int, re.fullmatch(READING, message).groups())) for message in said]
     assert all(size // 2 == rest for size, rest in sizes) and bool(sizes) == (rows < 28)

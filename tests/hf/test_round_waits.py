@@ -1,4 +1,4 @@
-"""On a GPU the host waits once a round, as far as that can be seen on a CPU: for the numbers that end the round."""
+"""On a GPU the host waits once a wave, as far as that can be seen on a CPU: for the numbers that are judged."""
 
 import pytest
 import torch
@@ -21,11 +21,11 @@ from tests.tiny import tiny_language_model, tiny_reward_model
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
 SIZE = 4
 CONFIG = StarsConfig(
-    segment_size=SIZE, max_new_tokens=12, max_attempts=5, width=2, reward_threshold=1.5, beta=0.5, seed=0
+    segment_size=SIZE, max_new_tokens=12, max_attempts=5, width=2, wave=2, reward_threshold=1.5, beta=0.5, seed=0
 )
 
 
-def batch(rewards, graphs=False, **answers):
+def batch(rewards, graphs=False, wave=2, **answers):
     """A batch, its scorer a classifier, a head on the model's own states, or the sum of both."""
     view = view_of(tiny_language_model())
     hidden = HiddenStates(view) if rewards != "classifier" else None
@@ -37,7 +37,9 @@ def batch(rewards, graphs=False, **answers):
         parts.append(OwnHeadScorer(torch.nn.Linear(24, 1).double(), hidden))
     scorer = parts[0] if len(parts) == 1 else SumScorer([(part, 0.5) for part in parts])
     replayed = SegmentGraphs(lambda run: run) if graphs else None
-    return loop_of(ModelProposer(view, replayed, hidden=hidden), scorer, CONFIG, PROMPTS, range(3), **answers)
+    return loop_of(
+        ModelProposer(view, replayed, hidden=hidden), scorer, CONFIG.replace(wave=wave), PROMPTS, range(3), **answers
+    )
 
 
 @pytest.fixture
@@ -95,6 +97,13 @@ def test_one_wait_a_round(waits, rewards, graphs):
     assert "accepted" in outcomes and len(found) > 3
     looks = (0 if graphs else SIZE - 1) * ["is_nonzero"]  # the CPU's, in an eager segment: whether all rows have ended
     assert found == [[*looks, "to_host"]] * len(found)
+
+
+@torch.inference_mode()
+def test_one_wait_a_wave(waits):
+    found = waits(batch("classifier", wave=1))
+    counts = [sum(wait == "to_host" for wait in round_) for round_ in found]
+    assert set(counts) == {1, 2}
 
 
 @torch.inference_mode()

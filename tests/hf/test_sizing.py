@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig
-from stars_kernels.decoder.width import AcceptanceHistory, GpuCost, cpu_cost
+from stars_kernels.decoder.width import AcceptanceHistory, CpuCost, GpuCost, best_shape
 from stars_kernels.hf import sizing
 from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.call import Call
@@ -87,12 +87,16 @@ def test_unknown_gpus_are_as_the_newest_before_them(monkeypatch):
 
 def test_cost_of_a_round_is_the_devices(lm, rm, llama):
     view = view_of(lm)
-    assert round_cost(view, [view_of(rm).base_model], 15, graphs=False) is cpu_cost
+    body = view_of(rm).base_model
+    on_a_cpu = round_cost(view, [body], 15, graphs=False)
+    assert on_a_cpu == CpuCost(15) and round_cost(view, [], 15, graphs=False, asks=True) == on_a_cpu
+    assert round_cost(view, [], 15, graphs=False) == CpuCost(15, reads=False)  # a head on hidden states
     cost = round_cost(*llama, 15, graphs=True, gpu=H100)
     assert isinstance(cost, GpuCost)
-    history = AcceptanceHistory()
-    assert (history.best_width(64, 20, cost), history.best_width(64, 20, cpu_cost)) == (4, 1)  # as the roofline's best
-    assert 0.1 < cost(64 * 3) < 0.4  # seconds: 0.2 by `python -m bench roofline`
+    miss = AcceptanceHistory().miss
+    assert best_shape(64, 20, miss, cost) == (4, 4)  # as the roofline's best
+    assert best_shape(64, 20, miss, on_a_cpu) == (2, 1)
+    assert 0.1 < cost.sample(64 * 3) + cost.score(64 * 3) < 0.4  # seconds: 0.2 by `python -m bench roofline`
 
 
 def test_models_of_every_kind_of_reward(lm, rm):
@@ -207,17 +211,35 @@ def test_what_the_engine_tells_of_its_prompts(monkeypatch, lm, rm):
     assert asked == [(11, 2, 8)]
 
 
+class Quadratic:
+    waves = True
+
+    def sample(self, rows):
+        return rows**2
+
+    score = sample
+
+
+class Free:
+    waves = False
+
+    def sample(self, rows):
+        return 1.0
+
+    score = sample
+
+
 def test_the_width_follows_the_cost_and_the_answers_do_not(monkeypatch, lm, rm):
     def decoded(cost):
         """The widths of first rounds, and the answers."""
         asked = []
         monkeypatch.setattr("stars_kernels.hf.call.round_cost", lambda *of: asked.append(of[2:]) or cost)
         outputs = stars_kernels.decode(lm, rm, PROMPTS[:3], request_ids=range(3), **SET)
-        assert asked == [(4, False)]  # tokens of a segment, no graphs on a CPU
+        assert asked == [(4, False, False)]  # tokens of a segment, no graphs on a CPU, no function
         widths = {segment.widths[0] for output in outputs for segment in output.segments}
         return widths, [output.token_ids for output in outputs]
 
-    dear, free = decoded(lambda rows: rows**2), decoded(lambda rows: 1.0)
+    dear, free = decoded(Quadratic()), decoded(Free())
     assert (dear[0], free[0]) == ({1}, {3}) and dear[1] == free[1]
 
 

@@ -57,9 +57,12 @@ class ForkCache(Cache):
         self.offsets.copy_(sizes.cumsum(0)[:-1])
         self.lengths.zero_()
         self._forked = self.slot = self.lengths[:0]  # [R] the slot of each forked row, and of each selected one
+        self._waiting: Tensor | None = None  # [R] of rows that open in waves; None = all are open, in order
+        self._opened: list[int] = []  # the open ones of these, as they lie in the suffixes
         self.held = 0  # suffix tokens every open row holds
         self.names: list[tuple[int, int]] = []
-        """The slot and attempt of each forked row, where some may go on (`go_on`); the next fork forgets them."""
+        """The slot and attempt of each forked row, all in one wave, where some may go on (`go_on`); the next fork
+        forgets them."""
         own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
         self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size, buffers) for plane in own}
         self._places = {d: self._place(d) for d in [device, *(group.device for group in self.groups)]}
@@ -89,12 +92,29 @@ class ForkCache(Cache):
 
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
-        self._forked, self.names = slot.to(self.device), []
+        self._forked, self.names, self._waiting, self._opened = slot.to(self.device), [], None, []
         for group in self.groups:
             group.make_room(slot.shape[0])
         if self.states is not None:
             self.states.fork(self._forked)
         self.select(slice(slot.shape[0]))
+
+    def open(self, wave: Sequence[int]) -> int:
+        """Let these of the forked rows, in rising order, lie behind those of the waves before; no row is in two waves.
+
+        Returns where the first one lies, for `select`. `commit` still knows a row by its number among the forked.
+        """
+        if self._waiting is None:
+            if len(wave) == len(self._forked):  # all of them, as they lie already
+                return 0
+            self._waiting = self._forked
+        start = len(self._opened)
+        self._opened += wave
+        (opened,) = to_device([self._opened], self.device)
+        self._forked = self._waiting[opened]
+        if self.states is not None:
+            self.states.slot = self._forked
+        return start
 
     def go_on(self, rows: Rows, held: int) -> int:
         """Open rows that have read `held` tokens since their prefix, with what is still there of these.
@@ -159,6 +179,12 @@ class ForkCache(Cache):
         Nothing is written before the result is called: the tokens that lie behind the prefix may still be wanted.
         """
         slot, row, count, advance = (t.to(self.device) for t in (slot, row, count, advance))
+        if self._waiting is not None:
+            places = [-1] * len(self._waiting)
+            for place, opened in enumerate(self._opened):
+                places[opened] = place
+            (lies,) = to_device([places], self.device)
+            row = torch.where(row >= 0, lies[row], row)
         settle_states = None if self.states is None else self.states.commit(slot, row, count, advance, self.held)
         where = [self.lengths, self.offsets, slot, row, count]
         calls = [

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
-from stars_kernels.decoder.transfer import to_device
+from stars_kernels.decoder.transfer import rows_of, to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
@@ -50,18 +50,23 @@ class ClassifierScorer:
             rewards[finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
         return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race
-        ids, counts = tokens[:, there:].to(self.device), (lengths - there).to(self.device)
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        self.there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race
+        self.ids, self.counts = tokens[:, self.there :].to(self.device), (lengths - self.there).to(self.device)
+        self.cache.names = list(zip(rows.slots, rows.attempts, strict=False))
+        self.home = tokens.device
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        start = self.cache.open(wave)
+        ids, counts = rows_of(self.ids, wave), rows_of(self.counts, wave)
 
         def forward(chunk: slice) -> Tensor:
-            self.cache.select(chunk, there)
+            self.cache.select(slice(start + chunk.start, start + chunk.stop), self.there)
             hidden = self.cache.read(ids[chunk], counts[chunk], self._hidden)
             return self.head(hidden, counts[chunk] - 1)
 
-        rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(rows), forward))
-        self.cache.names = list(zip(rows.slots, rows.attempts, strict=False))
-        return Scores(rewards.to(tokens.device), lengths - there)
+        rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(wave), forward))
+        return Scores(rewards.to(self.home), counts.to(self.home))
 
     def commit(self, commit: Commit) -> Settle:
         return self.cache.commit(commit.slot, commit.row, commit.length, commit.advance)

@@ -37,7 +37,8 @@ class EncoderScorer(TextScorer[Encoding]):
         check_length(len(encoding["input_ids"]), self.limit)
         return encoding
 
-    def read(self, slots: list[int], inputs: list[Encoding]) -> Scores:
+    def read(self, numbers: list[int]) -> Scores:
+        inputs = [self.inputs[number] for number in numbers]
         counts = [len(encoding["input_ids"]) for encoding in inputs]
 
         def forward(chunk: slice) -> Tensor:

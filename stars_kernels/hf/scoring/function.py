@@ -32,11 +32,12 @@ class CallableScorer(TextScorer[tuple[str, str]]):
     def prepare(self, prompt: TextPrompt, answer: str) -> tuple[str, str]:
         return prompt.text, answer
 
-    def read(self, slots: list[int], inputs: list[tuple[str, str]]) -> Scores:
+    def read(self, numbers: list[int]) -> Scores:
         """One call for all rows; where it raises, one call a row, so that only the rows at fault have no reward.
 
         Rewards of the wrong number or kind are a mistake in the function, and no row's fault: it is not asked again.
         """
+        inputs = [self.inputs[number] for number in numbers]
         try:
             return Scores(self._rewards(inputs).to(self.device))
         except WrongRewards as error:

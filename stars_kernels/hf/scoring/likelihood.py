@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
-from stars_kernels.decoder.transfer import to_device
+from stars_kernels.decoder.transfer import rows_of, to_device
 from stars_kernels.hf.cache import close_cache_of, open_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
@@ -50,9 +50,15 @@ class LikelihoodScorer:
         tokens = torch.tensor([len(prompt) for prompt in prompts])
         return Scores(torch.zeros(len(prompts), dtype=torch.float64), tokens * len(self.sides))
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        first, *second = [side.score(rows.slot, tokens, lengths).to(tokens.device) for side in self.sides]
-        return Scores(first - second[0] if second else first, lengths * len(self.sides))
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        for side in self.sides:
+            side.open(rows.slot, tokens, lengths)
+        self.lengths, self.home = lengths, tokens.device
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        first, *second = [side.score(wave).to(self.home) for side in self.sides]
+        read = rows_of(self.lengths, wave) * len(self.sides)
+        return Scores(first - second[0] if second else first, read)
 
     def commit(self, commit: Commit) -> Settle:
         return together([side.commit(commit) for side in self.sides])
@@ -77,7 +83,7 @@ class _Likelihood:
     total, best     [P]     log p of the decided answer, and of that + the winner or the best so far
     next_log_probs  [P, V]  of the token after the decided answer
     best_logits     [P, V]  after the winner or the best so far
-    row_total, row_logits   [R], [R, V]  of a round's candidates
+    row_total, row_logits   [R], [R, V]  of a round's candidates, those that were scored
     """
 
     def __init__(self, model: PreTrainedModel, chunks: Chunks, buffers: Buffers) -> None:
@@ -97,18 +103,25 @@ class _Likelihood:
         self.total = torch.zeros(len(prompts), dtype=torch.float64, device=self.device)
         self.best = self.total.clone()
 
-    def score(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """log p [R] of the decided answer of `slot` [R] and tokens[r, :lengths[r]] behind it."""
-        slot, tokens, lengths = (column.to(self.device) for column in (slot, tokens, lengths))
+    def open(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> None:
+        """Take candidates tokens[r, :lengths[r]] behind the decided answer of slot[r]."""
+        self.slot, self.tokens, self.lengths = (column.to(self.device) for column in (slot, tokens, lengths))
+        self.row_logits = self.best_logits.new_empty(len(tokens), self.best_logits.shape[1])
+        self.row_total = self.total.new_empty(len(tokens))
+        self.cache.fork(self.slot)
+
+    def score(self, wave: Sequence[int]) -> Tensor:
+        """log p [len(wave)] of the decided answer and the candidate, of these rows."""
+        slot, tokens, lengths = (rows_of(column, wave) for column in (self.slot, self.tokens, self.lengths))
         rows, size = tokens.shape
         log_probs = torch.empty(rows, size, dtype=torch.float64, device=self.device)
         log_probs[:, 0] = self.next_log_probs[slot, tokens[:, 0]]
-        self.row_logits = self.best_logits.new_empty(rows, self.best_logits.shape[1])
-        self.cache.fork(slot)
+        (row,) = to_device([wave], self.device)
+        lies = self.cache.open(wave)
 
         def forward(some: slice) -> None:
             ids, count = tokens[some], lengths[some]  # [r, S], [r]
-            self.cache.select(some)
+            self.cache.select(slice(lies + some.start, lies + some.stop))
             steps = max(1, LOGITS // (len(ids) * self.best_logits.shape[1]))
             for start in range(0, size, steps):
                 part, following = ids[:, start : start + steps], ids[:, start + 1 : start + steps + 1]
@@ -118,12 +131,13 @@ class _Likelihood:
                 log_probs[some, start + 1 : start + 1 + following.shape[1]] = found[..., 0]  # token t + 1's lies at t
                 last = count - 1 - start
                 here = (0 <= last) & (last < part.shape[1])
-                self.row_logits[some][here] = logits[here, last[here]]
+                self.row_logits[row[some][here]] = logits[here, last[here]]
 
         self.chunks.run([size] * rows, forward)
         # In order, so that a sum does not depend on what lies behind the candidate's end.
-        self.row_total = self.total[slot] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
-        return self.row_total
+        row_total = self.total[slot] + log_probs.cumsum(dim=1).gather(1, lengths[:, None] - 1)[:, 0]
+        self.row_total[row] = row_total
+        return row_total
 
     def commit(self, commit: Commit) -> Settle:
         columns = (commit.slot, commit.row, commit.length, commit.advance)

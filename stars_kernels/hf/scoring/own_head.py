@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stars_kernels import ops
 from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
+from stars_kernels.decoder.transfer import rows_of
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.view.rewrites.matching import is_plain
 
@@ -29,8 +30,12 @@ class OwnHeadScorer:
             head_rewards(self.head, states, torch.zeros(len(prompts), dtype=torch.int64, device=states.device))
         )
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        return Scores(head_rewards(self.head, self.hidden.rows[: len(rows)], lengths - 1))
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        self.last = lengths - 1
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        states = self.hidden.rows[: len(self.last)]
+        return Scores(head_rewards(self.head, rows_of(states, wave), rows_of(self.last, wave)))
 
     def commit(self, commit: Commit) -> Settle:
         """Nothing to write: what is kept of the rows is the proposer's."""

@@ -66,7 +66,12 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         check_length(len(ids), self.limit)
         return ids, ends
 
-    def read(self, slots: list[int], inputs: list[tuple[list[int], list[int]]]) -> Scores:
-        values, counts = self.reader.read(slots, [ids for ids, _ in inputs])
-        rewards = [self.reduce([row[end] for end in ends]) for row, (_, ends) in zip(values, inputs, strict=True)]
+    def take(self, slots: list[int], inputs: list[tuple[list[int], list[int]]]) -> None:
+        super().take(slots, inputs)
+        self.reader.open(slots, [ids for ids, _ in inputs])
+
+    def read(self, numbers: list[int]) -> Scores:
+        values, counts = self.reader.read(numbers)
+        ends = [self.inputs[number][1] for number in numbers]
+        rewards = [self.reduce([row[end] for end in mine]) for row, mine in zip(values, ends, strict=True)]
         return Scores(torch.tensor(rewards, dtype=torch.float64, device=self.device), torch.tensor(counts))

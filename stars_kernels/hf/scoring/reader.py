@@ -47,30 +47,39 @@ class RowReader:
         self.capacities = [0] * slots
         self.cache: ForkCache | None = None
 
-    def read(self, slots: list[int], rows: list[list[int]]) -> tuple[list[list[float]], list[int]]:
-        """Values of all tokens of `rows`, and how many tokens were read for each.
+    def open(self, slots: list[int], rows: list[list[int]]) -> None:
+        """Take rows of token ids; slots: the slot of each, rows of one slot side by side.
 
-        slots: the slot of each row, rows of one slot side by side. What all of them share is kept in the slot's
-        prefix, or read into it once; of a row, its last token at least is read behind it.
+        What all rows of a slot share is kept in its prefix, or read into it once; of a row, its last token at least is
+        read behind it.
         """
         shared: dict[int, list[int]] = {}
         for p in dict.fromkeys(slots):
             mine = [row[:-1] for slot, row in zip(slots, rows, strict=True) if slot == p]
             first, last = min(mine), max(mine)  # what these two share, all do
             shared[p] = first[: shared_length(first, last)]
-        news = [row[len(shared[p]) :] for p, row in zip(slots, rows, strict=True)]
-        cache = self._fitting(slots, rows, max(map(len, news)))
-        read = self._read_shared(cache, shared)
-        values = self._read_rows(cache, slots, news)
-        self.slots, self.rows, self.news = slots, rows, news
-        self.values = [self.held_values[p][: len(shared[p])] + v for p, v in zip(slots, values, strict=True)]
-        counts = [len(new) for new in news]
-        for p, count in read.items():
-            counts[slots.index(p)] += count
-        return self.values, counts
+        self.slots, self.rows = slots, rows
+        self.news = [row[len(shared[p]) :] for p, row in zip(slots, rows, strict=True)]
+        self.values: dict[int, list[float]] = {}
+        if not rows:
+            return
+        cache = self._fitting(slots, rows, max(map(len, self.news)))
+        self.uncounted = self._read_shared(cache, shared)
+        """Of each slot, tokens that were read for all of its rows; they are counted with the first."""
+        cache.fork(self._tensor(slots))
+
+    def read(self, numbers: list[int]) -> tuple[list[list[float]], list[int]]:
+        """Values of all tokens of these of the rows, and how many tokens were read for each."""
+        assert self.cache is not None
+        found = self._read_rows(self.cache, numbers)
+        counts = [len(self.news[r]) for r in numbers]
+        for i, (r, values) in enumerate(zip(numbers, found, strict=True)):
+            self.values[r] = self.held_values[self.slots[r]] + values
+            counts[i] += self.uncounted.pop(self.slots[r], 0)
+        return [self.values[r] for r in numbers], counts
 
     def keep(self, kept: Sequence[int]) -> Settle:
-        """Move these rows of the last `read`, one of a slot at most, behind their slots' prefixes.
+        """Move these rows, which were read, one of a slot at most, behind their slots' prefixes.
 
         It shows once the result is called.
         """
@@ -131,14 +140,14 @@ class RowReader:
                 self.held_values[p] = self.held_values[p] + new.tolist()
         return {p: len(piece) for p, piece in zip(slots, pieces, strict=True)}
 
-    def _read_rows(self, cache: ForkCache, slots: list[int], news: list[list[int]]) -> list[list[float]]:
-        cache.fork(self._tensor(slots))
-        counts = [len(new) for new in news]
+    def _read_rows(self, cache: ForkCache, numbers: list[int]) -> list[list[float]]:
+        news = [self.news[r] for r in numbers]
+        counts, lies = [len(new) for new in news], cache.open(numbers)
 
         def forward(chunk: slice) -> list[list[float]]:
             steps = max(counts[chunk])
             ids = self._tensor([new + [0] * (steps - len(new)) for new in news[chunk]])  # [r, S]
-            cache.select(chunk)
+            cache.select(slice(lies + chunk.start, lies + chunk.stop))
             hidden = cache.read(ids, self._tensor(counts[chunk]), self._hidden)
             return [row[:n] for row, n in zip(self.head(hidden).tolist(), counts[chunk], strict=True)]
 

@@ -31,12 +31,42 @@ class TextScorer(ABC, Generic[Input]):
         self.decided: list[list[int]] = [[] for _ in prompts]
         self.tail: list[list[int]] = [[] for _ in prompts]
         self.rows: list[list[int]] = []
-        return self._scores(list(range(len(prompts))), self.decided)
+        slots = range(len(prompts))
+        self._open(slots, self.decided)
+        return self.score(slots)
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         self.rows = [t[:n] for t, n in zip(*to_host((tokens, lengths)), strict=True)]
-        answers = [self.decided[p] + c for p, c in zip(rows.slots, self.rows, strict=True)]
-        return self._scores(list(rows.slots), answers)
+        self._open(rows.slots, [self.decided[p] + c for p, c in zip(rows.slots, self.rows, strict=True)])
+
+    def _open(self, slots: Sequence[int], answers: Sequence[list[int]]) -> None:
+        """Prepare rows; answers: the tokens of each row's whole answer."""
+        inputs: dict[int, Input] = {}
+        self.unprepared: dict[int, Exception] = {}
+        for row, (p, ids) in enumerate(zip(slots, answers, strict=True)):
+            try:
+                inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
+            except Exception as error:  # a template's and a tokenizer's errors are of many kinds
+                self.unprepared[row] = error
+        self.number = {row: number for number, row in enumerate(inputs)}
+        """Of each row that could be prepared, its number among these."""
+        self.take([slots[row] for row in inputs], list(inputs.values()))
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        home = [place for place, row in enumerate(wave) if row in self.number]
+        found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
+        if home:
+            found = self.read([self.number[wave[place]] for place in home])
+        if len(home) == len(wave):
+            return found
+        errors = {place: self.unprepared[row] for place, row in enumerate(wave) if row in self.unprepared}
+        rewards = torch.full((len(wave),), torch.nan, dtype=torch.float64, device=self.device)
+        rewards[home] = found.rewards.to(self.device)
+        tokens = None
+        if found.tokens is not None:
+            tokens = torch.zeros(len(wave), dtype=torch.int64, device=found.tokens.device)
+            tokens[home] = found.tokens
+        return Scores(rewards, tokens, errors | {home[row]: error for row, error in found.errors.items()})
 
     def commit(self, commit: Commit) -> Settle:
         def settle() -> None:
@@ -58,32 +88,13 @@ class TextScorer(ABC, Generic[Input]):
     def prepare(self, prompt: TextPrompt, answer: str) -> Input:
         """What is to be read of one row; may raise, which fails this row alone."""
 
-    @abstractmethod
-    def read(self, slots: list[int], inputs: list[Input]) -> Scores:
-        """The rewards of prepared rows; slots: the slot of each."""
+    def take(self, slots: list[int], inputs: list[Input]) -> None:
+        """Keep the prepared rows of a round, each with its slot, for `read`."""
+        self.inputs = inputs
 
-    def _scores(self, slots: list[int], answers: list[list[int]]) -> Scores:
-        """answers: the tokens of each row's whole answer."""
-        inputs: dict[int, Input] = {}
-        errors: dict[int, Exception] = {}
-        for row, (p, ids) in enumerate(zip(slots, answers, strict=True)):
-            try:
-                inputs[row] = self.prepare(self.prompts[p], self.prompts[p].answer(ids))
-            except Exception as error:  # a template's and a tokenizer's errors are of many kinds
-                errors[row] = error
-        ready = self.ready = list(inputs)
-        found = Scores(torch.empty(0, dtype=torch.float64, device=self.device))
-        if ready:
-            found = self.read([slots[row] for row in ready], list(inputs.values()))
-        if not errors:
-            return found
-        rewards = torch.full((len(slots),), torch.nan, dtype=torch.float64, device=self.device)
-        rewards[ready] = found.rewards.to(self.device)
-        tokens = None
-        if found.tokens is not None:
-            tokens = torch.zeros(len(slots), dtype=torch.int64, device=found.tokens.device)
-            tokens[ready] = found.tokens
-        return Scores(rewards, tokens, errors | {ready[row]: error for row, error in found.errors.items()})
+    @abstractmethod
+    def read(self, numbers: list[int]) -> Scores:
+        """The rewards of these of the rows that were taken; each is read once, at most."""
 
 
 class ReaderScorer(TextScorer[Input]):
@@ -96,12 +107,12 @@ class ReaderScorer(TextScorer[Input]):
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         self.reader.begin(len(prompts), max_new_tokens, segment_size)
         scores = super().begin(prompts, max_new_tokens, segment_size)
-        self.reader.keep(range(len(self.ready)))()  # the empty answers, one per slot
+        self.reader.keep(range(len(self.number)))()  # the empty answers, one per slot
         return scores
 
     def commit(self, commit: Commit) -> Settle:
         chosen = [row for _, row, _, advance in commit.host if advance and row >= 0]
-        return together([super().commit(commit), self.reader.keep([self.ready.index(row) for row in chosen])])
+        return together([super().commit(commit), self.reader.keep([self.number[row] for row in chosen])])
 
     def release(self) -> None:
         self.reader.release()
@@ -132,8 +143,12 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
         check_length(len(ids), self.limit)
         return ids
 
-    def read(self, slots: list[int], inputs: list[list[int]]) -> Scores:
-        values, counts = self.reader.read(slots, inputs)
+    def take(self, slots: list[int], inputs: list[list[int]]) -> None:
+        super().take(slots, inputs)
+        self.reader.open(slots, inputs)
+
+    def read(self, numbers: list[int]) -> Scores:
+        values, counts = self.reader.read(numbers)
         rewards = torch.tensor([row[-1] for row in values], dtype=torch.float64, device=self.device)
         return Scores(rewards, torch.tensor(counts))
 

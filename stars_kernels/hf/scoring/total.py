@@ -20,8 +20,12 @@ class SumScorer:
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
         return self._sum([part.begin(prompts, max_new_tokens, segment_size) for part, _ in self.parts])
 
-    def score(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> Scores:
-        return self._sum([part.score(rows, tokens, lengths) for part, _ in self.parts])
+    def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        for part, _ in self.parts:
+            part.open(rows, tokens, lengths)
+
+    def score(self, wave: Sequence[int]) -> Scores:
+        return self._sum([part.score(wave) for part, _ in self.parts])
 
     def commit(self, commit: Commit) -> Settle:
         return together([part.commit(commit) for part, _ in self.parts])

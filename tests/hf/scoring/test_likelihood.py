@@ -114,7 +114,7 @@ def test_no_more_logits_than_stated(lm, policy, monkeypatch, tokens_at_once, mos
     """One token at least; then as many as fit, of one row, then of several."""
     monkeypatch.setattr(likelihood, "LOGITS", tokens_at_once * 260)
     scorer = LikelihoodScorer(view_of(policy))
-    config = RATIO.replace(width=4, max_new_tokens=20)  # segments of 4 tokens
+    config = RATIO.replace(width=4, wave=4, max_new_tokens=20)  # segments of 4 tokens
     loop = loop_of(ModelProposer(view_of(lm)), scorer, config, PROMPTS[:1], IDS[:1])
     loop.begin()
     shapes = []

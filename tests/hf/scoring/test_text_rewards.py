@@ -15,6 +15,7 @@ from tests.tiny import EOS, byte_tokenizer, scripted_model, spelling_model, text
 LETTERS = "abc é"  # é is two bytes, which a segment's end may part
 MERGES = [("a", "b"), ("ab", "c"), ("c", "a"), ("b", "c"), ("a", "a"), ("Ġ", "a"), ("Ã", "©"), ("ca", "b")]
 SET = dict(seed=1, reward_threshold=2.0, beta=1.0, max_new_tokens=24, segment_size=4, max_attempts=6, progress=False)
+SET |= dict(wave=99)  # all in one: what is read follows from what is sampled
 CHAT = [{"role": "user", "content": "bca?"}]
 LM_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -89,11 +90,12 @@ def texts_read(monkeypatch):
     """The rows of every `RowReader.read`, with the prompt of each."""
     seen = []
     real = RowReader.read
-    monkeypatch.setattr(
-        RowReader,
-        "read",
-        lambda self, slots, rows: (seen.append(list(zip(slots, rows, strict=True))), real(self, slots, rows))[1],
-    )
+
+    def read(self, numbers):
+        seen.append([(self.slots[number], self.rows[number]) for number in numbers])
+        return real(self, numbers)
+
+    monkeypatch.setattr(RowReader, "read", read)
     return seen
 
 

@@ -191,6 +191,8 @@ def test_fp32_answers_are_bit_equal_whatever_the_width_and_the_batch(shape):
     for width in (2, 5, 20, "auto"):
         assert answers([0, 1, 2, 3], width=width) == expected
         assert answers([2, 0, 3, 1], width=width, batch_size=3) == expected
+    for wave in (1, 2, 5):
+        assert answers([0, 1, 2, 3], width=5, wave=wave) == expected
     assert answers([1], width=4)[1] == expected[1]
 
 
