@@ -51,7 +51,7 @@ CONSTANTS = (  # (module, names, source)
     (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposing/proposer.py"),
     (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
     (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
-    (schedule, ("MAX_BATCH", "BATCH_SHARE"), f"{CODE}: hf/sizing.py"),
+    (schedule, ("BATCH_SHARE",), f"{CODE}: hf/sizing.py"),
     (schedule, ("NEW_TOKENS", "MEMORY_SHARE"), f"{ESTIMATE}: of the job"),
     (rivals, ("BLOCK",), f"{ELSEWHERE}: vLLM's default"),
 )

@@ -15,7 +15,7 @@ from bench.kernels import BF16, Gpu, Model
 
 NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
 MAX_ATTEMPTS = 20
-MAX_BATCH, BATCH_SHARE = 256, 0.8  # of batch_size="auto": stars_kernels/hf/sizing.py, which would import torch
+BATCH_SHARE = 0.8  # of batch_size="auto": stars_kernels/hf/sizing.py, which would import torch
 MEMORY_SHARE = 0.9  # of a GPU's that a program gets
 
 
@@ -110,12 +110,7 @@ def best_width(job: Job, cost: Cost) -> Choose:
 
 def auto_width(job: Job) -> Choose:
     """What width="auto" takes: stars_kernels/decoder/width.py's cost of a round, which knows no prefix."""
-    m = job.model
-    body, state, logits = m.layers * m.linears, m.hidden, m.vocabulary
-    own = m.layers, m.kv_bytes, BF16 * state
-    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
-    reward = decoder_width.ModelSize(BF16 * body, body, *own)
-    cost = decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
+    cost = _engine_cost(job)
     history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
 
     def choose(prompts: float, prefix: float) -> int:
@@ -127,9 +122,20 @@ def auto_width(job: Job) -> Choose:
 
 
 def auto_batch(job: Job) -> int:
-    """What batch_size="auto" takes: a power of two, from the memory that the models leave."""
+    """What batch_size="auto" takes: a power of two, what the memory that the models leave holds, or less."""
+    enough = decoder_width.enough_slots(MAX_ATTEMPTS, decoder_width.AcceptanceHistory().miss, _engine_cost(job))
     fitting = int(BATCH_SHARE * (MEMORY_SHARE * job.gpu.memory - job.weights) / job.prompt_bytes(max(WIDTHS)))
-    return 1 << (max(1, min(fitting, MAX_BATCH)).bit_length() - 1)
+    return 1 << (max(1, min(fitting, enough)).bit_length() - 1)
+
+
+def _engine_cost(job: Job) -> Any:
+    """The `GpuCost` that the engine goes by."""
+    m = job.model
+    body, state, logits = m.layers * m.linears, m.hidden, m.vocabulary
+    own = m.layers, m.kv_bytes, BF16 * state
+    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
+    reward = decoder_width.ModelSize(BF16 * body, body, *own)
+    return decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
 
 
 def schedule(job: Job, choose: Choose) -> list[Round]:

@@ -114,8 +114,14 @@ def test_the_batch_of_auto_is_the_engines(name, memory):
     model, job = on_meta(name).bfloat16(), replace(JOB, model=MODELS[name], gpu=replace(JOB.gpu, memory=memory))
     view, tokens = view_of(model), job.prompt_tokens + schedule.NEW_TOKENS
     free = int(schedule.MEMORY_SHARE * memory - job.weights)
-    found = sizing.auto_batch_size(
-        view, [view.base_model], tokens, schedule.MAX_ATTEMPTS, job.segment, free=lambda device: free
+    gpu = Gpu(job.gpu.bandwidth, job.gpu.tensor_flops)
+    cost = round_cost(view, [view.base_model], job.segment, graphs=True, gpu=gpu)
+    miss = decoder_width.AcceptanceHistory().miss
+    found = min(
+        sizing.fitting_prompts(
+            view, [view.base_model], tokens, schedule.MAX_ATTEMPTS, job.segment, free=lambda device: free
+        ),
+        decoder_width.enough_slots(schedule.MAX_ATTEMPTS, miss, cost),
     )
     assert schedule.auto_batch(job) == found > 1
 
@@ -123,7 +129,7 @@ def test_the_batch_of_auto_is_the_engines(name, memory):
 def test_numbers_that_are_the_packages():
     assert StarsConfig().batch_size == StarsConfig().width == "auto"
     assert StarsConfig().max_attempts == schedule.MAX_ATTEMPTS
-    assert (sizing.MAX_BATCH, sizing.MEMORY_SHARE) == (schedule.MAX_BATCH, schedule.BATCH_SHARE)
+    assert sizing.MEMORY_SHARE == schedule.BATCH_SHARE
     assert (prefill.PREFILL_TOKENS, prefill.PREFILL_PIECES) == (costs.PREFILL_TOKENS, costs.PREFILL_PIECES)
     assert all(schedule.bucket_of(n) == graphs.bucket_of(n) for n in range(1, 2000))
     at = fork_attention

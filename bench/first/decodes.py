@@ -97,7 +97,6 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
     ids, seconds = range(len(prompts)), list[float]()
     with Engine(model, rm, config=config, graphs=graph) as engine, engine.open_run(prompts, request_ids=ids) as run:
         parts, turns = Stopwatch(run, clock, graph), run.rounds()
-        next(turns)  # begun
         for _ in range(ROUNDS[how]):
             took, turn = clock.whole(lambda: next(turns, None))
             if turn is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stars_kernels.decoder.config import Trace
 from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
@@ -23,6 +24,8 @@ class Answer:
     prompt: Sequence[int]
     limit: int
     """Tokens the answer may have: the budget, or less where the context ends."""
+    request: Any = None
+    """What the sides of a round know of it besides; see `Admission`."""
     find_stop: FindStop | None = None
     max_new_tokens: int = 0
     """The budget; 0 = `limit`."""
@@ -44,6 +47,8 @@ class Answer:
     error: DecodeError | None = None
     trace: Trace = "segments"
     """Whether the tokens of all judged attempts are kept ("full")."""
+    began: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by phase that its run had taken before it was admitted."""
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.limit
@@ -51,6 +56,11 @@ class Answer:
     @property
     def active(self) -> bool:
         return self.finish_reason is None and self.error is None
+
+    @property
+    def needs(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return len(self.prompt) + self.limit
 
     @property
     def room(self) -> int:
@@ -78,6 +88,19 @@ class Answer:
     def left(self, plan: Plan) -> int:
         """Return how many attempts have yet to be tried before the plan's last."""
         return len(self.going) if self.racing else plan.attempts - len(self.candidates)
+
+    def begin(self, reward: float, read: int, error: Exception | None, began: Mapping[str, float]) -> None:
+        """Record that the prompt was read, and the empty answer's reward, or why it has none.
+
+        read: tokens that the reward model read. began: see `began`.
+        """
+        self.reward = self.prompt_reward = reward
+        self.counts.rm_scored += read
+        self.began = began
+        if error is not None:
+            self.fail("the reward model failed on the empty answer", error)
+        elif not math.isfinite(reward):
+            self.fail(f"the reward of the empty answer is {reward}, expected a finite number")
 
     def starts(self, count: int) -> list[Candidate]:
         """Return what the next `count` attempts start from: nothing, or what they hold in a race."""

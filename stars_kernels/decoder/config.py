@@ -69,7 +69,8 @@ class StarsConfig:
     width: attempts of a prompt decoded side by side in a round, or "auto".
     wave: how many of these are scored before they are judged, or "auto". What follows is scored only if none was taken,
         so that the reward model is asked about fewer.
-    batch_size: prompts decoded in lock-step, or "auto": 8 on a CPU, on a GPU what free memory holds, at most 256.
+    batch_size: prompts decoded side by side, each in a slot that the next one takes when it is finished; or "auto": as
+        many as free memory holds, while twice as many would be a fifth faster. At most 256.
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.

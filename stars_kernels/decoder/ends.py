@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,13 +30,19 @@ class Ends:
 
 
 def find_ends(
-    answers: Sequence[Answer], rows: Rows, proposal: Proposal, room: Tensor, eos: Tensor, entropy: float | None = None
+    answers: Mapping[int, Answer],
+    rows: Rows,
+    proposal: Proposal,
+    room: Tensor,
+    eos: Tensor,
+    entropy: float | None = None,
 ) -> Ends:
     """Find the ends of candidates.
 
     Waits for a GPU only where an answer has stops to be looked for.
 
     Args:
+        answers: by slot.
         room: [R] tokens that each row may have.
         eos: [E] end-of-sequence tokens.
         entropy: a bound: a row ends before the first token whose distribution reaches it.
@@ -47,7 +53,7 @@ def find_ends(
     if entropy is not None and proposal.entropies is not None:
         lengths = torch.minimum(lengths, _first(proposal.entropies >= entropy))
     ends = Ends(lengths, torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths, dtype=torch.bool))
-    if any(answer.find_stop is not None for answer in answers):
+    if any(answers[slot].find_stop is not None for slot in rows.slots):
         _find_stops(answers, rows, tokens, ends)
     inside = torch.arange(size, device=tokens.device) < ends.lengths[:, None]
     ends.broken = ((tokens < 0) & inside).any(dim=1)
@@ -61,7 +67,7 @@ def _first(found: Tensor) -> Tensor:
     return torch.where(found.any(dim=1), found.int().argmax(dim=1), found.shape[1])
 
 
-def _find_stops(answers: Sequence[Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:
+def _find_stops(answers: Mapping[int, Answer], rows: Rows, tokens: Tensor, ends: Ends) -> None:
     """Shorten the candidates that a stop ends. An error is kept with its row: it counts only if the row is judged."""
     lengths, candidates = to_host((ends.lengths, tokens))
     for row, (slot, candidate) in enumerate(zip(rows.slots, candidates, strict=True)):

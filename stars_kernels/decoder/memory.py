@@ -42,21 +42,21 @@ def free_memory() -> None:
 class MemoryLimits:
     """What a run does side by side, at most; None = as configured. Halved where memory runs out, for good.
 
-    batch_size: prompts of a batch. prompts: of these, in a round. width: attempts of each.
+    batch_size: prompts. width: attempts of each.
     """
 
     batch_size: int | None = None
-    prompts: int | None = None
     width: int | None = None
 
     @property
     def halved(self) -> dict[str, int]:
         return {name: limit for name, limit in dataclasses.asdict(self).items() if limit is not None}
 
-    def halve_batch(self, prompts: int) -> None:
-        """There was no memory for a batch of `prompts` > 1."""
-        self.batch_size = prompts // 2
-        _warn(f"as a batch of {prompts} prompts began", f"batch_size={self.batch_size}")
+    def admit_fewer(self, prompts: int, others: int) -> None:
+        """There was no memory for `prompts` more prompts beside `others`, in all more than one."""
+        self.batch_size = others or prompts // 2
+        beside = f" beside {others} others" if others else ""
+        _warn(f"as {prompts} prompts were admitted{beside}", f"batch_size={self.batch_size}")
 
     def halve_round(self, prompts: int, width: int) -> None:
         """There was no memory for a round of `prompts` x `width` > 1 rows."""
@@ -65,8 +65,8 @@ class MemoryLimits:
             self.width = width // 2
             _warn(happened, f"width={self.width}")
         else:
-            self.prompts = prompts // 2
-            _warn(happened, f"prompts={self.prompts} in a round")
+            self.batch_size = prompts // 2
+            _warn(happened, f"batch_size={self.batch_size}")
 
 
 def _warn(happened: str, rest: str) -> None:

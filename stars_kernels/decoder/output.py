@@ -158,12 +158,12 @@ class StarsOutput:
     prompt_reward: r(x), the reward of the empty answer.
     segments: the trace, a `Segment` each.
     counts: the work done for this prompt, a `Counts`.
-    seconds: wall seconds of the host by phase, of the lock-step batch this prompt ran in (its batch-mates share them).
-        A GPU's work shows where the host waits for it: for the rewards of each wave, in "judge".
+    seconds: wall seconds of the host by phase, from where this prompt was admitted to its end; those that were decoded
+        beside it share them. A GPU's work shows where the host waits for it: for the rewards of each wave, in "judge".
     calibration: a `Calibration`; None where r* and beta were given as settings, or the rule has none.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
         were asked ("processors").
-    memory_limits: what running out of memory halved, and to what: "batch_size", "prompts" of it in a round, "width".
+    memory_limits: what running out of memory reduced, and to what: "batch_size", "width".
     """
 
     text: str | None

@@ -1,13 +1,15 @@
 """The two sides of a round: a Proposer (the language model) and a Scorer (the reward model).
 
-A round knows a request by its slot, the index in the batch. Its steps are propose, score, judge (by the rule) and
-commit; it scores and judges wave by wave, in the order of judgement, and what lies behind an attempt that is taken is
-never scored. Any step may run out of memory, and the round is then repeated. So none changes what the repeat would see:
-a commit shows only when the function that it returns is called.
+A round knows a request by its slot, which it is given when it is admitted, and which is another's once it has ended.
+The steps of a round are propose, score, judge (by the rule) and commit; it scores and judges wave by wave, in the order
+of judgement, and what lies behind an attempt that is taken is never scored. Any step may run out of memory, and the
+round is then repeated. So none changes what the repeat would see: a commit shows only when the function that it returns
+is called.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +34,44 @@ def together(settles: Sequence[Settle]) -> Settle:
             part()
 
     return settle
+
+
+@dataclass(frozen=True)
+class Room:
+    """What requests may need at once.
+
+    slots: requests side by side. tokens: of all their prompts and answers. answer: tokens of the longest answer.
+    segment: tokens that a row may grow by.
+    """
+
+    slots: int
+    tokens: int
+    answer: int
+    segment: int
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that gets a slot.
+
+    place: where the tokens of its prompt and answer lie, among those of all slots. prompt: token ids, one at least.
+    request: what a proposer and a scorer know of it besides; the decoder knows nothing of that.
+    """
+
+    slot: int
+    place: int
+    prompt: Sequence[int]
+    request: Any = None
+
+
+def admissions(prompts: Sequence[Sequence[int]], answer: int, requests: Sequence[Any] = ()) -> list[Admission]:
+    """Give each prompt the slot of its index, and behind the others' a place for it and `answer` tokens more."""
+    places = itertools.accumulate((len(prompt) + answer for prompt in prompts), initial=0)
+    known = requests or [None] * len(prompts)
+    return [
+        Admission(slot, place, prompt, request)
+        for slot, (place, prompt, request) in enumerate(zip(places, prompts, known, strict=False))
+    ]
 
 
 @dataclass(frozen=True)
@@ -115,13 +155,13 @@ class Proposal:
 
 @dataclass
 class Scores:
-    """Rewards [R] float64 of a wave (of the empty answers: [P])."""
+    """Rewards [R] float64 of a wave, or [A] of the empty answers of admitted requests."""
 
     rewards: Tensor
     tokens: Tensor | None = None
     """[R] tokens the reward model read for each; None where nothing is read (a function, a head on hidden states)."""
     errors: dict[int, Exception] = field(default_factory=dict)
-    """The rows of the wave the scorer failed on (of the empty answers: prompts); their rewards are NaN."""
+    """By row of the wave, or by admitted request: those that the scorer failed on; their rewards are NaN."""
 
     @property
     def read(self) -> Tensor:
@@ -130,12 +170,15 @@ class Scores:
 
 
 class Proposer(Protocol):
-    """Samples candidate segments from one shared prefix per prompt."""
+    """Samples candidate segments from one shared prefix per slot."""
 
     device: torch.device
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
-        """Read the prompts' token ids; room for `max_new_tokens` more each, and for rows of up to `segment_size`."""
+    def reserve(self, room: Room) -> None:
+        """Take the memory for requests; those that had slots are forgotten."""
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Read the prompts of requests that get free slots. Where it fails, the other slots are as they were."""
 
     def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
         """Draw up to plan.size tokens for every row as the plan has it, from the noise stream `noise`.
@@ -154,14 +197,17 @@ class Proposer(Protocol):
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
 
     def close(self) -> None:
-        """Give back all memory, also where `begin` failed; no other call follows."""
+        """Give back all memory, also where `reserve` or `admit` failed; only `reserve` may follow."""
 
 
 class Scorer(Protocol):
     """Scores candidates behind the decided answer."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        """Read the prompts and return r(x), the rewards of the empty answers, [P]."""
+    def reserve(self, room: Room) -> None:
+        """Take the memory for requests; those that had slots are forgotten."""
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        """Read the prompts as the proposer's `admit` does; return r(x), the rewards of the empty answers."""
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         """Take a round's candidates, tokens[r, :lengths[r]] behind the decided answer; may be asked again."""
@@ -179,4 +225,4 @@ class Scorer(Protocol):
         """Give back the memory of the last round's rows: the round failed, and one of fewer rows follows."""
 
     def close(self) -> None:
-        """Give back all memory, also where `begin` failed; no other call follows."""
+        """Give back all memory, also where `reserve` or `admit` failed; only `reserve` may follow."""

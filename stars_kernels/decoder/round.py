@@ -1,4 +1,4 @@
-"""One round of decoding, for a batch of answers in lock-step: propose, score, judge, commit.
+"""One round of decoding, for several answers in lock-step: propose, score, judge, commit.
 
 A round tries some attempts at each slot's segment side by side and judges them in the order in which
 `decoder/sequential.py` would have tried them, so an answer never depends on how many there are, nor on other slots.
@@ -6,7 +6,6 @@ What may go wrong with a row is in `faults.py`, running out of memory in `schedu
 """
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,38 +26,23 @@ from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniforms
 
 @dataclass
 class Round:
-    """Plays rounds with the models and answers of one batch; an answer's slot is its index."""
+    """Plays rounds with two models, for the answers that have a slot."""
 
     proposer: Proposer
     scorer: Scorer
     rule: Rule
     sampling: dict[str, Any]
     """The keyword arguments of `ops.segment_sample`."""
-    answers: list[Answer]
     eos: tuple[int, ...] = ()
     noise: int = STREAM_SAMPLE
     """The noise stream that attempts draw from."""
+    answers: dict[int, Answer] = field(default_factory=dict)
+    """By slot."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the host, by phase."""
 
-    def begin(self) -> None:
-        """Read the prompts. Where it raises, no answer has changed, and a smaller batch may fit in memory."""
-        prompts = [answer.prompt for answer in self.answers]
-        limit = max((answer.limit for answer in self.answers), default=0)
-        plans = [(answer, self.rule.plan(answer)) for answer in self.answers]
-        size = max((answer.limit if plan.race else answer.size(plan) for answer, plan in plans), default=0)
-        with self.timed("prefill"):
-            (self._eos,) = to_device([self.eos], self.proposer.device)
-            self.proposer.begin(prompts, limit, size)
-            scores = self.scorer.begin(prompts, limit, size)
-            rewards, read = to_host((scores.rewards, scores.read))
-        for slot, answer in enumerate(self.answers):
-            answer.reward = answer.prompt_reward = rewards[slot]
-            answer.counts.rm_scored += read[slot]
-            if slot in scores.errors:
-                answer.fail("the reward model failed on the empty answer", scores.errors[slot])
-            elif not math.isfinite(rewards[slot]):
-                answer.fail(f"the reward of the empty answer is {rewards[slot]}, expected a finite number")
+    def __post_init__(self) -> None:
+        (self._eos,) = to_device([self.eos], self.proposer.device)
 
     def play(self, slots: Sequence[int], widths: Sequence[int], wave: int) -> tuple[list[Trial], Settle]:
         """Try widths[i] attempts for slots[i]; until the result is settled, the round can be repeated.
@@ -100,7 +84,7 @@ class Round:
         with self.timed("propose"):
             plans = {slot: self.rule.plan(self.answers[slot]) for slot in set(rows.slots)}
             sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
-            # The plans of one round differ in size and attempts alone: `Run._slots` chose the slots by them.
+            # The plans of one round differ in size and attempts alone: `Run._alike` chose the slots by them.
             plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
             proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos)
         with self.timed("judge"):

@@ -1,124 +1,207 @@
-"""Runs a batch of answers to their ends: which of them a round is for, how wide, and with how much memory."""
+"""Runs answers to their ends: which get a slot, which a round is for, how wide it is, and with how much memory."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Literal, Protocol
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.errors import trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
-from stars_kernels.decoder.protocols import Settle
+from stars_kernels.decoder.protocols import Admission, Settle
 from stars_kernels.decoder.round import Round
+from stars_kernels.decoder.slots import Slots
 from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_shape
 
 
+class KeptMemory(Protocol):
+    """Memory that earlier runs have left to the sides of a round, whether they need it or not."""
+
+    used: bool
+    """Whether there may be some."""
+
+    def clear(self) -> None:
+        """Give it back; what the run itself has is in there too."""
+
+
 @dataclass
 class Run:
-    """Runs one batch: `begin`, then `rounds`; the answers are readable at any time."""
+    """Runs answers: so many at once have a slot, the others wait in turn for one.
+
+    Wherever memory runs out, nothing that was decided is lost, and the run goes on with less at once.
+    """
 
     round: Round
+    answers: list[Answer]
+    """All that it was given; readable at any time."""
+    slots: int = 8
+    """Answers side by side, at most."""
     width: int | Literal["auto"] = "auto"
     wave: int | Literal["auto"] = "auto"
     limits: MemoryLimits = field(default_factory=MemoryLimits)
     """Shrinks where memory runs out."""
     cost: Cost = field(default_factory=lambda: CpuCost(segment_size=15))
     """Of a round, on the device that it runs on: what "auto" goes by."""
+    kept: KeptMemory | None = None
+    """Where the sides of the round take their memory from, and leave it; None = of their own."""
 
-    @property
-    def answers(self) -> list[Answer]:
-        return self.round.answers
+    def __post_init__(self) -> None:
+        self.waiting = deque(self.answers)
+        self._slots = Slots(self.round)
+        self._history = AcceptanceHistory()
 
     @property
     def seconds(self) -> dict[str, float]:
         return self.round.seconds
 
+    @property
+    def active(self) -> dict[int, Answer]:
+        """Answers that have a slot, by slot, those first that have it longest."""
+        return self.round.answers
+
+    @property
+    def allowed(self) -> int:
+        """How many answers may have a slot."""
+        return min(self.slots, self.limits.batch_size or self.slots)
+
     def run(self) -> None:
         """Bring every answer to its end or its error."""
-        self.begin()
         for _ in self.rounds():
             pass
 
-    def begin(self) -> None:
-        """Read the prompts. Where it raises, no answer has changed, and a smaller batch may fit in memory."""
-        self.round.begin()
-
     def close(self) -> None:
         """Free both models' memory, even if a kept error's traceback still refers to it."""
-        self.round.proposer.close()
-        self.round.scorer.close()
+        self._slots.close()
 
-    def rounds(self) -> Iterator[list[int]]:
-        """Bring every begun answer to its end or its error; yields the slots of every round, after it.
+    def rounds(self) -> Iterator[list[Answer]]:
+        """Bring every answer to its end or its error.
 
-        A round changes nothing before it settles. If memory runs out before, it is repeated with half the attempts per
-        slot, then with half the slots. Any other exception ends the answers in the round, but for a warning that the
-        caller has made an error, which ends the run.
+        Yields the answers that were admitted, and then those of each round, after it, those first that have their slot
+        longest. Between two rounds, waiting answers get the slots of those that have ended.
         """
-        history = AcceptanceHistory()
-        yield list(range(len(self.answers)))  # begun, or failed there
-        while active := [slot for slot, answer in enumerate(self.answers) if answer.active]:
-            slots, widths, again = active, list[int](), False
-            settle: Settle | None = None
-            try:
-                slots = self._slots(active)
-                widths, wave = self._shape(slots, history)
-                trials, settle = self.round.play(slots, widths, wave)
-                self._finish(trials, settle, history)
-            except Warning:  # which the caller has made an error
-                raise
-            except Exception as error:
-                again = settle is None and sum(widths) > 1 and is_out_of_memory(error)
-                if not again:
-                    self.fail(slots, error)
-            if again:  # out here nothing holds the round's tensors any more: the exception did
-                self._shrink(len(slots), max(widths))
-            else:
-                yield slots
+        while self.waiting or self.active:
+            if answers := self.admit() or self._play():
+                yield answers
+            self._slots.free([slot for slot, answer in self.active.items() if not answer.active])
 
-    def fail(self, slots: Sequence[int], error: Exception) -> None:
-        """End those of `slots` that have not ended."""
+    def admit(self) -> list[Answer]:
+        """Give waiting answers the free slots, and read their prompts; returns them. Some may have failed there.
+
+        If memory runs out, they wait on, and from then on fewer have a slot at once. Any other exception ends those
+        that were admitted, but for a warning that the caller has made an error, which ends the run.
+        """
+        chosen = list(islice(self.waiting, max(0, self.allowed - len(self.active))))
+        placed, again = list[Admission](), False
+        try:
+            if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
+                self._slots.reserve(self.waiting, self.allowed)
+            placed = self._slots.place(chosen)
+            chosen = chosen[: len(placed)]
+            if chosen:
+                self._slots.admit(chosen, placed)
+        except Warning:  # which the caller has made an error
+            raise
+        except Exception as error:
+            self._slots.free(admission.slot for admission in placed)
+            kept = self.kept is not None and self.kept.used
+            again = is_out_of_memory(error) and (len(chosen) + len(self.active) > 1 or kept)
+            if not again:
+                self._end(chosen, error)
+        if again:  # out here nothing holds the prompts' tensors any more: the exception did
+            self._make_room(len(chosen))
+            return []
+        for _ in chosen:
+            self.waiting.popleft()
+        return chosen
+
+    def _make_room(self, chosen: int) -> None:
+        """Go on with fewer answers at once, as memory ran out where `chosen` more were admitted."""
+        if self.active:
+            self.limits.admit_fewer(chosen, len(self.active))
+            self._release()
+            return
+        self._slots.close()
+        kept = self.kept is not None and self.kept.used  # by earlier runs: it may be all that lacks
+        if self.kept is not None:
+            self.kept.clear()
+        if not kept:
+            self.limits.admit_fewer(chosen, 0)
+        free_memory()
+
+    def _play(self) -> list[Answer]:
+        """Play a round with some of the active answers, and return them, or none.
+
+        A round changes nothing before it settles. If memory runs out before, it is to be repeated with half the
+        attempts per slot, then with half the slots. Any other exception ends the answers in the round, but for a
+        warning that the caller has made an error, which ends the run.
+        """
+        active = [slot for slot, answer in self.active.items() if answer.active]
+        if not active:
+            return []
+        slots, widths, again = active, list[int](), False
+        settle: Settle | None = None
+        try:
+            slots = self._alike(active)
+            widths, wave = self._shape(slots)
+            trials, settle = self.round.play(slots, widths, wave)
+            self._finish(trials, settle)
+        except Warning:  # which the caller has made an error
+            raise
+        except Exception as error:
+            again = settle is None and sum(widths) > 1 and is_out_of_memory(error)
+            if not again:
+                self._end([self.active[slot] for slot in slots], error)
+        if again:  # out here nothing holds the round's tensors any more: the exception did
+            self.limits.halve_round(len(slots), max(widths))
+            self._release()
+            return []
+        return [self.active[slot] for slot in slots]
+
+    def _end(self, answers: Sequence[Answer], error: Exception) -> None:
+        """End those of `answers` that have not ended."""
         trace = trace_taken_from(error)
-        for slot in slots:
-            if self.answers[slot].active:
-                self.answers[slot].fail("the batch failed", error, trace)
+        for answer in answers:
+            if answer.active:
+                answer.fail("the batch failed", error, trace)
 
-    def _finish(self, trials: Sequence[Trial], settle: Settle, history: AcceptanceHistory) -> None:
+    def _finish(self, trials: Sequence[Trial], settle: Settle) -> None:
         """Make what a judged round commits visible, and write the round on its answers."""
         with self.round.timed("commit"):
             settle()
             for trial in trials:
-                trial.book(self.answers[trial.slot], self.round.eos)
+                trial.book(self.active[trial.slot], self.round.eos)
                 if trial.fault is None and trial.verdict is not None:
-                    history.judged += trial.judged
-                    history.accepted += trial.verdict.outcome == "accepted"
+                    self._history.judged += trial.judged
+                    self._history.accepted += trial.verdict.outcome == "accepted"
 
-    def _shrink(self, slots: int, width: int) -> None:
-        self.limits.halve_round(slots, width)
+    def _release(self) -> None:
+        """Give back the memory of the last round's rows."""
         self.round.proposer.release()
         self.round.scorer.release()
         free_memory()
 
-    def _slots(self, active: Sequence[int]) -> list[int]:
+    def _alike(self, active: Sequence[int]) -> list[int]:
         """Choose a round's slots: attempts of one kind and size, or shorter ones that fill the answer's room.
 
         What follows a row (logits, states) is kept after the round's last step alone.
         """
-        answers = self.answers
+        answers = self.active
         plans = {slot: self.round.rule.plan(answers[slot]) for slot in active}
         sizes = {slot: answers[slot].size(plan) for slot, plan in plans.items()}
         largest = max(active, key=lambda slot: sizes[slot])
         kinds = {slot: (plan.draw, plan.entropy, plan.race, answers[slot].held) for slot, plan in plans.items()}
         alike = [slot for slot in active if kinds[slot] == kinds[largest]]
-        return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.limits.prompts]
+        return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.allowed]
 
-    def _shape(self, slots: Sequence[int], history: AcceptanceHistory) -> tuple[list[int], int]:
+    def _shape(self, slots: Sequence[int]) -> tuple[list[int], int]:
         """How many attempts of each slot to decode side by side, and how many of them are a wave."""
-        plans = [self.round.rule.plan(self.answers[slot]) for slot in slots]
+        plans = [self.round.rule.plan(self.active[slot]) for slot in slots]
         attempts, early = max(plan.attempts for plan in plans), any(plan.early for plan in plans)
-        miss = history.miss if early else 1.0
+        miss = self._history.miss if early else 1.0
         given = self.width
         width = best_shape(len(slots), attempts, miss, self.cost).width if given == "auto" else given
         width = min(width, self.limits.width or width, attempts)
@@ -127,5 +210,5 @@ class Run:
             wave = width
         if wave == "auto":
             wave = best_shape(len(slots), attempts, miss, self.cost, width).wave
-        left = [self.answers[slot].left(plan) for slot, plan in zip(slots, plans, strict=True)]
+        left = [self.active[slot].left(plan) for slot, plan in zip(slots, plans, strict=True)]
         return [min(width, attempts) for attempts in left], wave

@@ -1,6 +1,6 @@
-"""width="auto", wave="auto": how many attempts to decode side by side, and how many of them to score before judging.
+"""What "auto" is: how many prompts and attempts to decode side by side, and how many attempts to score before judging.
 
-Both change speed only, and no clock is read.
+All change speed only, and no clock is read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+MAX_SLOTS = 256
+"""Where the steps of one attempt per prompt are bound by arithmetic on a GPU, about: more rows gain nothing."""
+SLOT_GAIN = 1.2
+"""Twice as many slots are worth their memory, and that each answer takes longer, if they decode so much faster."""
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
@@ -141,7 +145,7 @@ class GpuCost:
 
 @dataclass
 class AcceptanceHistory:
-    """Judged and accepted attempts so far, of a batch of prompts; starts at a prior of 1 in 4."""
+    """Judged and accepted attempts so far, of all prompts of a run; starts at a prior of 1 in 4."""
 
     judged: int = 4
     accepted: int = 1
@@ -162,6 +166,18 @@ def best_shape(prompts: int, max_attempts: int, miss: float, cost: Cost, width: 
     widths = sorted({min(choice, max_attempts) for choice in CHOICES}) if width is None else [width]
     shapes = [Shape(w, v) for w in widths for v in (*CHOICES, w) if v == w or (cost.waves and v < w)]
     return min(shapes, key=lambda shape: expected_cost(shape, prompts, max_attempts, miss, cost))
+
+
+def enough_slots(max_attempts: int, miss: float, cost: Cost) -> int:
+    """Return how many prompts to decode side by side: twice as many would gain less than SLOT_GAIN."""
+    slots, once = 1, _cost_of_each(1, max_attempts, miss, cost)
+    while slots < MAX_SLOTS and once >= SLOT_GAIN * (twice := _cost_of_each(2 * slots, max_attempts, miss, cost)):
+        slots, once = 2 * slots, twice
+    return slots
+
+
+def _cost_of_each(slots: int, max_attempts: int, miss: float, cost: Cost) -> float:
+    return expected_cost(best_shape(slots, max_attempts, miss, cost), slots, max_attempts, miss, cost) / slots
 
 
 def expected_cost(shape: Shape, prompts: int, max_attempts: int, miss: float, cost: Cost) -> float:

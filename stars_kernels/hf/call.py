@@ -1,4 +1,4 @@
-"""One call of an engine: its prompts become requests, which are decoded in batches, and events tell of them."""
+"""One call of an engine: its prompts become requests, which are decoded in turn, and events tell of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_tar
 from stars_kernels.decoder.checks import shown
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
-from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.memory import MemoryLimits
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, Rule
 from stars_kernels.decoder.scheduler import Run
+from stars_kernels.decoder.width import AcceptanceHistory, Cost, enough_slots
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.models import Models
@@ -32,9 +33,9 @@ from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
 from stars_kernels.hf.rule_checks import check_rule, first_plan
-from stars_kernels.hf.scoring.batch import Batch
+from stars_kernels.hf.scoring.workplace import Workplace
 from stars_kernels.hf.serving import Serving
-from stars_kernels.hf.sizing import auto_batch_size, free_memory_of, round_cost
+from stars_kernels.hf.sizing import fitting_prompts, free_memory_of, round_cost
 from stars_kernels.hf.text.prompts import Codec, Prompt
 from stars_kernels.hf.text.templates import TextPrompt
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
@@ -112,7 +113,9 @@ class Call:
                 )
                 with_cause(errors[index], error)
         ids = number_requests(request_ids, len(prompts), encoded)
-        requests = [Request(index, ids[index], prompt) for index, prompt in encoded.items()]
+        requests = [
+            Request(index, ids[index], prompt, TextPrompt(prompt, self.codec)) for index, prompt in encoded.items()
+        ]
         return requests, [failure(self.codec, index, ids.get(index), error) for index, error in errors.items()]
 
     def admit_all(self, prompts: list[Any], request_ids: Any) -> list[Request]:
@@ -153,9 +156,7 @@ class Call:
                         yield from self._failed([failure(self.codec, r.index, r.id, error)])
                     return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
-                while requests:
-                    count = yield from self._decode_batch(requests, bar)
-                    requests = requests[count:]
+                yield from self._decode(requests, bar)
 
     def _failed(self, events: Iterable[StarsEvent]) -> Iterator[StarsEvent]:
         for event in events:
@@ -176,12 +177,14 @@ class Call:
         began = time.perf_counter()
         config, chosen = self.config, requests
         samples = -(-config.calibration_samples // len(chosen))
-        answers: list[Answer] = []
+        run = self.new_run(chosen, BestOf(samples), min(samples, CALIBRATION_WIDTH), STREAM_CALIBRATE)
+        answers = run.answers
         with self._progress(None, "calibrate") as bar:  # no total: how long the continuations get is not known
-            while len(answers) < len(chosen):
-                done = self._sample(chosen[len(answers) :], samples)
-                answers += done
-                bar.update(sum(answer.counts.sampled for answer in done))
+            try:
+                for round_ in run.rounds():
+                    bar.update(sum(answer.counts.sampled for answer in round_ if not answer.active))
+            finally:
+                run.close()
         done = [answer for answer in answers if answer.error is None]
         failed = [(request, answer) for request, answer in zip(chosen, answers, strict=True) if answer.error]
         if failed and done:
@@ -212,39 +215,8 @@ class Call:
             reward_model=self.models.reward_fingerprint,
         )
 
-    def _sample(self, requests: list[Request], samples: int) -> list[Answer]:
-        """Sample plain continuations of the first of `requests`, as many as make a batch."""
-        run = self.begin(requests, BestOf(samples), min(samples, CALIBRATION_WIDTH), STREAM_CALIBRATE)
-        try:
-            for _ in run.rounds():
-                pass
-        finally:
-            run.close()
-        return run.answers
-
-    def begin(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
-        """Make a run that has read the first of `requests`: batch_size of them, or as many as memory allows."""
-        size = self._batch_size(requests, rule, width)
-        while True:
-            batch = requests[: self.limits.batch_size or size]
-            run = self._new_run(batch, rule, width, noise)
-            try:
-                run.begin()
-                return run
-            except Warning:  # which the caller has made an error
-                raise
-            except Exception as error:
-                again = self.workspace.used  # by an earlier call, whose memory may be all that lacks
-                if not is_out_of_memory(error) or (len(batch) == 1 and not again):
-                    run.fail(range(len(batch)), error)
-                    return run
-            run.close()
-            self.workspace.clear()
-            if not again:
-                self.limits.halve_batch(len(batch))
-            free_memory()
-
-    def _batch_size(self, requests: list[Request], rule: Rule, width: int | Literal["auto"]) -> int:
+    def _slots(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], cost: Cost) -> int:
+        """How many requests to decode side by side."""
         config, models = self.config, self.models
         if config.batch_size != "auto":
             return config.batch_size
@@ -252,14 +224,15 @@ class Call:
         plan = first_plan(config, rule)
         attempts = plan.attempts if width == "auto" else min(width, plan.attempts)
         size = min(plan.size, config.max_new_tokens)
-        free = None if models.lm.device.type != "cuda" else self._free
-        return auto_batch_size(models.lm, models.reward_models, tokens, attempts, size, free=free)
+        fitting = fitting_prompts(models.lm, models.reward_models, tokens, attempts, size, self._free)
+        return min(fitting, enough_slots(plan.attempts, AcceptanceHistory().miss if plan.early else 1.0, cost))
 
     def _free(self, device: torch.device) -> int:
-        """Return the bytes that may be taken on a GPU, those that an earlier call left in the workspace included."""
+        """Return the bytes that may be taken on a device, those that an earlier call left in the workspace included."""
         return free_memory_of(device) + self.workspace.buffers.bytes_on(device)
 
-    def _new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+    def new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
+        """Make a run of the answers to these requests."""
         config, models, buffers = self.config, self.models, self.workspace.buffers
         assert config.seed is not None
         answers = [
@@ -267,6 +240,7 @@ class Call:
                 key=request_key(config.seed, r.id),
                 prompt=r.prompt.ids,
                 limit=min(config.max_new_tokens, models.limit - len(r.prompt.ids)),
+                request=r,
                 find_stop=self._find_stop(r.index),
                 max_new_tokens=config.max_new_tokens,
                 trace=config.trace,
@@ -275,18 +249,17 @@ class Call:
         ]
         lm = models.lm
         hidden = HiddenStates(lm, buffers.part("hidden")) if models.rewarder.reads_hidden else None
-        texts = [TextPrompt(r.prompt, self.codec) for r in requests]
-        scorer = models.rewarder.scorer(Batch(texts, lm.device, hidden, self.mode, buffers.part("rewards")))
+        scorer = models.rewarder.scorer(Workplace(lm.device, hidden, self.mode, buffers.part("rewards")))
         graphs = self.workspace.graphs if self.serving.eager is None else None
-        processors = self.hooks.batch([r.index for r in requests])
         proposer = ModelProposer(
-            lm, graphs, fuse=self.serving.unfused is None, hidden=hidden, processors=processors,
+            lm, graphs, fuse=self.serving.unfused is None, hidden=hidden, processors=self.hooks.of_slots(),
             buffers=buffers.part("language model"),
         )  # fmt: skip
         asks = any(part.body is None for part in models.rewarder.parts)
         cost = round_cost(lm, models.reward_models, first_plan(config, rule).size, graphs is not None, asks)
-        played = Round(proposer, scorer, rule, config.sampling, answers, self.eos, noise)
-        return Run(played, width, config.wave, self.limits, cost)
+        played = Round(proposer, scorer, rule, config.sampling, self.eos, noise)
+        slots = self._slots(requests, rule, width, cost)
+        return Run(played, answers, slots, width, config.wave, self.limits, cost, self.workspace)
 
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""
@@ -303,45 +276,45 @@ class Call:
 
         return find_stop if finders else None
 
-    def _decode_batch(self, requests: list[Request], bar: Progress) -> Generator[StarsEvent, None, int]:
-        """Decode the first of `requests`, as many as make a batch; returns their number."""
-        run = self.begin(requests, self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
-        batch = list(zip(requests, run.answers, [Told(self.told) for _ in run.answers], strict=False))
+    def _decode(self, requests: list[Request], bar: Progress) -> Generator[StarsEvent, None, None]:
+        """Decode; results hold what every prompt has come to, whatever ends it."""
+        run = self.new_run(requests, self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
+        told = {request.index: Told(self.told) for request in requests}
         try:
-            for slots in run.rounds():
-                for request, answer, told in (batch[slot] for slot in slots):
-                    result, before = self._result(request, answer, run.seconds), told.tokens
+            for answers in run.rounds():
+                for answer in answers:
+                    result, mine = self._result(answer, run.seconds), told[answer.request.index]
+                    before = mine.tokens
                     if result is not None or len(answer.tokens) > before:
                         bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
-                        yield self._event(request, answer, told, result, run.seconds)
+                        yield self._event(answer, mine, result, run.seconds)
         except BaseException:
-            for request, answer, _ in batch:
+            for answer in run.active.values():
                 if answer.active:
                     answer.finish_reason = "interrupted"
-                self._result(request, answer, run.seconds)
+                self._result(answer, run.seconds)
             raise
         finally:
             run.close()
-        return len(batch)
 
-    def _event(
-        self, request: Request, answer: Answer, told: Told, result: Result | None, seconds: dict[str, float]
-    ) -> StarsEvent:
+    def _event(self, answer: Answer, told: Told, result: Result | None, seconds: dict[str, float]) -> StarsEvent:
         """What is new of a prompt; where its text cannot be told, the prompt ends with that."""
+        request: Request = answer.request
         try:
             return told.event(request, answer, result)
         except Exception as error:  # a tokenizer's, of any kind
             answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
-        result = self._result(request, answer, seconds)
+        result = self._result(answer, seconds)
         assert isinstance(result, Exception)
         return failure(self.codec, request.index, request.id, result)
 
-    def _result(self, request: Request, answer: Answer, seconds: dict[str, float]) -> Result | None:
+    def _result(self, answer: Answer, seconds: dict[str, float]) -> Result | None:
         """What a prompt has come to; None while it is on its way."""
+        request: Request = answer.request
         result: Result | None = None
         if answer.error is None and answer.finish_reason is not None:
             try:
-                result = self._output(request, answer, answer.finish_reason, seconds)
+                result = self._output(answer, answer.finish_reason, seconds)
             except Exception as error:  # a tokenizer's, of any kind
                 answer.fail("its text could not be made", error, segment=max(len(answer.segments) - 1, 0))
         if answer.error is not None:
@@ -350,21 +323,20 @@ class Call:
         self.results[request.index] = result
         return result
 
-    def _output(
-        self, request: Request, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]
-    ) -> StarsOutput:
+    def _output(self, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]) -> StarsOutput:
         calibrating = {} if self.calibration_seconds is None else {"calibrate": self.calibration_seconds}
+        own = {phase: total - answer.began.get(phase, 0.0) for phase, total in seconds.items()}
         return StarsOutput(
             text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
             token_ids=answer.tokens,
             reward=answer.reward,
             finish_reason=finish_reason,
             config=self.config,
-            request_id=request.id,
+            request_id=answer.request.id,
             prompt_reward=answer.prompt_reward,
             segments=answer.segments,
             counts=answer.counts,
-            seconds={**calibrating, **seconds},
+            seconds={**calibrating, **own},
             calibration=self.calibration,
             backends=dict(self.backends),
             memory_limits=self.limits.halved,

@@ -39,7 +39,7 @@ class Engine:
             outputs = engine.decode(prompts, calibration=calibration, seed=0)
 
     The settings of `StarsConfig` that are given here hold for its calls, where these give none of their own. Weights
-    are read here, and not again: a change of them needs a new engine. The memory of the largest batch, and on a GPU the
+    are read here, and not again: a change of them needs a new engine. The memory of the largest call, and on a GPU the
     graphs that were captured for it, stay for the next call until `close`. Several threads may call it, and a reward
     function may from its own thread: one decodes at a time, from one event of `stream` to the next (a call of `decode`
     also lets others go on between these). The answers do not depend on it.
@@ -191,10 +191,10 @@ class Engine:
         request_ids: Sequence[int | str] | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Run]:
-        """Begin the first batch of a call, for whoever looks into its rounds, as the benchmarks do.
+        """Begin a call, for whoever looks into its rounds, as the benchmarks do.
 
-        The run has read its prompts, and `rounds` decodes them. The engine waits for the end of the block, which closes
-        the run; what was decided stays in `run.answers`.
+        The run has read the prompts that have a slot, and `rounds` decodes. The engine waits for the end of the block,
+        which closes the run; what was decided stays in `run.answers`.
 
         Raises:
             ValueError, TypeError: as `decode`; also for settings without r* or beta, which are not calibrated here.
@@ -207,8 +207,9 @@ class Engine:
             raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
         with self._call(resolved) as call, torch.inference_mode():
             requests = call.admit_all(given, request_ids)
-            run = call.begin(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
+            run = call.new_run(requests, resolved.resolved_rule, resolved.width, STREAM_SAMPLE)
             try:
+                run.admit()
                 yield run
             finally:
                 run.close()

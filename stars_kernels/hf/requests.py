@@ -15,6 +15,7 @@ from stars_kernels.decoder.checks import SEED_BITS, shown
 from stars_kernels.decoder.errors import StarsError
 from stars_kernels.decoder.output import StarsEvent, StarsOutput
 from stars_kernels.hf.text.prompts import Codec, Prompt
+from stars_kernels.hf.text.templates import TextPrompt
 
 Result = StarsOutput | Exception
 """What a prompt comes to: its output, or what ended it."""
@@ -29,6 +30,8 @@ class Request:
     index: int
     id: int | str
     prompt: Prompt
+    text: TextPrompt
+    """For reward models that read text."""
 
 
 def number_requests(given: Any, count: int, encoded: Mapping[int, Prompt]) -> Mapping[int, int | str]:

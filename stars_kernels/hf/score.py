@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,25 +12,24 @@ import torch
 from stars_kernels.decoder.checks import shown
 from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
 from stars_kernels.decoder.memory import free_memory, is_out_of_memory
-from stars_kernels.decoder.protocols import Rows, Scores
+from stars_kernels.decoder.protocols import Room, Rows, Scores, admissions
 from stars_kernels.decoder.transfer import to_device
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.call import Call
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.requests import Request
-from stars_kernels.hf.scoring.batch import Batch
 from stars_kernels.hf.scoring.rewarder import Part
+from stars_kernels.hf.scoring.workplace import Workplace
 from stars_kernels.hf.text.prompts import Codec
 from stars_kernels.hf.text.templates import TextPrompt
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer that is to be scored: its prompt's request, its tokens, and what makes text of them."""
+    """An answer that is to be scored: its prompt's request, and its tokens."""
 
     request: Request
     tokens: list[int]
-    codec: Codec
 
 
 def score_answers(call: Call, prompts: list[Any], answers: Sequence[Any]) -> list[float]:
@@ -64,6 +63,7 @@ def _scored(call: Call, request: Request, answer: Any) -> Scored:
     codec, where = call.codec, f"answer {request.index}"
     if isinstance(answer, str):
         codec = Codec(codec.tokenizer, (), codec.eos)
+        request = replace(request, text=TextPrompt(request.prompt, codec))
         tokens = _tokenised(codec, answer, where)
     else:
         tokens = [int(token) for token in answer]
@@ -73,7 +73,7 @@ def _scored(call: Call, request: Request, answer: Any) -> Scored:
         raise ValueError(
             f"{where} has {len(tokens)} tokens, expected at most {room}: the context limit, less the prompt's tokens"
         )
-    return Scored(request, tokens, codec)
+    return Scored(request, tokens)
 
 
 def _tokenised(codec: Codec, answer: str, where: str) -> list[int]:
@@ -104,19 +104,22 @@ def _score_part(call: Call, number: int, part: Part, batch: list[Scored]) -> tor
     """Return the rewards [P] float64, on the CPU, of one reward model."""
     device, buffers = call.models.lm.device, call.workspace.buffers
     prompts, longest = [scored.request.prompt.ids for scored in batch], max(1, *(len(s.tokens) for s in batch))
-    texts = [TextPrompt(scored.request.prompt, scored.codec) for scored in batch]
+    requests = [scored.request for scored in batch]
     hidden = HiddenStates(call.models.lm, buffers.part("hidden")) if part.reads_hidden else None
-    scorer = part.scorer(Batch(texts, device, hidden, call.mode, buffers.part("rewards").part(number)))
+    scorer = part.scorer(Workplace(device, hidden, call.mode, buffers.part("rewards").part(number)))
     if hidden is not None:  # the state at an answer's end is that at the end of a prompt which ends in it
         prompts = [prompt + scored.tokens for prompt, scored in zip(prompts, batch, strict=True)]
         reader = ModelProposer(call.models.lm, hidden=hidden, buffers=buffers.part("language model"))
         try:
-            reader.begin(prompts, 0, 1)
-            return _checked(scorer.begin(prompts, 0, 1), batch)
+            reader.reserve(Room(len(prompts), sum(map(len, prompts)), 0, 1))
+            reader.admit(admissions(prompts, 0))
+            return _checked(scorer.admit(admissions(prompts, 0)), batch)
         finally:
             reader.close()
     try:
-        empty = scorer.begin(prompts, longest, longest)  # of empty answers, of which most were not asked for
+        tokens = sum(map(len, prompts)) + longest * len(prompts)
+        scorer.reserve(Room(len(prompts), tokens, longest, longest))
+        empty = scorer.admit(admissions(prompts, longest, requests))  # of which most were not asked for
         empty.errors = {slot: error for slot, error in empty.errors.items() if not batch[slot].tokens}
         rewards = _checked(empty, batch)
         slots = [slot for slot, scored in enumerate(batch) if scored.tokens]

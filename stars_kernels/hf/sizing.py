@@ -1,4 +1,4 @@
-"""What a device can carry: a round's cost, which width and wave "auto" follow, and what batch_size="auto" is.
+"""What a device can carry: a round's cost, which all "auto" follow, and the prompts that its memory holds.
 
 They change speed and memory only. Figures of devices and models are small dataclasses, so that a machine without a GPU
 can ask about one.
@@ -6,6 +6,7 @@ can ask about one.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,14 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.width import Cost, CpuCost, GpuCost, ModelSize
+from stars_kernels.decoder.width import MAX_SLOTS, Cost, CpuCost, GpuCost, ModelSize
 from stars_kernels.hf.loading.reward_model import ENCODERS
 from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, vocabulary
 
-CPU_BATCH = 8
-"""Prompts of a batch on a CPU, and where not all that a row keeps is known."""
-MAX_BATCH = 256
-"""On a GPU: about where the steps of one attempt per prompt are bound by arithmetic, and more rows gain nothing."""
+UNKNOWN_BATCH = 8
+"""Prompts side by side where not all that a row keeps is known."""
 MEMORY_SHARE = 0.8
 """Of the free memory, for what prompts and rows keep; the rest is for a forward's activations."""
 HALF_FLOPS = {(8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (9, 4): 2048, (10, 0): 8192, (12, 0): 1024}
@@ -52,10 +51,12 @@ def gpu_of(device: torch.device, dtype: torch.dtype) -> Gpu:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Return the bytes that may still be taken on a GPU: free ones, and those that torch holds unused.
+    """Return the bytes that may still be taken: on a GPU free ones, and those that torch holds unused.
 
-    The memory of other devices (a CPU's, for a reward model there) is not asked for and counts as unbounded.
+    Of a CPU the system's own count of free memory, where it has one; else, and of other devices, it is unbounded.
     """
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
@@ -109,15 +110,15 @@ def size_of(model: PreTrainedModel) -> ModelSize:
     )
 
 
-def auto_batch_size(
+def fitting_prompts(
     model: PreTrainedModel,
     rewards: Sequence[PreTrainedModel],
     tokens: int,
     width: int,
     segment_size: int,
-    free: Callable[[torch.device], int] | None = None,
+    free: Callable[[torch.device], int] = free_memory_of,
 ) -> int:
-    """Return how many prompts to decode in lock-step: what free memory holds on a GPU, CPU_BATCH on a CPU.
+    """Return how many prompts the free memory holds side by side, at most MAX_SLOTS.
 
     A power of two, so that a little more or less memory in use seldom changes it.
 
@@ -125,24 +126,20 @@ def auto_batch_size(
         model, rewards: as of `round_cost`.
         tokens: of the longest prompt and answer.
         width, segment_size: attempts of a prompt side by side, at most, and tokens of each.
-        free: bytes that may be taken on a device; None = on the GPUs of the models.
+        free: bytes that may be taken on a device.
     """
-    if free is None:
-        if model.device.type != "cuda":
-            return CPU_BATCH
-        free = free_memory_of
     if not all(_is_known(layout_of(view)) for view in (model, *filter(_has_cache, rewards))):
-        return CPU_BATCH
+        return UNKNOWN_BATCH
     needs = prompt_bytes(model, rewards, tokens, width, segment_size)
     fitting = min(int(MEMORY_SHARE * free(device)) // need for device, need in needs.items() if need)
-    bounded = max(1, min(fitting, MAX_BATCH))
+    bounded = max(1, min(fitting, MAX_SLOTS))
     return 1 << (bounded.bit_length() - 1)
 
 
 def prompt_bytes(
     model: PreTrainedModel, rewards: Sequence[PreTrainedModel], tokens: int, width: int, segment_size: int
 ) -> Mapping[torch.device, int]:
-    """Return the bytes that one prompt and its rows keep on each device; see `auto_batch_size`.
+    """Return the bytes that one prompt and its rows keep on each device; see `fitting_prompts`.
 
     Keys, values and the language model's logits; not the logits that a `Likelihood` keeps for each prompt.
     """

@@ -53,11 +53,15 @@ class Table:
     def __init__(self, world):
         self.logits, self.rewards = world
 
-    def begin(self, prompts, max_new_tokens, segment_size):
-        self.length = torch.zeros(len(prompts), dtype=torch.int64)
+    def reserve(self, room):
+        self.length = torch.zeros(room.slots, dtype=torch.int64)
         self.value = torch.zeros_like(self.length)
         self.tail = torch.zeros_like(self.length)
-        return Scores(self.rewards[0, 0].expand(len(prompts)).clone())
+
+    def admit(self, admissions):
+        slots = [admission.slot for admission in admissions]
+        self.length[slots] = self.value[slots] = self.tail[slots] = 0
+        return Scores(self.rewards[0, 0].expand(len(slots)).clone())
 
     def propose(self, rows, plan, sampling, noise, eos):
         value, drawn = self.value[rows.slot], []
@@ -97,12 +101,13 @@ class Scorer:
     """The table's other face, so that a commit reaches it once."""
 
     def __init__(self, table):
-        self.begin, self.open, self.score, self.commit = (
-            table.begin,
-            table.open,
-            table.score,
-            lambda commit: lambda: None,
-        )
+        self.admit, self.open, self.score = table.admit, table.open, table.score
+
+    def reserve(self, room):
+        """The table has."""
+
+    def commit(self, commit):
+        return lambda: None
 
 
 def run(world, config, seed, decodes=DECODES, limit=DEPTH):

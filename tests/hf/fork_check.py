@@ -41,7 +41,7 @@ def check_logits(model, tolerance=1e-6, steps_only=False):
 
         for group in cache.groups:
             group.arena.fill_(torch.nan)
-        for chunk in packed_chunks(prompts, cache):
+        for chunk in packed_chunks(dict(enumerate(prompts)), cache):
             with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = view(input_ids=torch.tensor([chunk.ids]), **inputs).logits[0]
             for p, part in zip(chunk.slots, logits.split(chunk.counts), strict=True):

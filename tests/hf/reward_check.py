@@ -6,6 +6,7 @@ from stars_kernels.decoder.protocols import Commit, Rows
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf.fork_check import PROMPTS, ROWS
+from tests.runs import admit
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def check_rewards(model, tolerance=1e-6):
     def own(tokens):
         return model(input_ids=torch.tensor([tokens])).logits[0, 0].item()
 
-    found += scorer.begin(prompts, 18, 6).rewards.tolist()
+    found += admit(scorer, prompts, 18, 6).rewards.tolist()
     expected += map(own, prompts)
     for lengths, waves in (
         ([2, 6, 4, 6, 6, 3], [range(6)]),

@@ -176,7 +176,7 @@ def test_out_of_memory(lm, rm):
     """A round that runs out is repeated with fewer prompts or attempts: what is likeliest does not change."""
     expected = [o.token_ids for o in decode(lm, rm)]
     outputs = decode(limited(tiny_language_model(), 2), rm, width=4)
-    assert [o.token_ids for o in outputs] == expected and outputs[0].memory_limits["prompts"] == 2
+    assert [o.token_ids for o in outputs] == expected and outputs[0].memory_limits["batch_size"] == 2
 
 
 def test_faults(lm, rm):

@@ -85,13 +85,22 @@ def test_every_wave_is_the_sequential_answer(truth, lm, rm, wave):
             assert beyond <= (wave - 1) * config.resolved_rule.segment_size * len(output.segments)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_every_number_of_slots_is_the_sequential_answer(truth, lm, rm, slots):
+    """The third prompt is the longest, so that others take and leave its place."""
+    config, expected = truth
+    for width, wave in ((1, 1), (3, 2), ("auto", "auto")):
+        shaped = config.replace(width=width, wave=wave, batch_size=slots)
+        for prompts, ids in ((PROMPTS, IDS), (PROMPTS[::-1], IDS[::-1])):
+            check(stars_kernels.decode(lm, rm, prompts, request_ids=ids, config=shaped), ids, expected)
+
+
 @pytest.mark.parametrize("width", [1, 5])
-def test_alone_in_small_batches_and_in_another_order(truth, lm, rm, width):
+def test_alone_and_in_another_order(truth, lm, rm, width):
     config, expected = truth
     settings = dict(config=config, width=width)
     for prompt, id_ in zip(PROMPTS, IDS, strict=True):
         check([stars_kernels.decode(lm, rm, prompt, request_ids=id_, **settings)], [id_], expected)
-    check(stars_kernels.decode(lm, rm, PROMPTS, request_ids=IDS, batch_size=2, **settings), IDS, expected)
     backwards = IDS[::-1]
     check(stars_kernels.decode(lm, rm, PROMPTS[::-1], request_ids=backwards, **settings), backwards, expected)
 

@@ -1,4 +1,4 @@
-"""Out of memory: half the width, then half the prompts, then half the batch; said once each, and the same answers."""
+"""Out of memory: half the width, then half the prompts, or fewer at once; said once each, and the same answers."""
 
 import gc
 import random
@@ -108,14 +108,14 @@ def check(outputs, truth):
 
 
 WIDTHS = [f"in a round of 4 prompts x {n} attempts: going on with width={n // 2}" for n in (7, 3)]
-TURNS = [f"in a round of {n} prompts x 1 attempts: going on with prompts={n // 2} in a round" for n in (4, 2)]
+TURNS = [f"in a round of {n} prompts x 1 attempts: going on with batch_size={n // 2}" for n in (4, 2)]
 BY_ROWS = {  # rows that fit: what is said, and what the limits are in the end
     28: ([], {}),
     27: (WIDTHS[:1], {"width": 3}),
     11: (WIDTHS, {"width": 1}),
     4: (WIDTHS, {"width": 1}),
-    3: ([*WIDTHS, TURNS[0]], {"width": 1, "prompts": 2}),
-    1: ([*WIDTHS, *TURNS], {"width": 1, "prompts": 1}),
+    3: ([*WIDTHS, TURNS[0]], {"width": 1, "batch_size": 2}),
+    1: ([*WIDTHS, *TURNS], {"width": 1, "batch_size": 1}),
 }
 
 
@@ -171,18 +171,18 @@ def test_memory_that_runs_out_on_the_way(lm, rm, truth):
             warnings.simplefilter("always")
             outputs = stars_kernels.decode(*models, PROMPTS, request_ids=IDS, config=CONFIG)
         check(outputs, truth)
-        outcomes |= {"a batch" in message for message in told(caught)}
-    assert outcomes == {True, False}  # rounds and beginnings were hit
+        outcomes |= {"were admitted" in message for message in told(caught)}
+    assert outcomes == {True, False}  # rounds and admissions were hit
 
 
 @pytest.mark.parametrize("whose", ["lm", "rm"])
 @pytest.mark.parametrize("rows", [100, 3])
-def test_a_batch_is_halved_until_it_can_begin(lm, rm, truth, whose, rows):
+def test_fewer_are_admitted_until_they_fit(lm, rm, truth, whose, rows):
     models = {"lm": lm, "rm": rm}
     models[whose] = limited(tiny_language_model() if whose == "lm" else tiny_reward_model(), rows, tokens=7)
     outputs, said = run(**models)
     check(outputs, truth)
-    assert said[0] == "out of memory as a batch of 4 prompts began: going on with batch_size=2"
+    assert said[0] == "out of memory as 4 prompts were admitted: going on with batch_size=2"
     limits = {"batch_size": 2}
     if rows == 3 and whose == "rm":
         assert said[1:] and all(re.fullmatch(READING, message) for message in said[1:])
@@ -206,7 +206,7 @@ def test_calibration_takes_the_same_path(lm, rm):
     assert len(said) == 1  # decoding begins with what calibration learned
     outputs, said = run(limited(tiny_language_model(), 100, tokens=7), rm, **settings)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
-    assert said == ["out of memory as a batch of 4 prompts began: going on with batch_size=2"]
+    assert said == ["out of memory as 4 prompts were admitted: going on with batch_size=2"]
 
 
 def test_one_row_that_does_not_fit_fails_its_prompt_alone(lm, rm, truth):

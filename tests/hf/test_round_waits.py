@@ -73,9 +73,8 @@ def waits(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, seen(name, getattr(torch.Tensor, name)))
 
     def of(loop):
-        loop.begin()
+        loop.admit()
         rounds = loop.rounds()
-        next(rounds)
         found, watch.waits = [], []
         with watch:
             for _ in rounds:

@@ -1,5 +1,6 @@
 """batch_size="auto" and the cost of a round: from the models, and from a device that is told or found."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,12 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import stars_kernels
 from stars_kernels import RewardModel, StarsConfig
-from stars_kernels.decoder.width import AcceptanceHistory, CpuCost, GpuCost, best_shape
+from stars_kernels.decoder.width import MAX_SLOTS, AcceptanceHistory, CpuCost, GpuCost, best_shape, enough_slots
 from stars_kernels.hf import sizing
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.call import Call
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.sizing import Gpu, auto_batch_size, gpu_of, prompt_bytes, round_cost, size_of
+from stars_kernels.hf.proposing.proposer import ModelProposer
+from stars_kernels.hf.sizing import Gpu, fitting_prompts, gpu_of, prompt_bytes, round_cost, size_of
 from stars_kernels.hf.view.copying import view_of
 from tests.hf import families
 from tests.sequential import sequential_decode
@@ -44,7 +45,7 @@ def llama():
 
 
 def prompts_for(llama, free, tokens=256, width=20, segment=15):
-    return auto_batch_size(*llama, tokens, width, segment, free=lambda device: free)
+    return fitting_prompts(*llama, tokens, width, segment, free=lambda device: free)
 
 
 def test_size_of_a_model(llama):
@@ -113,7 +114,7 @@ def test_models_of_every_kind_of_reward(lm, rm):
     assert kinds == ["LlamaModel", "LlamaForCausalLM", "LlamaForCausalLM", "BertForSequenceClassification"]
     cost = round_cost(models.lm, models.reward_models, 4, graphs=True, gpu=H100)
     assert [size.kv_bytes > 0 for size in cost.rewards] == [True, True, True, False]
-    assert auto_batch_size(models.lm, models.reward_models, 99, 3, 4, free=lambda device: GB) == 256
+    assert fitting_prompts(models.lm, models.reward_models, 99, 3, 4, free=lambda device: GB) == 256
 
 
 def test_bytes_of_a_prompt_are_those_of_its_caches(lm, rm):
@@ -131,7 +132,7 @@ def test_free_memory_becomes_prompts(llama):
     kv, logits = 2 * 128 * 2**10 * (256 + 20 * 15), 21 * 2 * 128256
     one = (kv + logits) / sizing.MEMORY_SHARE
     found = {n: prompts_for(llama, int(n * one) + 10) for n in (0.5, 1, 2, 3, 8, 15, 16, 100, 10**4)}
-    assert found == {0.5: 1, 1: 1, 2: 2, 3: 2, 8: 8, 15: 8, 16: 16, 100: 64, 10**4: sizing.MAX_BATCH}
+    assert found == {0.5: 1, 1: 1, 2: 2, 3: 2, 8: 8, 15: 8, 16: 16, 100: 64, 10**4: MAX_SLOTS}
     assert prompts_for(llama, 45 * GB) >= 64  # of an H100, beside both models
     more = [prompts_for(llama, GB * n) for n in range(1, 200, 7)]
     assert more == sorted(more)
@@ -141,19 +142,19 @@ def test_free_memory_becomes_prompts(llama):
 def test_the_fullest_device_decides(llama):
     """Of a language model and a reward model on two."""
     free = {"meta": 40 * GB}
-    plenty = auto_batch_size(*llama, 256, 20, 15, free=lambda device: free[device.type])
+    plenty = fitting_prompts(*llama, 256, 20, 15, free=lambda device: free[device.type])
     free["meta"] = GB
-    assert auto_batch_size(*llama, 256, 20, 15, free=lambda device: free[device.type]) < plenty
+    assert fitting_prompts(*llama, 256, 20, 15, free=lambda device: free[device.type]) < plenty
     elsewhere = view_of(tiny_reward_model()).base_model
     free |= {"meta": 40 * GB, "cpu": 10**5}
-    assert auto_batch_size(llama[0], [elsewhere], 256, 20, 15, free=lambda device: free[device.type]) == 1
+    assert fitting_prompts(llama[0], [elsewhere], 256, 20, 15, free=lambda device: free[device.type]) == 1
 
 
 @pytest.mark.parametrize("family", ["falcon", "mamba"])
-def test_models_whose_rows_keep_more_have_the_batch_of_a_cpu(family):
+def test_models_whose_rows_keep_more_have_few_slots(family):
     """Copies of whole rows, states: not told by the layout."""
     view = view_of(families.tiny(family))
-    assert auto_batch_size(view, [], 20, 3, 4, free=lambda device: 10**15) == sizing.CPU_BATCH
+    assert fitting_prompts(view, [], 20, 3, 4, free=lambda device: 10**15) == sizing.UNKNOWN_BATCH
 
 
 def test_free_memory_counts_what_torch_holds_unused(monkeypatch):
@@ -162,53 +163,56 @@ def test_free_memory_counts_what_torch_holds_unused(monkeypatch):
     assert sizing.free_memory_of(torch.device("cuda", 0)) == 13
 
 
-def test_a_reward_model_on_the_cpu_bounds_no_batch(llama, monkeypatch):
-    """Beside a language model on a GPU."""
-
-    def told(device):
-        assert device.type == "cuda"  # torch raises for another
-        return GB, 2 * GB
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", told)
-    assert sizing.free_memory_of(torch.device("cpu")) > 10**6 * GB
-    elsewhere = view_of(tiny_reward_model()).base_model
-    free = {"meta": 40 * GB, "cpu": sizing.free_memory_of(torch.device("cpu"))}
-    found = auto_batch_size(llama[0], [elsewhere], 256, 20, 15, free=lambda device: free[device.type])
-    assert found == auto_batch_size(llama[0], [], 256, 20, 15, free=lambda device: free[device.type])
+def test_free_memory_of_a_cpu_is_the_systems(monkeypatch):
+    assert 2**20 < sizing.free_memory_of(torch.device("cpu")) < 2**60
+    assert sizing.free_memory_of(torch.device("meta")) == sys.maxsize
+    monkeypatch.setattr(sizing.os, "sysconf_names", {})
+    assert sizing.free_memory_of(torch.device("cpu")) == sys.maxsize
 
 
-def batches(monkeypatch, lm, rm, count, **settings):
-    """The sizes of the batches that a decode of `count` prompts has, and its answers."""
-    sizes, new_run = [], Call._new_run
+def slots(monkeypatch, lm, rm, count, **settings):
+    """The slots that a decode of `count` prompts has, and its answers."""
+    sizes, reserve = [], ModelProposer.reserve
 
-    def noted(self, requests, *args):
-        sizes.append(len(requests))
-        return new_run(self, requests, *args)
+    def noted(self, room):
+        sizes.append(room.slots)
+        return reserve(self, room)
 
-    monkeypatch.setattr(Call, "_new_run", noted)
+    monkeypatch.setattr(ModelProposer, "reserve", noted)
     outputs = stars_kernels.decode(lm, rm, PROMPTS[:count], request_ids=range(count), **{**SET, **settings})
     return sizes, [output.token_ids for output in outputs]
 
 
-def test_auto_is_8_on_a_cpu_and_an_integer_wins(monkeypatch, lm, rm):
+def test_auto_is_what_the_cost_says_and_an_integer_wins(monkeypatch, lm, rm):
     assert StarsConfig().batch_size == "auto"
-    sizes, expected = batches(monkeypatch, lm, rm, 19)
-    assert sizes == [8, 8, 3]
-    monkeypatch.setattr(sizing, "CPU_BATCH", 2)
-    assert batches(monkeypatch, lm, rm, 3) == ([2, 1], expected[:3])
-    assert batches(monkeypatch, lm, rm, 19, batch_size=7) == ([7, 7, 5], expected)
+    miss = AcceptanceHistory().miss
+    wanted = enough_slots(3, miss, CpuCost(4))
+    assert 8 <= wanted <= 16
+    sizes, expected = slots(monkeypatch, lm, rm, 19)
+    assert sizes == [wanted]
+    assert slots(monkeypatch, lm, rm, 3) == ([3], expected[:3])
+    assert slots(monkeypatch, lm, rm, 19, batch_size=7) == ([7], expected)
+    monkeypatch.setattr(sizing, "MEMORY_SHARE", 0.0)  # no memory that is known to be free
+    assert slots(monkeypatch, lm, rm, 3)[0] == [1]
     for p, prompt in enumerate(PROMPTS[:3]):
         assert sequential_decode(lm, rm, prompt, p, StarsConfig(**SET), eos=(EOS,))[0] == expected[p]
 
 
 def test_what_the_engine_tells_of_its_prompts(monkeypatch, lm, rm):
     asked = []
-    monkeypatch.setattr("stars_kernels.hf.call.auto_batch_size", lambda lm, rms, *sizes, free: asked.append(sizes) or 5)
-    assert batches(monkeypatch, lm, rm, 6)[0] == [5, 1]
-    assert asked == [(11, 3, 4), (9, 3, 4)]  # tokens of the longest that are left, attempts, tokens of a segment
+    monkeypatch.setattr("stars_kernels.hf.call.fitting_prompts", lambda lm, rms, *sizes: asked.append(sizes[:-1]) or 5)
+    assert slots(monkeypatch, lm, rm, 6)[0] == [5]
+    assert asked == [(11, 3, 4)]  # tokens of the longest, attempts, tokens of a segment
     asked.clear()
-    batches(monkeypatch, lm, rm, 3, width=2, segment_size=99)
+    slots(monkeypatch, lm, rm, 3, width=2, segment_size=99)
     assert asked == [(11, 2, 8)]
+
+
+def test_slots_of_a_device_that_gains_nothing_and_of_one_that_gains_for_ever():
+    assert enough_slots(20, 0.75, Quadratic()) == 1
+    assert enough_slots(20, 0.75, Free()) == MAX_SLOTS
+    found = [enough_slots(20, miss / 10, CpuCost(15)) for miss in range(10)]
+    assert set(found) <= {8, 16, 32}
 
 
 class Quadratic:

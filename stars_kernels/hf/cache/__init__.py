@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
@@ -13,23 +14,34 @@ from stars_kernels.hf.cache.recurrent import States
 from stars_kernels.hf.view.layout import layout_of
 
 
-def open_cache(
-    model: PreTrainedModel, capacities: Sequence[int], segment_size: int, buffers: Buffers | None = None
+def reserve_cache(
+    model: PreTrainedModel, slots: int, tokens: int, segment_size: int, buffers: Buffers | None = None
 ) -> ForkCache:
-    """Open an empty cache of a view for one slot per entry of `capacities`, of up to as many tokens.
+    """Open a cache of a view for so many slots, which are still to be admitted, of so many tokens in all.
 
     buffers: where it takes its memory from, and leaves it; None = memory of its own.
     """
     layout = layout_of(model)
     kind = ForkCache if layout.mode == "hook" else GatheredCache
-    states = States(model.config, len(capacities)) if layout.states else None
+    states = States(model.config, slots) if layout.states else None
     device = layout.layers[0].key[3] if layout.layers else model.device
-    return kind(layout, capacities, segment_size, device, states, buffers)
+    return kind(layout, slots, tokens, segment_size, device, states, buffers)
 
 
-def close_cache_of(owner: object) -> None:
-    """Free the `cache` of an object, where it has one, and whatever else it holds."""
-    cache = vars(owner).get("cache")
+def open_cache(
+    model: PreTrainedModel, capacities: Sequence[int], segment_size: int, buffers: Buffers | None = None
+) -> ForkCache:
+    """Open an empty cache of a view for one slot per entry of `capacities`, of up to as many tokens."""
+    cache = reserve_cache(model, len(capacities), sum(capacities), segment_size, buffers)
+    cache.admit(range(len(capacities)), list(itertools.accumulate(capacities, initial=0))[:-1])
+    return cache
+
+
+def close_cache_of(owner: object, names: Sequence[str] = ()) -> None:
+    """Free the `cache` of an object, where it has one, and these of its attributes, which come with it."""
+    held = vars(owner)
+    cache = held.pop("cache", None)
     if cache is not None:
         cache.close()
-    vars(owner).clear()
+    for name in names:
+        held.pop(name, None)

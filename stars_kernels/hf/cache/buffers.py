@@ -1,4 +1,4 @@
-"""Memory that outlives a batch: the next one takes it over, and with it the CUDA graphs that work on it."""
+"""Memory that outlives a call: the next one takes it over, and with it the CUDA graphs that work on it."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ from stars_kernels.hf.view.layout import Layout
 
 
 class ForkCache(Cache):
-    """Storage and attention of one model for a batch of requests, one per slot."""
+    """Storage and attention of one model for several requests, one per slot."""
 
     def __init__(
-        self, layout: Layout, capacities: Sequence[int], segment_size: int, device: torch.device,
+        self, layout: Layout, slots: int, tokens: int, segment_size: int, device: torch.device,
         states: States | None = None, buffers: Buffers | None = None,
     ) -> None:  # fmt: skip
-        """capacities: tokens each slot may hold, prompt and answer. device: where the bookkeeping lies.
+        """tokens: of the prompts and answers of all slots. device: where the bookkeeping lies.
 
         buffers: where the memory comes from and stays; None = memory of its own.
         """
@@ -49,13 +49,9 @@ class ForkCache(Cache):
         self.cuts = states is None
         """Whether a prompt may be read in several forwards."""
         self.layers = [] if states is None else states.layers
-        sizes = torch.tensor([0, *capacities], dtype=torch.int64, device=device)
-        count = len(capacities)
         self.offsets, self.lengths = (  # [P], where captured graphs may read them
-            buffers.take(name, (count,), torch.int64, device)[:count] for name in ("offsets", "lengths")
+            buffers.take(name, (slots,), torch.int64, device)[:slots].zero_() for name in ("offsets", "lengths")
         )
-        self.offsets.copy_(sizes.cumsum(0)[:-1])
-        self.lengths.zero_()
         self._forked = self.slot = self.lengths[:0]  # [R] the slot of each forked row, and of each selected one
         self._waiting: Tensor | None = None  # [R] of rows that open in waves; None = all are open, in order
         self._opened: list[int] = []  # the open ones of these, as they lie in the suffixes
@@ -64,7 +60,7 @@ class ForkCache(Cache):
         """The slot and attempt of each forked row, all in one wave, where some may go on (`go_on`); the next fork
         forgets them."""
         own = [plane for layer in layout.layers if layer.source is None for plane in (layer.key, layer.value)]
-        self._groups = {plane: Group(plane, own.count(plane), sum(capacities), segment_size, buffers) for plane in own}
+        self._groups = {plane: Group(plane, own.count(plane), tokens, segment_size, buffers) for plane in own}
         self._places = {d: self._place(d) for d in [device, *(group.device for group in self.groups)]}
         self._selected = slice(0)
         self._layers = self._bind(self._selected)
@@ -89,6 +85,12 @@ class ForkCache(Cache):
         """Where the buffers lie, and how; a captured graph of this cache is worth nothing once that has changed."""
         tensors = [self.offsets, self.lengths, *(t for group in self.groups for t in (group.arena, group.suffix))]
         return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
+
+    def admit(self, slots: Sequence[int], places: Sequence[int]) -> None:
+        """Let these slots be empty, and their tokens lie from `places` on."""
+        slot, place = to_device((slots, places), self.device)
+        self.offsets[slot], self.lengths[slot] = place, 0
+        self._send()
 
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
@@ -319,7 +321,8 @@ class ForkCache(Cache):
     def _send(self) -> None:
         """Tell the other devices what has changed."""
         for place in self._places.values():
-            place.lengths, place.slot = self.lengths.to(place.device), self.slot.to(place.device)
+            known = (self.offsets, self.lengths, self.slot)
+            place.offsets, place.lengths, place.slot = (tensor.to(place.device) for tensor in known)
 
     def _bind(self, rows: slice) -> list[BoundLayer]:
         arenas = {plane: iter(group.arena_planes) for plane, group in self._groups.items()}

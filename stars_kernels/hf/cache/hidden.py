@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit, Settle
+from stars_kernels.decoder.protocols import Commit, Room, Settle
 from stars_kernels.hf.cache.buffers import Buffers
 
 
 class HiddenStates:
-    """The hidden states of a batch, and the logits behind its candidates.
+    """The hidden states of the slots, and the logits behind their candidates.
 
         prompts      [P, D]     at each prompt's last token
         rows         [R, T, D]  at the candidates' tokens
@@ -58,18 +58,24 @@ class HiddenStates:
             raise RuntimeError(f"the model called its output layer {len(read)} times in a forward, expected once")
         self.last = read[0]
 
-    def begin(self, prompts: Tensor, logits: Tensor, segment_size: int) -> None:
-        """prompts [P, D]; logits [P, V] after them."""
-        self.prompts, self.best_logits = prompts, torch.empty_like(logits)
-        self.segment_size = segment_size
-        self._empty()
+    def reserve(self, room: Room) -> None:
+        """Forget all, and take memory for so many slots."""
+        self.close()
+        self._slots, self._segment_size = room.slots, room.segment
+
+    def admit(self, slot: Tensor, states: Tensor, logits: Tensor) -> None:
+        """Take the hidden states [A, D] of the prompts of `slot` [A]; logits: [P, V], those of all slots."""
+        if not hasattr(self, "prompts"):
+            self.prompts, self.best_logits = states.new_empty(self._slots, states.shape[1]), torch.empty_like(logits)
+            self._empty()
+        self.prompts[slot] = states
 
     def open(self, rows: int) -> None:
         """Room for a round's rows."""
         if rows > self.rows.shape[0]:
             states, logits = self.prompts, self.best_logits
             self._empty()  # first, so that there is room for the new ones
-            shape = (rows, self.segment_size, states.shape[1])
+            shape = (rows, self._segment_size, states.shape[1])
             self.rows = self._buffers.take("states", shape, states.dtype, states.device)
             self.logits = self._buffers.take("row logits", (rows, logits.shape[1]), logits.dtype, logits.device)
 
@@ -80,12 +86,13 @@ class HiddenStates:
             self._buffers.drop(name)
 
     def _empty(self) -> None:
-        self.rows = self.prompts.new_empty(0, self.segment_size, self.prompts.shape[1])
+        self.rows = self.prompts.new_empty(0, self._segment_size, self.prompts.shape[1])
         self.logits = self.best_logits.new_empty(0, self.best_logits.shape[1])
 
     def close(self) -> None:
         """Give back all memory."""
-        vars(self).clear()
+        for name in ("prompts", "rows", "logits", "best_logits", "last"):
+            vars(self).pop(name, None)
 
     @property
     def storage(self) -> tuple[object, ...]:

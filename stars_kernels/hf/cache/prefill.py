@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stars_kernels.hf.cache.fork import ForkCache
@@ -26,13 +26,13 @@ class Chunk:
     """Where in `ids` that token is."""
 
 
-def packed_chunks(prompts: Sequence[Sequence[int]], cache: ForkCache) -> Iterator[Chunk]:
-    """Pack the prompts' tokens into forwards of at most PREFILL_TOKENS and PREFILL_PIECES, as far as `cache` allows.
+def packed_chunks(prompts: Mapping[int, Sequence[int]], cache: ForkCache) -> Iterator[Chunk]:
+    """Pack slots' prompts into forwards of at most PREFILL_TOKENS and PREFILL_PIECES, as far as `cache` allows.
 
     A prompt is cut by its own length alone, so that its rounding does not depend on what it is packed with.
     """
     chunk = Chunk()
-    for p, prompt in enumerate(prompts):
+    for p, prompt in prompts.items():
         size = PREFILL_TOKENS if cache.cuts else len(prompt)
         for begin in range(0, len(prompt), size):
             piece = prompt[begin : begin + size]

@@ -18,7 +18,7 @@ from stars_kernels.decoder.protocols import Settle
 
 
 class States:
-    """The states of a batch of `slots` slots, and those of the rows of the running forward."""
+    """The states of `slots` slots, and those of the rows of the running forward."""
 
     def __init__(self, config: PreTrainedConfig, slots: int) -> None:
         self.layers: list[Any] = DynamicCache(config=config).layers

@@ -37,7 +37,7 @@ from transformers.generation import (
 )
 
 from stars_kernels.decoder.memory import is_out_of_memory
-from stars_kernels.decoder.protocols import Commit, Rows, Settle
+from stars_kernels.decoder.protocols import Admission, Commit, Rows, Settle
 from stars_kernels.hf.modes import CallersMode
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -139,12 +139,9 @@ class TokenHooks:
     def _ends(self, ids: Tensor) -> bool:
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.criteria)
 
-    def batch(self, indices: Sequence[int]) -> BatchProcessors | None:
-        """Make the processors of a batch of the call's prompts; None where there are none."""
-        if not self.processors:
-            return None
-        own = [[_for_prompt(processor, index) for processor in self.processors] for index in indices]
-        return BatchProcessors(own, self.inputs[list(indices)], self.mode)
+    def of_slots(self) -> SlotProcessors | None:
+        """Make what asks the processors; None where there are none."""
+        return SlotProcessors(self) if self.processors else None
 
 
 def _for_prompt(processor: Processor, index: int) -> Processor:
@@ -157,17 +154,29 @@ def _for_prompt(processor: Processor, index: int) -> Processor:
     return processor
 
 
-class BatchProcessors:
-    """The processors of each slot of a batch, and the tokens they read."""
+class SlotProcessors:
+    """The processors of each slot, and the tokens they read."""
 
-    def __init__(self, processors: Sequence[Sequence[Processor]], inputs: Tensor, mode: CallersMode) -> None:
-        """inputs: [P, T] int64. mode: what they are asked in."""
-        self.processors, self.device, self.mode = processors, inputs.device, mode
-        self.decided = list(inputs)  # [T + decided] of each slot
-        self.tail = [row[:0] for row in inputs]
+    def __init__(self, hooks: TokenHooks) -> None:
+        self.hooks, self.device, self.mode = hooks, hooks.inputs.device, hooks.mode
+        self.close()
+
+    def close(self) -> None:
+        """Forget all."""
+        self.processors: dict[int, list[Processor]] = {}
+        self.decided: dict[int, Tensor] = {}
+        """[T + decided] of each slot."""
+        self.tail: dict[int, Tensor] = {}
         """The candidate to keep so far, behind the decided tokens."""
         self.errors: dict[int, Exception] = {}
         """The rows of the last round that a processor failed on."""
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Take the processors and the inputs of requests, each a `Request` of the call."""
+        for admission in admissions:
+            slot, index = admission.slot, admission.request.index
+            self.processors[slot] = [_for_prompt(processor, index) for processor in self.hooks.processors]
+            self.decided[slot], self.tail[slot] = self.hooks.inputs[index], self.hooks.inputs[index, :0]
 
     def forget(self) -> None:
         """Drop the errors, and what their frames hold."""

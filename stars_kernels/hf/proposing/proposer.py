@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Proposal, Rows, Settle, together
+from stars_kernels.decoder.protocols import Admission, Commit, Proposal, Room, Rows, Settle, together
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.decoder.transfer import to_device
-from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache import close_cache_of, reserve_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.proposing.draws import entropy, likeliest
 from stars_kernels.hf.proposing.graphs import SegmentGraphs, Tensors, bucket_of, padded
 from stars_kernels.hf.proposing.output_layer import hidden_of
-from stars_kernels.hf.proposing.processors import BatchProcessors
+from stars_kernels.hf.proposing.processors import SlotProcessors
 from stars_kernels.hf.view.logits import logits_of
 
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -41,7 +41,7 @@ class ModelProposer:
         graphs: SegmentGraphs | None = None,
         fuse: bool = False,
         hidden: HiddenStates | None = None,
-        processors: BatchProcessors | None = None,
+        processors: SlotProcessors | None = None,
         buffers: Buffers | None = None,
     ) -> None:
         """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only for
@@ -59,25 +59,32 @@ class ModelProposer:
         self.buffers = Buffers() if buffers is None else buffers
         self.head: Tensor | None = model.get_output_embeddings().weight if fuse else None
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
-        capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.model, capacities, segment_size, self.buffers)
-        self.last_token = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # [P] of the decided answer
+    def reserve(self, room: Room) -> None:
+        self.close()
+        self.slots = room.slots
+        self.cache = reserve_cache(self.model, room.slots, room.tokens, room.segment, self.buffers)
+        self.last_token = torch.zeros(room.slots, dtype=torch.int64, device=self.device)  # [P] of the decided answer
         self.unread: frozenset[int] = frozenset()  # the slots whose last token is not in the cache yet
-        states = []
-        for i, chunk in enumerate(packed_chunks(prompts, self.cache)):
+        if self.hidden is not None:
+            self.hidden.reserve(room)
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
+        self.unread = self.unread.difference(a.slot for a in admissions)
+        if self.processors is not None:
+            self.processors.admit(admissions)
+        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = self._logits(ids[None], inputs, last)[0]
-            if i == 0:
-                shape = (len(prompts), logits.shape[1])  # [P, V] of what follows each prefix
-                self.logits = self.buffers.take("logits", shape, logits.dtype, logits.device)[: len(prompts)]
+            if not hasattr(self, "logits"):  # [P, V] of what follows each prefix
+                shape = (self.slots, logits.shape[1])
+                self.logits = self.buffers.take("logits", shape, logits.dtype, logits.device)[: self.slots]
             self.logits[finished] = logits
             if self.hidden is not None:
                 read = self.hidden.last[0]
-                states.append(read if len(read) == len(last) else read[last])  # all, where it takes no logits_to_keep
-        if self.hidden is not None:
-            self.hidden.begin(torch.cat(states), self.logits, segment_size)
+                read = read if len(read) == len(last) else read[last]  # all, where it takes no logits_to_keep
+                self.hidden.admit(finished, read, self.logits)
 
     def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
         self._read_last([p for p in dict.fromkeys(rows.slots) if p in self.unread])
@@ -217,7 +224,9 @@ class ModelProposer:
     def close(self) -> None:
         if self.hidden is not None:
             self.hidden.close()
-        close_cache_of(self)
+        if self.processors is not None:
+            self.processors.close()
+        close_cache_of(self, ("logits", "last_token", "unread", "candidates"))
 
     def _read_last(self, slots: list[int]) -> None:
         """Feed the last decided token of these slots: one row per slot."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
+from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scores, Settle
 from stars_kernels.decoder.transfer import rows_of, to_device
-from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache import close_cache_of, reserve_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import score_head
@@ -39,16 +39,19 @@ class ClassifierScorer:
         self.device = model.device
         self.chunks = chunks or Chunks()
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.backbone, capacities, segment_size, self.buffers)
-        rewards = torch.empty(len(prompts), dtype=torch.float64, device=self.device)
-        for chunk in packed_chunks(prompts, self.cache):
-            ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
+    def reserve(self, room: Room) -> None:
+        self.close()
+        self.cache = reserve_cache(self.backbone, room.slots, room.tokens, room.segment, self.buffers)
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
+        rewards = []  # prompts end in the order in which they are read
+        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
+            ids, last = to_device([chunk.ids, chunk.last], self.device)
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 hidden = self._hidden(ids[None], inputs)
-            rewards[finished] = self.head(hidden.expand(len(last), -1, -1), last).to(self.device)
-        return Scores(rewards, torch.tensor([len(prompt) for prompt in prompts]))
+            rewards.append(self.head(hidden.expand(len(last), -1, -1), last).to(self.device))
+        return Scores(torch.cat(rewards), torch.tensor([len(a.prompt) for a in admissions]))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         self.there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race
@@ -75,7 +78,7 @@ class ClassifierScorer:
         self.cache.release()
 
     def close(self) -> None:
-        close_cache_of(self)
+        close_cache_of(self, ("ids", "counts"))
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.text import TextScorer, check_length
+from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.text.templates import TextPrompt, filled
 
 Encoding = Mapping[str, list[int]]
@@ -23,10 +23,10 @@ class EncoderScorer(TextScorer[Encoding]):
     Attention looks both ways, so nothing that was read can be kept: rows are padded and read in bounded chunks.
     """
 
-    def __init__(self, text_model: TextModel, batch: Batch) -> None:
-        super().__init__(batch)
+    def __init__(self, text_model: TextModel, place: Workplace) -> None:
+        super().__init__(place)
         self.model, self.label, self.chunks = text_model.model, text_model.label, text_model.chunks
-        self.tokenizer, self.template = text_model.tokenizer, batch.mode.bound(text_model.template)
+        self.tokenizer, self.template = text_model.tokenizer, place.mode.bound(text_model.template)
         self.limit = encoder_limit(self.model, self.tokenizer)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> Encoding:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stars_kernels.decoder.memory import is_out_of_memory
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.batch import Batch
 from stars_kernels.hf.scoring.text import TextScorer
+from stars_kernels.hf.scoring.workplace import Workplace
 from stars_kernels.hf.text.templates import TextPrompt
 
 RewardFunction = Callable[[list[str], list[str]], Any]
@@ -25,9 +25,9 @@ class WrongRewards(ValueError):
 class CallableScorer(TextScorer[tuple[str, str]]):
     """A function of texts; it sees the whole answer each time. Where it raises for one row, the others go on."""
 
-    def __init__(self, function: RewardFunction, batch: Batch) -> None:
-        super().__init__(batch)
-        self.function = batch.mode.bound(function)
+    def __init__(self, function: RewardFunction, place: Workplace) -> None:
+        super().__init__(place)
+        self.function = place.mode.bound(function)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> tuple[str, str]:
         return prompt.text, answer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
+from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import rows_of, to_device
-from stars_kernels.hf.cache import close_cache_of, open_cache
+from stars_kernels.hf.cache import close_cache_of, reserve_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.scoring.chunks import Chunks
@@ -44,11 +44,15 @@ class LikelihoodScorer:
         sides = enumerate(side for side in (model, reference) if side is not None)
         self.sides = [_Likelihood(side, chunks, buffers.part(i)) for i, side in sides]
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
+    def reserve(self, room: Room) -> None:
         for side in self.sides:
-            side.begin(prompts, max_new_tokens, segment_size)
-        tokens = torch.tensor([len(prompt) for prompt in prompts])
-        return Scores(torch.zeros(len(prompts), dtype=torch.float64), tokens * len(self.sides))
+            side.reserve(room)
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        for side in self.sides:
+            side.admit(admissions)
+        tokens = torch.tensor([len(a.prompt) for a in admissions])
+        return Scores(torch.zeros(len(admissions), dtype=torch.float64), tokens * len(self.sides))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         for side in self.sides:
@@ -69,7 +73,7 @@ class LikelihoodScorer:
 
     def close(self) -> None:
         for side in self.sides:
-            close_cache_of(side)
+            side.close()
 
 
 def likelihood_chunks(model: PreTrainedModel) -> Chunks:
@@ -90,18 +94,26 @@ class _Likelihood:
         self.model, self.device, self.chunks, self.buffers = model, model.device, chunks, buffers
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of log-probabilities
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> None:
-        capacities = [len(prompt) + max_new_tokens for prompt in prompts]
-        self.cache = open_cache(self.model, capacities, segment_size, self.buffers)
-        logits = []
-        for chunk in packed_chunks(prompts, self.cache):
-            ids, last = to_device([chunk.ids, chunk.last], self.device)
-            with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
-                logits.append(logits_of(self.model, ids[None], inputs, last)[0])
-        self.best_logits = torch.cat(logits)
-        self.next_log_probs = self.best_logits.log_softmax(-1, self.dtype)
-        self.total = torch.zeros(len(prompts), dtype=torch.float64, device=self.device)
+    def reserve(self, room: Room) -> None:
+        self.close()
+        self.cache = reserve_cache(self.model, room.slots, room.tokens, room.segment, self.buffers)
+        self.total = torch.zeros(room.slots, dtype=torch.float64, device=self.device)
         self.best = self.total.clone()
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
+        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
+            ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
+            with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
+                logits = logits_of(self.model, ids[None], inputs, last)[0]
+            if not hasattr(self, "best_logits"):
+                shape = (len(self.total), logits.shape[1])
+                self.best_logits, self.next_log_probs = (
+                    logits.new_empty(shape),
+                    logits.new_empty(shape, dtype=self.dtype),
+                )
+            self.next_log_probs[finished] = logits.log_softmax(-1, self.dtype)
+            self.total[finished] = 0
 
     def open(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """Take candidates tokens[r, :lengths[r]] behind the decided answer of slot[r]."""
@@ -159,6 +171,9 @@ class _Likelihood:
     def release(self) -> None:
         self.cache.release()
         self.row_logits = self.best_logits[:0]
+
+    def close(self) -> None:
+        close_cache_of(self, ("total", "best", "best_logits", "next_log_probs", "row_logits", "row_total", "tokens"))
 
     def _all_logits(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return logits_of(self.model, ids, inputs, 0)

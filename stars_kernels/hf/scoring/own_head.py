@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle
-from stars_kernels.decoder.transfer import rows_of
+from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scores, Settle
+from stars_kernels.decoder.transfer import rows_of, to_device
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.view.rewrites.matching import is_plain
 
@@ -24,11 +24,12 @@ class OwnHeadScorer:
         """head: hidden states [R, D] -> rewards [R] or [R, 1], called in its own dtype. hidden: as the proposer's."""
         self.head, self.hidden = head, hidden
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        states = self.hidden.prompts[:, None]
-        return Scores(
-            head_rewards(self.head, states, torch.zeros(len(prompts), dtype=torch.int64, device=states.device))
-        )
+    def reserve(self, room: Room) -> None:
+        """Take no memory: the hidden states are the proposer's."""
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        (slot,) = to_device([[a.slot for a in admissions]], self.hidden.prompts.device)
+        return Scores(head_rewards(self.head, self.hidden.prompts[slot][:, None], torch.zeros_like(slot)))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         self.last = lengths - 1

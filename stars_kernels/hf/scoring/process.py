@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stars_kernels.decoder.protocols import Scores
-from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.text import ReaderScorer, check_length, row_reader
+from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.text.prompts import text_ids
 from stars_kernels.hf.text.templates import TextPrompt, turn_header
 from stars_kernels.hf.view.layout import context_limit
@@ -34,7 +34,7 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
     steps are left out, but the empty answer is one empty step.
     """
 
-    def __init__(self, text_model: TextModel, step: str, reduce: Reduce, batch: Batch) -> None:
+    def __init__(self, text_model: TextModel, step: str, reduce: Reduce, place: Workplace) -> None:
         """Score with the probability of text_model.label; step: the separator. (The template is not asked.)"""
         model, label, tokenizer = text_model.model, text_model.label, text_model.tokenizer
         score = model.get_submodule("score")
@@ -42,7 +42,7 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         def head(hidden: Tensor) -> Tensor:
             return score(hidden).double().softmax(dim=-1)[..., label]
 
-        super().__init__(batch, row_reader(text_model, batch, head))
+        super().__init__(place, row_reader(text_model, place, head))
         self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(model)
 
         @functools.cache  # each row of each round has its prompt and nearly all of its steps in common with others

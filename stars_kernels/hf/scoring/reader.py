@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Settle
-from stars_kernels.hf.cache import ForkCache, close_cache_of, open_cache
+from stars_kernels.decoder.protocols import Room, Settle
+from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import name_of
@@ -40,14 +40,23 @@ class RowReader:
             )
         self.backbone, self.head, self.chunks, self.buffers = backbone, head, chunks, buffers
         self.device = backbone.device
-
-    def begin(self, slots: int, max_new_tokens: int, segment_size: int) -> None:
-        self.room = 2 * max_new_tokens + SPARE_TOKENS  # of a slot, behind the first rows
-        self.steps = 2 * segment_size + SPARE_TOKENS  # of a row's suffix
-        self.capacities = [0] * slots
         self.cache: ForkCache | None = None
 
-    def open(self, slots: list[int], rows: list[list[int]]) -> None:
+    def reserve(self, room: Room) -> None:
+        """Be ready for so many slots; memory is taken once their rows are known, whose lengths tell how much."""
+        self.close()
+        self.slots_in_all = room.slots
+        self.room = 2 * room.answer + SPARE_TOKENS  # of a slot, behind the longest rows so far
+        self.steps = 2 * room.segment + SPARE_TOKENS  # of a row's suffix
+        self.capacity = 0  # of a slot
+
+    def admit(self, slots: Sequence[int]) -> None:
+        """Forget what was read in these slots."""
+        if self.cache is not None:
+            for p in slots:
+                self.held[p], self.held_values[p] = [], []
+
+    def open(self, slots: Sequence[int], rows: list[list[int]]) -> None:
         """Take rows of token ids; slots: the slot of each, rows of one slot side by side.
 
         What all rows of a slot share is kept in its prefix, or read into it once; of a row, its last token at least is
@@ -63,7 +72,7 @@ class RowReader:
         self.values: dict[int, list[float]] = {}
         if not rows:
             return
-        cache = self._fitting(slots, rows, max(map(len, self.news)))
+        cache = self._fitting(rows, max(map(len, self.news)))
         self.uncounted = self._read_shared(cache, shared)
         """Of each slot, tokens that were read for all of its rows; they are counted with the first."""
         cache.fork(self._tensor(slots))
@@ -102,23 +111,23 @@ class RowReader:
             self.cache.release()
 
     def close(self) -> None:
-        close_cache_of(self)
+        if self.cache is not None:
+            self.cache.close()
+        self.cache = None
 
-    def _fitting(self, slots: list[int], rows: list[list[int]], steps: int) -> ForkCache:
-        """The cache, or a new and empty one where its slots or its suffixes are too short for these rows."""
-        longest = self.capacities.copy()
-        for p, row in zip(slots, rows, strict=True):
-            longest[p] = max(longest[p], len(row))
-        if self.cache is not None and longest == self.capacities and steps <= self.steps:
+    def _fitting(self, rows: list[list[int]], steps: int) -> ForkCache:
+        """Return the cache, or a new and empty one where its slots or its suffixes are too short for these rows."""
+        longest = max(map(len, rows))
+        if self.cache is not None and longest <= self.capacity and steps <= self.steps:
             return self.cache
         self.cache = None  # gives its memory back first, and stays away where there is none for the next
-        self.capacities = [
-            n if n == before else n + self.room for n, before in zip(longest, self.capacities, strict=True)
-        ]
+        if longest > self.capacity:
+            self.capacity = longest + self.room
         self.steps = max(self.steps, 2 * steps if steps > self.steps else 0)
-        self.cache = open_cache(self.backbone, self.capacities, self.steps, self.buffers)
-        self.held: list[list[int]] = [[] for _ in self.capacities]
-        self.held_values: list[list[float]] = [[] for _ in self.capacities]
+        count = self.slots_in_all
+        self.cache = open_cache(self.backbone, [self.capacity] * count, self.steps, self.buffers)
+        self.held: list[list[int]] = [[] for _ in range(count)]
+        self.held_values: list[list[float]] = [[] for _ in range(count)]
         return self.cache
 
     def _read_shared(self, cache: ForkCache, shared: dict[int, list[int]]) -> dict[int, int]:
@@ -128,17 +137,16 @@ class RowReader:
             kept = shared_length(self.held[p], ids)
             self.held[p], self.held_values[p] = self.held[p][:kept], self.held_values[p][:kept]
         cache.cut(self._tensor(slots), self._tensor([len(self.held[p]) for p in slots]))
-        pieces = [shared[p][len(self.held[p]) :] for p in slots]
+        pieces = {p: shared[p][len(self.held[p]) :] for p in slots}
         for chunk in packed_chunks(pieces, cache):
-            chunk_slots = [slots[i] for i in chunk.slots]
-            with cache.prefill(chunk_slots, chunk.counts) as inputs:
+            with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 hidden = self._hidden(self._tensor([chunk.ids]), inputs)
             values = self.head(hidden)[0].split(chunk.counts)
-            for p, new in zip(chunk_slots, values, strict=True):
+            for p, new in zip(chunk.slots, values, strict=True):
                 start = len(self.held[p])
                 self.held[p] = shared[p][: start + len(new)]
                 self.held_values[p] = self.held_values[p] + new.tolist()
-        return {p: len(piece) for p, piece in zip(slots, pieces, strict=True)}
+        return {p: len(piece) for p, piece in pieces.items()}
 
     def _read_rows(self, cache: ForkCache, numbers: list[int]) -> list[list[float]]:
         news = [self.news[r] for r in numbers]

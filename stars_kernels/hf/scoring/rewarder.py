@@ -20,7 +20,6 @@ from stars_kernels.hf.loading.language_model import (
 )
 from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
 from stars_kernels.hf.modes import without_autocast
-from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.scoring.encoder import EncoderScorer
@@ -31,6 +30,7 @@ from stars_kernels.hf.scoring.process import ProcessScorer
 from stars_kernels.hf.scoring.reward_model import Likelihood, Reward, RewardModel, is_function, reward_models
 from stars_kernels.hf.scoring.text import TextClassifierScorer
 from stars_kernels.hf.scoring.total import SumScorer
+from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.view.copying import eval_copy, view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
 
@@ -39,8 +39,8 @@ from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
 class Part:
     """One reward model, ready to score."""
 
-    scorer: Callable[[Batch], Scorer]
-    """Makes what scores one batch."""
+    scorer: Callable[[Workplace], Scorer]
+    """Makes what scores in a workplace."""
     body: nn.Module | None = None
     """The module whose linear layers may be packed. (A head is read at one token alone, by an op of its own.)"""
     limit: int = sys.maxsize
@@ -71,9 +71,9 @@ class Rewarder:
         self.reads_hidden = any(part.reads_hidden for part in self.parts)
         self.decoders = [decoder for part in self.parts for decoder in part.decoders]
 
-    def scorer(self, batch: Batch) -> Scorer:
-        """Make what scores a batch."""
-        scorers = [part.scorer(replace(batch, buffers=batch.buffers.part(i))) for i, part in enumerate(self.parts)]
+    def scorer(self, place: Workplace) -> Scorer:
+        """Make what scores in a workplace."""
+        scorers = [part.scorer(replace(place, buffers=place.buffers.part(i))) for i, part in enumerate(self.parts)]
         if self.weights == [1.0]:
             return scorers[0]
         return SumScorer(list(zip(scorers, self.weights, strict=True)))
@@ -106,7 +106,7 @@ def _function(described: RewardModel, function: RewardFunction, tokenizer: PreTr
     described.takes_only("a function of texts")
     if tokenizer is None:
         raise TokenizerMissing("reward_model is a function of texts, which needs a tokenizer")
-    return Part(lambda batch: CallableScorer(function, batch))
+    return Part(lambda place: CallableScorer(function, place))
 
 
 def _own_head(described: RewardModel, head: nn.Module, lm: PreTrainedModel) -> Part:
@@ -128,9 +128,9 @@ def _own_head(described: RewardModel, head: nn.Module, lm: PreTrainedModel) -> P
             f"{type(error).__name__}: {error}; expected a module [R, {size}] -> [R, 1], or a function of texts"
         ) from error
 
-    def scorer(batch: Batch) -> Scorer:
-        assert batch.hidden is not None
-        return OwnHeadScorer(copy, batch.hidden)
+    def scorer(place: Workplace) -> Scorer:
+        assert place.hidden is not None
+        return OwnHeadScorer(copy, place.hidden)
 
     return Part(scorer, copy, reads_hidden=True, loaded=head)
 
@@ -163,7 +163,7 @@ def _likelihood(
     chunks, limit = likelihood_chunks(views[0]), min(map(context_limit, views))
     policy, reference = views[0], views[1] if len(views) == 2 else None
     return Part(
-        lambda batch: LikelihoodScorer(policy, reference, chunks, batch.buffers),
+        lambda place: LikelihoodScorer(policy, reference, chunks, place.buffers),
         nn.ModuleList(views),
         limit,
         decoders=tuple(decoders),
@@ -180,11 +180,11 @@ def _classifier(
     if described.template is None and loaded.reads_ids(lm, tokenizer):
         limit, body = context_limit(loaded.model), cast(PreTrainedModel, view.base_model)
         return Part(
-            lambda batch: ClassifierScorer(view, label, chunks, batch.buffers), body, limit,
+            lambda place: ClassifierScorer(view, label, chunks, place.buffers), body, limit,
             decoders=((loaded.name, body),), loaded=loaded.model,
         )  # fmt: skip
     text_model = TextModel(view, label, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
-    return Part(lambda batch: TextClassifierScorer(text_model, batch), view.base_model, loaded=loaded.model)
+    return Part(lambda place: TextClassifierScorer(text_model, place), view.base_model, loaded=loaded.model)
 
 
 def _process(
@@ -212,4 +212,4 @@ def _encoder(described: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokeni
     loaded.checked(own)
     copy = eval_copy(loaded.model)
     text_model = TextModel(copy, loaded.label(described.label), own, described.template, Chunks())
-    return Part(lambda batch: EncoderScorer(text_model, batch), copy, loaded=loaded.model)
+    return Part(lambda place: EncoderScorer(text_model, place), copy, loaded=loaded.model)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scores, Settle, together
+from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_host
-from stars_kernels.hf.scoring.batch import Batch, TextModel
 from stars_kernels.hf.scoring.classifier import reward_output
 from stars_kernels.hf.scoring.reader import RowReader
+from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.text.templates import TextPrompt, whole_ids
 from stars_kernels.hf.view.layout import context_limit
 
@@ -24,16 +24,21 @@ Input = TypeVar("Input")
 class TextScorer(ABC, Generic[Input]):
     """Scores whole texts. A row that cannot be prepared has no reward, and the others go on."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.prompts, self.device = batch.prompts, batch.device
+    def __init__(self, place: Workplace) -> None:
+        self.device = place.device
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        self.decided: list[list[int]] = [[] for _ in prompts]
-        self.tail: list[list[int]] = [[] for _ in prompts]
+    def reserve(self, room: Room) -> None:
+        self.prompts: dict[int, TextPrompt] = {}
+        self.decided: dict[int, list[int]] = {}
+        self.tail: dict[int, list[int]] = {}
         self.rows: list[list[int]] = []
-        slots = range(len(prompts))
-        self._open(slots, self.decided)
-        return self.score(slots)
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        """Each is of a `Request`."""
+        for a in admissions:
+            self.prompts[a.slot], self.decided[a.slot], self.tail[a.slot] = a.request.text, [], []
+        self._open([a.slot for a in admissions], [[] for _ in admissions])
+        return self.score(range(len(admissions)))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         self.rows = [t[:n] for t, n in zip(*to_host((tokens, lengths)), strict=True)]
@@ -100,13 +105,17 @@ class TextScorer(ABC, Generic[Input]):
 class ReaderScorer(TextScorer[Input]):
     """Scores texts with a decoder, whose reader keeps what the next rows will share with the chosen one."""
 
-    def __init__(self, batch: Batch, reader: RowReader) -> None:
-        super().__init__(batch)
+    def __init__(self, place: Workplace, reader: RowReader) -> None:
+        super().__init__(place)
         self.reader = reader
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        self.reader.begin(len(prompts), max_new_tokens, segment_size)
-        scores = super().begin(prompts, max_new_tokens, segment_size)
+    def reserve(self, room: Room) -> None:
+        super().reserve(room)
+        self.reader.reserve(room)
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        self.reader.admit([a.slot for a in admissions])
+        scores = super().admit(admissions)
         self.reader.keep(range(len(self.number)))()  # the empty answers, one per slot
         return scores
 
@@ -124,7 +133,7 @@ class ReaderScorer(TextScorer[Input]):
 class TextClassifierScorer(ReaderScorer[list[int]]):
     """A causal sequence classifier of another tokenizer or template; its reward is read at the text's last token."""
 
-    def __init__(self, text_model: TextModel, batch: Batch) -> None:
+    def __init__(self, text_model: TextModel, place: Workplace) -> None:
         model = text_model.model
         output = reward_output(model, text_model.label)
 
@@ -134,9 +143,9 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
                 hidden.shape[:-1]
             )
 
-        super().__init__(batch, row_reader(text_model, batch, head))
+        super().__init__(place, row_reader(text_model, place, head))
         self.tokenizer, self.limit = text_model.tokenizer, context_limit(model)
-        self.template = batch.mode.bound(text_model.template)
+        self.template = place.mode.bound(text_model.template)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> list[int]:
         ids = whole_ids(self.tokenizer, self.template, prompt, answer)
@@ -153,10 +162,10 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
         return Scores(rewards, torch.tensor(counts))
 
 
-def row_reader(text_model: TextModel, batch: Batch, head: Callable[[Tensor], Tensor]) -> RowReader:
+def row_reader(text_model: TextModel, place: Workplace, head: Callable[[Tensor], Tensor]) -> RowReader:
     """Make the reader of a decoder; head: hidden [..., D] -> values [...]."""
     backbone = cast(PreTrainedModel, text_model.model.base_model)
-    return RowReader(backbone, head, text_model.chunks, batch.buffers)
+    return RowReader(backbone, head, text_model.chunks, place.buffers)
 
 
 def check_length(count: int, limit: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.protocols import Commit, Rows, Scorer, Scores, Settle, together
+from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scorer, Scores, Settle, together
 
 
 class SumScorer:
@@ -17,8 +17,12 @@ class SumScorer:
         """parts: scorers and their weights."""
         self.parts = parts
 
-    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, segment_size: int) -> Scores:
-        return self._sum([part.begin(prompts, max_new_tokens, segment_size) for part, _ in self.parts])
+    def reserve(self, room: Room) -> None:
+        for part, _ in self.parts:
+            part.reserve(room)
+
+    def admit(self, admissions: Sequence[Admission]) -> Scores:
+        return self._sum([part.admit(admissions) for part, _ in self.parts])
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         for part, _ in self.parts:

@@ -11,7 +11,7 @@ from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.ops.philox import request_key
-from tests.runs import run_of
+from tests.runs import admit, run_of
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], list(range(50, 61))]
@@ -25,7 +25,7 @@ def cache(lm):
 
 
 def fill(view, cache, prompts=PROMPTS):
-    for chunk in packed_chunks(prompts, cache):
+    for chunk in packed_chunks(dict(enumerate(prompts)), cache):
         with cache.prefill(chunk.slots, chunk.counts) as inputs:
             view(input_ids=torch.tensor([chunk.ids]), **inputs)
 
@@ -60,11 +60,11 @@ def test_prompts_longer_than_a_packed_forward():
     rm = tiny_reward_model(max_position_embeddings=4096)
     prompts = [torch.arange(n).remainder(250).tolist() for n in (PREFILL_TOKENS - 3, 2 * PREFILL_TOKENS + 5, 7)]
     proposer = ModelProposer(view_of(lm))
-    proposer.begin(prompts, 4, 2)
+    admit(proposer, prompts, 4, 2)
     for p, prompt in enumerate(prompts):
         own = lm(torch.tensor([prompt])).logits[0, -1]
         torch.testing.assert_close(proposer.logits[p], own, rtol=0, atol=1e-6)
-    rewards = ClassifierScorer(view_of(rm), 0).begin(prompts, 4, 2).rewards
+    rewards = admit(ClassifierScorer(view_of(rm), 0), prompts, 4, 2).rewards
     for reward, prompt in zip(rewards, prompts, strict=True):
         assert reward.item() == pytest.approx(rm(torch.tensor([prompt])).logits.item(), abs=1e-6)
 
@@ -81,6 +81,11 @@ def poison(cache):
         cache.groups[0].arena[:, :, offset + length : end] = torch.nan
 
 
+def _places(opened):
+    """Where rows lie that were opened in this order."""
+    return {row: place for place, row in enumerate(opened)}
+
+
 @torch.inference_mode()
 def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
     """After each round: committed places equal the winner's suffix, every other place is as before, NaN poison too."""
@@ -94,12 +99,13 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
             settle = real(prompt, row, count, advance)
             assert torch.equal(cache.groups[0].arena.view(torch.int64), before.view(torch.int64))  # not before settle()
             assert torch.equal(cache.lengths, lengths)
+            lies = _places(cache._opened or range(len(cache.slot)))
             settle()
             expected, moved = before.clone(), lengths.clone()
             for p, r, n, go in zip(prompt.tolist(), row.tolist(), count.tolist(), advance.tolist(), strict=True):
                 start = int(cache.offsets[p] + lengths[p])
                 if r >= 0:
-                    expected[:, :, start : start + n] = cache.groups[0].suffix[:, :, r, :n]
+                    expected[:, :, start : start + n] = cache.groups[0].suffix[:, :, lies[r], :n]
                 moved[p] += n * go
                 seen["advanced" if go and r >= 0 else "stored earlier" if go else "best so far"] += 1
             assert torch.equal(cache.groups[0].arena.view(torch.int64), expected.view(torch.int64))
@@ -112,7 +118,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
         segment_size=5, max_new_tokens=20, max_attempts=5, width=2, reward_threshold=2.5, beta=0.3, seed=0
     )
     loop = loop_of(lm, rm, config)
-    loop.begin()
+    loop.admit()
     caches = loop.round.proposer.cache, loop.round.scorer.cache
     for cache in caches:
         poison(cache)
@@ -132,6 +138,7 @@ def test_commit_is_bit_exact_and_rejection_moves_nothing(lm, rm, monkeypatch):
                 now = cache.groups[0].arena[:, :, start : start + prefix.shape[2]]
                 assert torch.equal(now.contiguous().view(torch.int64), prefix.view(torch.int64))
         before = prefixes()
+    assert [answer.error for answer in loop.answers] == [None] * len(PROMPTS)
     assert all(seen.values()), seen
 
 
@@ -183,7 +190,7 @@ def test_a_model_that_does_not_call_the_hook_is_refused(lm):
     with pytest.raises(
         ValueError, match="LlamaForCausalLM cannot be decoded exactly: 0 of 2 layers called the stars attention hook"
     ):
-        proposer.begin([[1, 2, 3]], 4, 2)
+        admit(proposer, [[1, 2, 3]], 4, 2)
 
 
 def test_rollback_out_of_range(cache):

@@ -12,6 +12,7 @@ from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
 from tests.hf import bits_check, families
 from tests.hf.proposing.test_segment_waits import Watch
+from tests.runs import admit
 from tests.tiny import tiny_language_model, tiny_reward_model
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def capacity(lengths):
 def test_one_attention_call_a_layer(lengths):
     proposer = ModelProposer(view_of(tiny_language_model(max_position_embeddings=512)))
     with Watch() as watch:
-        proposer.begin(prompts_of(lengths), 4, 2)
+        admit(proposer, prompts_of(lengths), 4, 2)
     assert watch.seen.count("fork_attention") == 2
 
 
@@ -46,7 +47,7 @@ def test_logits_are_the_models_own_whatever_is_read_beside():
     found = [torch.empty(0, 260, dtype=torch.float64) for _ in prompts]
     cut = list(zip(prompts, cuts, strict=True))
     for pieces in ([p[:n] for p, n in cut], [p[n:] for p, n in cut]):
-        for chunk in packed_chunks(pieces, cache):
+        for chunk in packed_chunks(dict(enumerate(pieces)), cache):
             with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = view(input_ids=torch.tensor([chunk.ids]), **inputs).logits[0]
             for p, new in zip(chunk.slots, logits.split(chunk.counts), strict=True):
@@ -118,7 +119,7 @@ def test_bits_do_not_depend_on_the_prompts_beside(family):
 def test_padding_is_bounded():
     """Of many short prompts, no more are read at once than keep attention's padding small."""
     cache = open_cache(view_of(tiny_language_model()), capacity([1] * 200), 2)
-    chunks = list(packed_chunks([[1]] * 200, cache))
+    chunks = list(packed_chunks({p: [1] for p in range(200)}, cache))
     assert [len(chunk.ids) for chunk in chunks] == [PREFILL_PIECES] * 3 + [200 - 3 * PREFILL_PIECES]
     assert [p for chunk in chunks for p in chunk.slots] == list(range(200))
     worst = Packed.of([0] * 64, [PREFILL_TOKENS - 63] + [1] * 63, range(0, 64 * 1024, 1024), CPU)

@@ -9,6 +9,7 @@ from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
+from tests.runs import admit
 from tests.tiny import tiny_language_model
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
@@ -38,7 +39,7 @@ class Watch(TorchDispatchMode):
 def proposer(request):
     proposer = ModelProposer(view_of(tiny_language_model(torch.float32)), fuse=request.param)
     with torch.inference_mode():
-        proposer.begin([[1, 2, 3], [40]], 20, 5)
+        admit(proposer, [[1, 2, 3], [40]], 20, 5)
     return proposer
 
 

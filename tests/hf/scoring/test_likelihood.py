@@ -99,7 +99,7 @@ def test_a_fallback_from_an_earlier_round(lm, policy):
 def test_every_accepted_token_is_read_once_by_each_model(lm, policy, ratio):
     config = SIZES.replace(reward_threshold=-1e6, beta=1.0, accept="hard", width=1)  # every first attempt is taken
     loop = loop_with(lm, policy, lm if ratio else None, config)
-    loop.begin()
+    loop.admit()
     shapes = [count_forwards(side.model) for side in loop.round.scorer.sides]
     for _ in loop.rounds():
         pass
@@ -116,7 +116,7 @@ def test_no_more_logits_than_stated(lm, policy, monkeypatch, tokens_at_once, mos
     scorer = LikelihoodScorer(view_of(policy))
     config = RATIO.replace(width=4, wave=4, max_new_tokens=20)  # segments of 4 tokens
     loop = loop_of(ModelProposer(view_of(lm)), scorer, config, PROMPTS[:1], IDS[:1])
-    loop.begin()
+    loop.admit()
     shapes = []
     scorer.sides[0].model.register_forward_hook(lambda model, given, output: shapes.append(output.logits.shape))
     for _ in loop.rounds():

@@ -8,6 +8,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.errors import DecodeError
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.cache.hidden import HiddenStates
@@ -18,6 +19,7 @@ from stars_kernels.hf.view.copying import view_of
 from tests.hf.loops import check_rewards, count_forwards, decided, loop_of, stop_at
 from tests.hf.proposing.test_segment_waits import Watch
 from tests.hf.test_exactness import EOS_IDS, IDS, PROMPTS
+from tests.runs import admit
 from tests.sequential import sequential_decode
 from tests.tiny import byte_tokenizer, tiny_config, tiny_language_model, tiny_reward_model
 
@@ -137,7 +139,7 @@ def test_forwards_are_those_of_the_segments_and_no_more(lm):
     """One of every candidate's token, none for the reward, none for the last accepted token."""
     config = CONFIGS["hard"].replace(reward_threshold=-100.0, width=3, max_new_tokens=8)  # every first attempt is taken
     loop = loop_with(lm, linear(), config)
-    loop.begin()
+    loop.admit()
     shapes = count_forwards(loop.round.proposer.model)
     for _ in loop.rounds():
         pass
@@ -175,7 +177,7 @@ def test_segments_as_graphs(lm, width, fuse):
 def test_a_segment_waits_for_nothing(monkeypatch, fuse):
     view = view_of(tiny_language_model(torch.float32))
     proposer = ModelProposer(view, fuse=fuse, hidden=HiddenStates(view))
-    proposer.begin([[1, 2, 3], [40]], 20, 5)
+    admit(proposer, [[1, 2, 3], [40]], 20, 5)
     proposer.hidden.open(6)
     index = torch.arange(6)
     rows = Rows(slots=(index // 3).tolist(), slot=index // 3, attempt=index % 3, key=index + 100, position=index * 0)
@@ -225,8 +227,10 @@ def test_a_head_that_returns_something_else(lm, head, message):
         function, head = head, nn.Identity()
         head.forward = function
     loop = loop_with(lm, head, CONFIGS["hard"].replace(width=1))
-    with pytest.raises(ValueError, match=message):
-        loop.begin()
+    assert len(loop.admit()) == len(PROMPTS)
+    for answer in loop.answers:
+        with pytest.raises(DecodeError, match=message):
+            raise answer.error
 
 
 class Scorer(nn.Module):

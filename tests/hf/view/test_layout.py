@@ -258,7 +258,7 @@ def filled(model, capacity=12):
     view = view_of(model)
     cache = open_cache(view, [len(p) + capacity for p in PROMPTS], 6)
     with torch.no_grad():
-        for chunk in packed_chunks(PROMPTS, cache):
+        for chunk in packed_chunks(dict(enumerate(PROMPTS)), cache):
             with cache.prefill(chunk.slots, chunk.counts) as inputs:
                 view(input_ids=torch.tensor([chunk.ids]), **inputs)
     return view, cache

@@ -1,8 +1,7 @@
-"""What a scorer is made of, beside its reward model: the batch that it scores, and how a model reads text."""
+"""What a scorer is made of, beside its reward model: where it scores, and how a model reads text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,18 +11,17 @@ from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.modes import CallersMode
 from stars_kernels.hf.scoring.chunks import Chunks
-from stars_kernels.hf.text.templates import Template, TextPrompt
+from stars_kernels.hf.text.templates import Template
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The requests that are scored in lock-step.
+class Workplace:
+    """Where a scorer works.
 
-    prompts: one per slot. device: where rewards are wanted. hidden: the language model's hidden states, where they are
-    kept. mode: what the user's functions are called in. buffers: where a cache takes its memory from, and leaves it.
+    device: where rewards are wanted. hidden: the language model's hidden states, where they are kept. mode: what the
+    user's functions are called in. buffers: where a cache takes its memory from, and leaves it.
     """
 
-    prompts: Sequence[TextPrompt]
     device: torch.device
     hidden: HiddenStates | None = None
     mode: CallersMode = field(default_factory=CallersMode)
