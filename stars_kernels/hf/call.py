@@ -156,7 +156,8 @@ class Call:
                         yield from self._failed([failure(self.codec, r.index, r.id, error)])
                     return
             with self._progress(len(requests) * self.config.max_new_tokens, "decode") as bar:
-                yield from self._decode(requests, bar)
+                if requests:
+                    yield from self._decode(requests, bar)
 
     def _failed(self, events: Iterable[StarsEvent]) -> Iterator[StarsEvent]:
         for event in events:

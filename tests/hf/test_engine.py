@@ -12,7 +12,7 @@ import torch
 import stars_kernels
 from stars_kernels import BestOf, Cards, Engine, Likelihood, RewardModel, StarsConfig
 from stars_kernels.decoder.protocols import Rows
-from stars_kernels.decoder.round import Round
+from stars_kernels.decoder.slots import Slots
 from stars_kernels.hf import call, serving
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.proposing.graphs import SegmentGraphs
@@ -295,20 +295,20 @@ def test_one_idle_workspace_is_kept(lm, rm):
         assert len(engine._idle) == 1 and engine._idle[0].used
 
 
-def test_memory_of_an_earlier_call_is_given_back_before_a_batch_shrinks(monkeypatch, lm, rm):
-    """A batch that has no room beside what an earlier call left is begun again, as large as it was."""
+def test_memory_of_an_earlier_call_is_given_back_before_there_are_fewer_slots(monkeypatch, lm, rm):
+    """Prompts that have no room beside what an earlier call left are admitted again, as many as there were."""
     with Engine(lm, rm, **SET) as engine:
         expected = told(engine.decode(PROMPTS, seed=1))
         assert engine._idle[0].buffers._parts
-        begin = Round.begin
+        admit = Slots.admit
 
-        def scarce(self):
+        def scarce(self, *args):
             if engine_workspace[0].used:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            begin(self)
+            admit(self, *args)
 
         engine_workspace = [engine._idle[0]]
-        monkeypatch.setattr(Round, "begin", scarce)
+        monkeypatch.setattr(Slots, "admit", scarce)
         outputs = engine.decode(PROMPTS, seed=1)
         assert told(outputs) == expected and outputs[0].memory_limits == {}
         assert told(engine.decode(PROMPTS[:1], seed=1)) == expected[:1]

@@ -35,7 +35,8 @@ class Buffers:
     def clear(self) -> None:
         """Keep nothing."""
         self._kept.clear()
-        self._parts.clear()
+        for part in self._parts.values():
+            part.clear()
 
     def bytes_on(self, device: torch.device) -> int:
         """Return the bytes that are kept on a device."""

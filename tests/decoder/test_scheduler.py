@@ -1,0 +1,171 @@
+"""Slots at random: what is decided of an answer does not depend on who else has a slot, nor on what fails meanwhile."""
+
+import itertools
+import random
+import warnings
+
+import pytest
+import torch
+
+from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.protocols import Room
+from stars_kernels.decoder.rules import BestOf, BlockBestOf, Stars
+from stars_kernels.decoder.slots import Slots
+from stars_kernels.ops.philox import request_key
+from tests.decoder.enumerable import DEPTH, EOS, Scorer, Table, make_world
+from tests.runs import run_of
+
+CASES = 300
+RULES = (
+    Stars(segment_size=2, max_attempts=4, reward_threshold=0.5, beta=0.5),
+    Stars(segment_size=1, max_attempts=3, reward_threshold=0.8, accept="hard"),
+    BestOf(3),
+    BlockBestOf((3, 1), segment_size=2),
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world()
+
+
+class Broken(Exception):
+    """What a model raises that has a bug."""
+
+
+class Faults:
+    """Wraps methods of a proposer or a scorer: each call may run out of memory, or fail, before its work is done."""
+
+    def __init__(self, rng, out_of_memory, broken):
+        self.rng, self.out_of_memory, self.broken = rng, out_of_memory, broken
+        self.raised = {torch.OutOfMemoryError: 0, Broken: 0}
+
+    def into(self, side, names):
+        for name in names:
+            setattr(side, name, self._around(getattr(side, name)))
+        return side
+
+    def _around(self, method):
+        def call(*args):
+            chance = self.rng.random()
+            if chance < self.out_of_memory + self.broken:
+                kind = torch.OutOfMemoryError if chance < self.out_of_memory else Broken
+                self.raised[kind] += 1
+                raise kind("CUDA out of memory" if kind is torch.OutOfMemoryError else "a bug")
+            return method(*args)
+
+        return call
+
+
+class Places(Table):
+    """A table that gives its memory back."""
+
+    def release(self):
+        pass
+
+    def close(self):
+        self.length = self.value = self.tail = None
+
+
+def scorer_of(table):
+    scorer = Scorer(table)
+    scorer.release = scorer.close = lambda: None
+    return scorer
+
+
+def answers_of(requests):
+    return [Answer(request_key(0, i), [1] * prompt, limit, max_new_tokens=DEPTH) for i, prompt, limit in requests]
+
+
+def told(answer):
+    segments = [(s.rewards, s.lengths, s.chosen, s.outcome) for s in answer.segments]
+    return answer.tokens, answer.reward, answer.finish_reason, segments
+
+
+class Alone:
+    """What each request is answered alone, one attempt at a time."""
+
+    def __init__(self, world):
+        self.world, self.known = world, {}
+
+    def __call__(self, rule, request):
+        key = (repr(rule), request[0], request[2])
+        if key not in self.known:
+            (answer,), table = answers_of([request]), Places(self.world)
+            config = StarsConfig(rule=rule, max_new_tokens=DEPTH, width=1, wave=1, top_k=None)
+            run_of(table, scorer_of(table), config, [answer], eos=(EOS,)).run()
+            self.known[key] = told(answer)
+        return self.known[key]
+
+
+def test_any_slots_and_any_faults(world):
+    rng, alone, seen = random.Random(0), Alone(world), {"short": 0, "broken": 0, "fewer": 0, "overtaken": 0}
+    for case in range(CASES):
+        config = StarsConfig(
+            rule=rng.choice(RULES),
+            max_new_tokens=DEPTH,
+            batch_size=rng.randint(1, 5),
+            width=rng.choice([1, 2, 4, "auto"]),
+            wave=rng.choice([1, 2, "auto"]),
+            top_k=None,
+        )
+        ids = rng.sample(range(16), rng.randint(1, 12))
+        requests = [(i, rng.randint(1, 9), rng.randint(1, DEPTH)) for i in ids]
+        expected = [alone(config.rule, request) for request in requests]
+        faults = Faults(rng, *rng.choice([(0, 0), (0.1, 0), (0.3, 0), (0, 0.03), (0.1, 0.03)]))
+        table = Places(world)
+        scorer = faults.into(scorer_of(table), ("reserve", "admit", "open", "score", "commit"))
+        proposer = faults.into(table, ("reserve", "admit", "propose", "commit"))
+        answers = answers_of(requests)
+        run = run_of(proposer, scorer, config, answers, eos=(EOS,))
+        order = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for changed in run.rounds():
+                assert 0 < len(changed) and len(run.active) <= config.batch_size
+                order += [answer for answer in changed if not answer.active]
+                at = [answers.index(answer) for answer in changed]
+                assert at == sorted(at)  # those first that have their slot longest
+        assert sorted(map(id, order)) == sorted(map(id, answers))  # each ends once
+        assert not run.waiting and not run.active
+        for answer, truth in zip(answers, expected, strict=True):
+            if answer.error is None:
+                assert told(answer) == truth, case
+            else:  # only where something raised that it could not do without
+                assert faults.raised[Broken] or faults.raised[torch.OutOfMemoryError]
+                assert isinstance(answer.error.__cause__, Broken | torch.OutOfMemoryError)
+                assert answer.tokens == truth[0][: len(answer.tokens)]
+        if not faults.broken and not faults.out_of_memory:
+            assert [answer.error for answer in answers] == [None] * len(answers)
+        seen["short"] += faults.raised[torch.OutOfMemoryError] > 0
+        seen["broken"] += faults.raised[Broken] > 0
+        seen["fewer"] += run.limits.batch_size is not None
+        seen["overtaken"] += [answers.index(answer) for answer in order] != list(range(len(answers)))
+    assert min(seen.values()) > CASES // 20, seen
+
+
+class Sides:
+    """A round of models that take no memory."""
+
+    def __init__(self):
+        self.answers, self.seconds = {}, {}
+
+
+def test_places_are_side_by_side_and_apart():
+    rng = random.Random(1)
+    for _ in range(300):
+        needs = [rng.randint(1, 30) for _ in range(rng.randint(1, 20))]
+        count = rng.randint(1, 6)
+        slots = Slots(Sides())
+        slots.room = Room(count, sum(sorted(needs)[-count:]), 0, 0)
+        waiting = [Answer(0, [0] * need, 0) for need in needs]
+        while waiting or slots.places:
+            found = slots.place(waiting)
+            taken = sorted(slots.places.values())
+            assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(taken))
+            assert not taken or taken[-1][0] + taken[-1][1] <= slots.room.tokens
+            assert [len(admission.prompt) for admission in found] == [answer.needs for answer in waiting[: len(found)]]
+            assert found or slots.places  # what is first in turn has room as soon as all others have left
+            waiting = waiting[len(found) :]
+            slots.free(rng.sample(sorted(slots.places), rng.randint(1, len(slots.places))))
