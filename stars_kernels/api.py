@@ -158,7 +158,8 @@ def stream(
     """Decode as it goes: an event for every segment that joins an answer, and for every prompt that is finished.
 
     The answers are those of `decode`, whose arguments it takes. The prompts that have a slot grow side by side, and
-    their events come interleaved: of each round in the order of the prompts. Work is done only while the next event is waited for; closing the generator ends it.
+    their events come interleaved: of each round in the order of the prompts. Work is done only while the next event is
+    waited for; closing the generator ends it.
 
     Returns:
         A generator of `StarsEvent`. A prompt that fails is an event too (its `output` is the exception), also where it
