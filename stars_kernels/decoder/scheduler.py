@@ -94,7 +94,8 @@ class Run:
         If memory runs out, they wait on, and from then on fewer have a slot at once. Any other exception ends those
         that were admitted, but for a warning that the caller has made an error, which ends the run.
         """
-        chosen = list(islice(self.waiting, max(0, self.allowed - len(self.active))))
+        free = max(0, self.allowed - len(self.active))
+        chosen = list(islice(self.waiting, min(free, len(self.waiting))))  # any integer may be allowed
         placed, again = list[Admission](), False
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):

@@ -257,7 +257,8 @@ class Call:
             buffers=buffers.part("language model"),
         )  # fmt: skip
         asks = any(part.body is None for part in models.rewarder.parts)
-        cost = round_cost(lm, models.reward_models, first_plan(config, rule).size, graphs is not None, asks)
+        size = min(first_plan(config, rule).size, config.max_new_tokens)
+        cost = round_cost(lm, models.reward_models, size, graphs is not None, asks)
         played = Round(proposer, scorer, rule, config.sampling, self.eos, noise)
         slots = self._slots(requests, rule, width, cost)
         return Run(played, answers, slots, width, config.wave, self.limits, cost, self.workspace)

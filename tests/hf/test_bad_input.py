@@ -38,7 +38,7 @@ SET = dict(seed=0, reward_threshold=1.0, beta=1.0, max_new_tokens=8, segment_siz
         ("top_p", 0.0, r"top_p is 0.0, expected in \(0, 1\]"),
         ("min_p", 1.0, r"min_p is 1.0, expected in \[0, 1\)"),
         ("accept", "softly", 'accept is \'softly\', expected "soft" or "hard"'),
-        ("width", 0, 'width is 0, expected >= 1 or "auto"'),
+        ("width", 0, 'width is 0, expected an integer >= 1 or "auto"'),
         ("seed", 1.5, "seed is 1.5, expected an integer or None"),
         ("eos_token_id", "x", r"eos_token_id is \('x',\), expected an id"),
         ("eos_token_id", -5, "eos_token_id -5 is outside the vocabulary, expected 0 to 259"),
