@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal, Unpack, overload
@@ -14,6 +15,7 @@ from stars_kernels.hf.engine import Config, Engine, Errors
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.requests import carrying
 from stars_kernels.hf.scoring.reward_model import Reward
+from stars_kernels.hf.stream import Stream
 from stars_kernels.hf.text.prompts import OnePrompt, SeveralPrompts, split_prompts
 
 
@@ -27,6 +29,7 @@ def decode(
     config: Config = None,
     request_ids: int | str | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     errors: Literal["raise"] = "raise",
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
@@ -43,6 +46,7 @@ def decode(
     config: Config = None,
     request_ids: int | str | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     errors: Literal["return"],
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
@@ -59,6 +63,7 @@ def decode(
     config: Config = None,
     request_ids: Sequence[int | str] | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     errors: Literal["raise"] = "raise",
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
@@ -75,6 +80,7 @@ def decode(
     config: Config = None,
     request_ids: Sequence[int | str] | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     errors: Literal["return"],
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
@@ -90,6 +96,7 @@ def decode(
     config: Config = None,
     request_ids: Sequence[int | str] | int | str | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     errors: Errors = "raise",
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
@@ -118,6 +125,8 @@ def decode(
             Default: a hash of the prompt's token ids and how many equal prompts came before it.
         calibration: gives `reward_threshold` and `beta` where the settings do not. Without it, they are calibrated once
             per call from plain continuations of the given prompts.
+        cancel: an event; once it is set, by any thread, all answers end as they are, with the reason "cancelled". As
+            with `max_time`, it is looked at before each token on a CPU, and on a GPU before each segment.
         errors: "raise", or "return": a prompt that fails has the exception that ended it in place of its output.
         trust_remote_code: passed on when a model is loaded; only tested classes of transformers are decoded, so it can
             matter to a tokenizer alone.
@@ -140,7 +149,7 @@ def decode(
     ids: Any = request_ids
     given: Any = prompt
     with engine:
-        return engine.decode(given, request_ids=ids, calibration=calibration, errors=errors)
+        return engine.decode(given, request_ids=ids, calibration=calibration, cancel=cancel, errors=errors)
 
 
 def stream(
@@ -152,14 +161,15 @@ def stream(
     config: Config = None,
     request_ids: Sequence[int | str] | int | str | None = None,
     calibration: Calibration | None = None,
+    cancel: threading.Event | None = None,
     trust_remote_code: bool = False,
     **settings: Unpack[Settings],
-) -> Generator[StarsEvent, None, None]:
+) -> Stream:
     """Decode as it goes: an event for every segment that joins an answer, and for every prompt that is finished.
 
     The answers are those of `decode`, whose arguments it takes. The prompts that have a slot grow side by side, and
     their events come interleaved: of each round in the order of the prompts. Work is done only while the next event is
-    waited for; closing the generator ends it.
+    waited for; closing the stream ends it, also from another thread.
 
     Returns:
         A generator of `StarsEvent`. A prompt that fails is an event too (its `output` is the exception), also where it
@@ -172,14 +182,14 @@ def stream(
     """
     engine = _engine_for(prompt, model, reward_model, tokenizer, trust_remote_code, resolve_config(config, settings))
     if engine is None:
-        return (event for event in list[StarsEvent]())
-    events = engine.stream(prompt, request_ids=request_ids, calibration=calibration)
+        return Stream((event for event in list[StarsEvent]()), threading.Event())
+    events = engine.stream(prompt, request_ids=request_ids, calibration=calibration, cancel=cancel)
 
     def until_closed() -> Generator[StarsEvent, None, None]:
         with engine, closing(events):
             yield from events
 
-    return until_closed()
+    return Stream(until_closed(), events.closing)
 
 
 def calibrate(

@@ -47,8 +47,8 @@ class Answer:
     error: DecodeError | None = None
     trace: Trace = "segments"
     """Whether the tokens of all judged attempts are kept ("full")."""
-    began: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase that its run had taken before it was admitted."""
+    began: Mapping[str, float] | None = None
+    """Seconds by phase that its run had taken before it was admitted; None = it was not."""
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.limit

@@ -47,6 +47,7 @@ class Settings(TypedDict, total=False):
     calibration_quantile: float
     calibration_acceptance: float
     progress: bool
+    max_time: float | None
     rule: Rule | None
     trace: Trace
 
@@ -81,6 +82,9 @@ class StarsConfig:
     calibration_quantile: r* = this quantile of their rewards.
     calibration_acceptance: beta such that this share of them would be accepted at r*.
     progress: show a bar on runs longer than a few seconds.
+    max_time: seconds that a call may take once its models are loaded, or None. Then all answers end as they are, with
+        the reason "time": what is decided of them stays, the segment under decision goes. It is looked at before each
+        token on a CPU, and on a GPU before each segment; what a reward function has begun is waited for.
     rule: what decides; None = `Stars` of the settings above that it takes.
     trace: "segments" keeps rewards, thresholds and lengths of all judged attempts, "full" their tokens too.
     resolved_rule: the rule, made of the settings of STARS where none is given.
@@ -110,6 +114,7 @@ class StarsConfig:
     calibration_quantile: float = 0.9
     calibration_acceptance: float = 0.25
     progress: bool = True
+    max_time: float | None = None
     rule: Rule | None = None
     trace: Trace = "segments"
 
@@ -153,6 +158,7 @@ class StarsConfig:
             check(self, name, isinstance(getattr(self, name), bool), "True or False")
         valid = self.seed is None or (is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
         check(self, "seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
+        check_number(self, "max_time", lambda x: x > 0, "a number of seconds > 0, or None", optional=True)
         for name in ("width", "wave", "batch_size"):
             value = getattr(self, name)
             check(self, name, value == "auto" or (is_int(value) and value >= 1), 'an integer >= 1 or "auto"')

@@ -40,6 +40,10 @@ class DecodeError(RuntimeError):
         return new
 
 
+class Abandoned(Exception):
+    """A round is not to go on, as all answers are to end now."""
+
+
 class StarsError(RuntimeError):
     """Some prompts of a list failed; the others are done.
 

@@ -180,7 +180,9 @@ class Proposer(Protocol):
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Read the prompts of requests that get free slots. Where it fails, the other slots are as they were."""
 
-    def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
+    def propose(
+        self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor, check_stop: Callable[[], None]
+    ) -> Proposal:
         """Draw up to plan.size tokens for every row as the plan has it, from the noise stream `noise`.
 
         It may go on past a row's end, and may stop early once every row has ended. May be asked again before a commit,
@@ -188,6 +190,7 @@ class Proposer(Protocol):
 
         Args:
             plan: what the plans of the rows' slots have in common; size, attempts: the most of any.
+            check_stop: asked before each token, but inside a CUDA graph; raises where nobody wants the rows any more.
         """
 
     def commit(self, commit: Commit) -> Settle:

@@ -7,7 +7,7 @@ What may go wrong with a row is in `faults.py`, running out of memory in `schedu
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.ends import Ends, find_ends
+from stars_kernels.decoder.errors import Abandoned
 from stars_kernels.decoder.faults import faults_of_sampling
+from stars_kernels.decoder.output import FinishReason
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
 from stars_kernels.decoder.rules import Candidate, Rule
 from stars_kernels.decoder.transfer import to_device, to_host
@@ -36,6 +38,8 @@ class Round:
     eos: tuple[int, ...] = ()
     noise: int = STREAM_SAMPLE
     """The noise stream that attempts draw from."""
+    stop: Callable[[], FinishReason | None] = lambda: None
+    """Why all answers are to end now; None = they go on."""
     answers: dict[int, Answer] = field(default_factory=dict)
     """By slot."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -86,10 +90,15 @@ class Round:
             sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
             # The plans of one round differ in size and attempts alone: `Run._alike` chose the slots by them.
             plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
-            proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos)
+            proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos, self.check_stop)
         with self.timed("judge"):
             (room,) = to_device([sizes], self.proposer.device)
             return proposal, find_ends(self.answers, rows, proposal, room, self._eos, plan.entropy)
+
+    def check_stop(self) -> None:
+        """Raise `Abandoned` where all answers are to end now."""
+        if self.stop() is not None:
+            raise Abandoned
 
     def open(self, rows: Rows, proposal: Proposal, ends: Ends) -> None:
         """Hand the candidates, each with what it held before, to the scorer."""
@@ -100,6 +109,7 @@ class Round:
 
     def score(self, wave: Sequence[int]) -> Scores:
         """Score the candidates of these rows, each behind its slot's answer."""
+        self.check_stop()
         with self.timed("score"):
             return self.scorer.score(wave)
 

@@ -9,8 +9,9 @@ from itertools import islice
 from typing import Literal, Protocol
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.errors import trace_taken_from
+from stars_kernels.decoder.errors import Abandoned, trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
+from stars_kernels.decoder.output import FinishReason
 from stars_kernels.decoder.protocols import Admission, Settle
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.slots import Slots
@@ -84,7 +85,8 @@ class Run:
         longest. Between two rounds, waiting answers get the slots of those that have ended.
         """
         while self.waiting or self.active:
-            if answers := self.admit() or self._play():
+            reason = self.round.stop()
+            if answers := (self.admit() or self._play()) if reason is None else self._stop(reason):
                 yield answers
             self._slots.free([slot for slot, answer in self.active.items() if not answer.active])
 
@@ -150,6 +152,8 @@ class Run:
             widths, wave = self._shape(slots)
             trials, settle = self.round.play(slots, widths, wave)
             self._finish(trials, settle)
+        except Abandoned:
+            return []
         except Warning:  # which the caller has made an error
             raise
         except Exception as error:
@@ -161,6 +165,14 @@ class Run:
             self._release()
             return []
         return [self.active[slot] for slot in slots]
+
+    def _stop(self, reason: FinishReason) -> list[Answer]:
+        """End all answers as they are; those that waited never begin."""
+        ended = [answer for answer in self.active.values() if answer.active] + list(self.waiting)
+        self.waiting.clear()
+        for answer in ended:
+            answer.finish_reason = reason
+        return ended
 
     def _end(self, answers: Sequence[Answer], error: Exception) -> None:
         """End those of `answers` that have not ended."""

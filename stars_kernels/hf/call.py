@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import secrets
+import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from stars_kernels.decoder.answer import Answer, FindStop
 from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
 from stars_kernels.decoder.checks import shown
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.errors import DecodeError, message_of, with_cause
+from stars_kernels.decoder.errors import Abandoned, DecodeError, message_of, with_cause
 from stars_kernels.decoder.memory import MemoryLimits
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
 from stars_kernels.decoder.round import Round
@@ -80,11 +81,14 @@ class Call:
         hooks: TokenHooks | None = None,
         texts: bool = False,
         mode: CallersMode | None = None,
+        cancels: Sequence[threading.Event] = (),
     ) -> None:
         """calibration: whose r* and beta the config has. texts: whether events tell of text.
 
         mode: what the user's functions are called in; None = the one that this is called in.
+        cancels: end the call once one is set.
         """
+        self._cancels, self._began = cancels, time.monotonic()
         self.models, self.calibration = models, calibration
         self.mode = CallersMode() if mode is None else mode
         self.config = config.replace(seed=secrets.randbits(63) if config.seed is None else config.seed)
@@ -99,6 +103,13 @@ class Call:
         self.limits = MemoryLimits()
         self.calibration_seconds: float | None = None
         self.results: Results = []
+
+    def stop(self) -> FinishReason | None:
+        """Return why the call is to end now; None = it goes on."""
+        if any(cancel.is_set() for cancel in self._cancels):
+            return "cancelled"
+        limit = self.config.max_time
+        return "time" if limit is not None and time.monotonic() - self._began >= limit else None
 
     def admit(self, prompts: list[Any], request_ids: Any) -> tuple[list[Request], list[StarsEvent]]:
         """Encode and check every prompt; those that fail are events at once. Wrong request ids raise."""
@@ -150,6 +161,8 @@ class Call:
                 _warn_of_one(requests)
                 try:
                     self._calibrate(requests)
+                except Abandoned:  # the answers end before they begin, below
+                    pass
                 except DecodeError as why:
                     for r in requests:
                         error = why.restated(f"prompt {r.index}: {why}", index=r.index, request_id=r.id)
@@ -173,7 +186,7 @@ class Call:
     def calibrate(self, requests: list[Request]) -> Calibration:
         """Find r* and beta from plain continuations, `calibration_samples` in all and at least one per request.
 
-        Raises DecodeError where none has a reward.
+        Raises DecodeError where none has a reward, and Abandoned where the call is to end.
         """
         began = time.perf_counter()
         config, chosen = self.config, requests
@@ -186,6 +199,8 @@ class Call:
                     bar.update(sum(answer.counts.sampled for answer in round_ if not answer.active))
             finally:
                 run.close()
+        if self.stop() is not None:
+            raise Abandoned
         done = [answer for answer in answers if answer.error is None]
         failed = [(request, answer) for request, answer in zip(chosen, answers, strict=True) if answer.error]
         if failed and done:
@@ -259,7 +274,7 @@ class Call:
         asks = any(part.body is None for part in models.rewarder.parts)
         size = min(first_plan(config, rule).size, config.max_new_tokens)
         cost = round_cost(lm, models.reward_models, size, graphs is not None, asks)
-        played = Round(proposer, scorer, rule, config.sampling, self.eos, noise)
+        played = Round(proposer, scorer, rule, config.sampling, self.eos, noise, self.stop)
         slots = self._slots(requests, rule, width, cost)
         return Run(played, answers, slots, width, config.wave, self.limits, cost, self.workspace)
 
@@ -327,7 +342,9 @@ class Call:
 
     def _output(self, answer: Answer, finish_reason: FinishReason, seconds: dict[str, float]) -> StarsOutput:
         calibrating = {} if self.calibration_seconds is None else {"calibrate": self.calibration_seconds}
-        own = {phase: total - answer.began.get(phase, 0.0) for phase, total in seconds.items()}
+        own = dict[str, float]()
+        if answer.began is not None:
+            own = {phase: total - answer.began.get(phase, 0.0) for phase, total in seconds.items()}
         return StarsOutput(
             text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
             token_ids=answer.tokens,

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.calibration import is_calibrated, with_target
 from stars_kernels.decoder.config import RULE_SETTINGS, Settings, StarsConfig, resolve_config
+from stars_kernels.decoder.errors import Abandoned
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
 from stars_kernels.decoder.rules import Stars
 from stars_kernels.decoder.scheduler import Run
@@ -24,6 +25,7 @@ from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.requests import Results, carrying, collect
 from stars_kernels.hf.score import score_answers
 from stars_kernels.hf.scoring.reward_model import Reward
+from stars_kernels.hf.stream import Stream
 from stars_kernels.hf.text.prompts import OnePrompt, SeveralPrompts, split_prompts
 from stars_kernels.ops.philox import STREAM_SAMPLE
 
@@ -70,6 +72,7 @@ class Engine:
         config: Config = None,
         request_ids: int | str | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         errors: Literal["raise"] = "raise",
         **settings: Unpack[Settings],
     ) -> StarsOutput: ...
@@ -82,6 +85,7 @@ class Engine:
         config: Config = None,
         request_ids: int | str | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         errors: Literal["return"],
         **settings: Unpack[Settings],
     ) -> StarsOutput | Exception: ...
@@ -94,6 +98,7 @@ class Engine:
         config: Config = None,
         request_ids: Sequence[int | str] | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         errors: Literal["raise"] = "raise",
         **settings: Unpack[Settings],
     ) -> list[StarsOutput]: ...
@@ -106,6 +111,7 @@ class Engine:
         config: Config = None,
         request_ids: Sequence[int | str] | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         errors: Literal["return"],
         **settings: Unpack[Settings],
     ) -> list[StarsOutput | Exception]: ...
@@ -117,6 +123,7 @@ class Engine:
         config: Config = None,
         request_ids: Sequence[int | str] | int | str | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         errors: Errors = "raise",
         **settings: Unpack[Settings],
     ) -> StarsOutput | Exception | list[StarsOutput] | list[StarsOutput | Exception]:
@@ -130,7 +137,8 @@ class Engine:
         results: Results = [None] * len(prompts)
         with carrying(results):
             ids = request_ids if many or request_ids is None else [request_ids]
-            for _ in self.events(prompts, ids, results, self._resolved(config, settings), calibration):
+            resolved = self._resolved(config, settings)
+            for _ in self.events(prompts, ids, results, resolved, calibration, cancels=_cancels(cancel)):
                 pass
         outputs: list[Any] = collect(results, many, errors)
         return outputs if many else outputs[0]
@@ -142,8 +150,9 @@ class Engine:
         config: Config = None,
         request_ids: Sequence[int | str] | int | str | None = None,
         calibration: Calibration | None = None,
+        cancel: threading.Event | None = None,
         **settings: Unpack[Settings],
-    ) -> Generator[StarsEvent, None, None]:
+    ) -> Stream:
         """Decode as `decode` does, and yield an event per segment and per finished prompt; see `stars_kernels.stream`.
 
         Other calls go on while the consumer of a stream does not ask for its next event.
@@ -152,7 +161,11 @@ class Engine:
         results: Results = [None] * len(prompts)
         with carrying(results):
             ids = request_ids if many or request_ids is None else [request_ids]
-            return self.events(prompts, ids, results, self._resolved(config, settings), calibration, texts=True)
+            closing, resolved = threading.Event(), self._resolved(config, settings)
+            cancels = [closing, *_cancels(cancel)]
+            return Stream(
+                self.events(prompts, ids, results, resolved, calibration, texts=True, cancels=cancels), closing
+            )
 
     def calibrate(
         self, prompts: OnePrompt | SeveralPrompts, *, config: Config = None, **settings: Unpack[Settings]
@@ -162,7 +175,10 @@ class Engine:
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
         with self._call(self._resolved(config, settings)) as call:
-            return call.calibrate(call.admit_all(given, None))
+            try:
+                return call.calibrate(call.admit_all(given, None))
+            except Abandoned:
+                raise TimeoutError(f"calibration took longer than max_time={call.config.max_time}") from None
 
     def score(self, prompts: SeveralPrompts, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[float]:
         """Return the reward of each whole answer to its prompt, as `decode` would have found it.
@@ -241,6 +257,7 @@ class Engine:
         calibration: Calibration | None = None,
         hooks: TokenHooks | None = None,
         texts: bool = False,
+        cancels: Sequence[threading.Event] = (),
     ) -> Generator[StarsEvent, None, None]:
         """Decode a list of prompts; what is wrong with the settings or the request ids raises at the call.
 
@@ -248,12 +265,13 @@ class Engine:
             results: one entry per prompt, which gets what the prompt comes to.
             hooks: processors and criteria to be asked.
             texts: whether events tell of text.
+            cancels: end the call once one is set.
         """
         with self._lock:
             self._check_open()
             if calibration is not None:
                 config = self._with_calibration(config, calibration)
-            call = Call(self.models, config, calibration, hooks, texts)
+            call = Call(self.models, config, calibration, hooks, texts, cancels=cancels)
             requests, failed = call.admit(prompts, request_ids)
 
         def events() -> Generator[StarsEvent, None, None]:
@@ -328,3 +346,14 @@ class Engine:
                     f"the calibration was made with the {what} {found!r}, expected one made with {expected!r}"
                 )
         return with_target(config, calibration.reward_threshold, calibration.beta)
+
+
+def _cancels(cancel: threading.Event | None) -> list[threading.Event]:
+    """Return the event in a list, or none; one that is set would end the call before it begins."""
+    if cancel is None:
+        return []
+    if not isinstance(cancel, threading.Event):
+        raise TypeError(f"cancel is of type {type(cancel).__name__}, expected a threading.Event")
+    if cancel.is_set():
+        raise ValueError("cancel is set already, expected an event that is not: make another for each call")
+    return [cancel]

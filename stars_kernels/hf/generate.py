@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -32,7 +34,9 @@ from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.text.prompts import Prompt
 from stars_kernels.versions import CACHE_ARGUMENTS
 
-OF_TRANSFORMERS = frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample", "eos_token_id"})
+OF_TRANSFORMERS = frozenset(
+    {"max_new_tokens", "max_time", "temperature", "top_k", "top_p", "min_p", "do_sample", "eos_token_id"}
+)
 """Settings that `model.generate` reads itself: they come as generation_config, processors and criteria."""
 OPTIONS = tuple(field.name for field in fields(StarsConfig) if field.name not in OF_TRANSFORMERS)
 """Settings that are keywords of `generate`."""
@@ -125,6 +129,7 @@ def generate(
             **{**options, **sampling, "stop_strings": tuple(strings)},
             max_new_tokens=stops.max_length - input_ids.shape[1],
             eos_token_id=tuple(stops.eos),
+            max_time=None if math.isinf(stops.deadline) else max(stops.deadline - time.time(), 1e-9),
         )
         hooks = TokenHooks(processors, stops.rest, input_ids)
         results: Results = [None] * len(prompts)

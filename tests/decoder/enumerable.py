@@ -63,7 +63,8 @@ class Table:
         self.length[slots] = self.value[slots] = self.tail[slots] = 0
         return Scores(self.rewards[0, 0].expand(len(slots)).clone())
 
-    def propose(self, rows, plan, sampling, noise, eos):
+    def propose(self, rows, plan, sampling, noise, eos, check_stop):
+        check_stop()
         value, drawn = self.value[rows.slot], []
         for held in rows.held_tokens().unbind(dim=1):
             value = value * V + held

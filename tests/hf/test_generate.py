@@ -300,7 +300,6 @@ REFUSED = {
     "guidance": ({"guidance_scale": 1.5}, "guidance_scale needs a second forward"),
     "negative prompt": ({"guidance_scale": 2.0, "negative_prompt_ids": torch.tensor([[5]])}, "guidance_scale"),
     "encoder penalty": ({"encoder_repetition_penalty": 1.3}, "models with an encoder"),
-    "time": ({"max_time": 3.0}, "MaxTimeCriteria reads a clock"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is True"),
     "logits": ({"output_logits": True, "return_dict_in_generate": True}, "output_logits is True"),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),

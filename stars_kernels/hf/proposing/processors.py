@@ -89,9 +89,13 @@ def _setting_of(processor: Processor) -> str | None:
 
 @dataclass
 class Stops:
-    """Stopping criteria, those known by what they stand for; max_length counts the input's tokens too."""
+    """Stopping criteria, those known by what they stand for.
+
+    max_length: counts the input's tokens too. deadline: of `time.time()`.
+    """
 
     max_length: int = sys.maxsize
+    deadline: float = math.inf
     eos: list[int] = field(default_factory=list)
     strings: list[str] = field(default_factory=list)
     rest: list[Criterion] = field(default_factory=list)
@@ -100,12 +104,13 @@ class Stops:
 def lift_criteria(criteria: Iterable[Criterion]) -> Stops:
     stops = Stops()
     for criterion in criteria:
-        if isinstance(criterion, MaxTimeCriteria | ConfidenceCriteria):
-            reads = "a clock" if isinstance(criterion, MaxTimeCriteria) else "logits"
+        if isinstance(criterion, ConfidenceCriteria):
             raise ValueError(
-                f"{type(criterion).__name__} reads {reads}, expected stopping criteria that are functions of the tokens"
+                "ConfidenceCriteria reads logits, expected stopping criteria that are functions of the tokens"
             )
-        if type(criterion) is MaxLengthCriteria:
+        if type(criterion) is MaxTimeCriteria:
+            stops.deadline = min(stops.deadline, criterion.initial_timestamp + criterion.max_time)
+        elif type(criterion) is MaxLengthCriteria:
             stops.max_length = min(stops.max_length, criterion.max_length)
         elif type(criterion) is EosTokenCriteria:
             stops.eos += criterion.eos_token_id.tolist()

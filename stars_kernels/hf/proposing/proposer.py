@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -86,7 +86,10 @@ class ModelProposer:
                 read = read if len(read) == len(last) else read[last]  # all, where it takes no logits_to_keep
                 self.hidden.admit(finished, read, self.logits)
 
-    def propose(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Proposal:
+    def propose(
+        self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor, check_stop: Callable[[], None]
+    ) -> Proposal:
+        check_stop()
         self._read_last([p for p in dict.fromkeys(rows.slots) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
@@ -94,7 +97,7 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.open(len(wide))
         if self.graphs is None or rows.held:  # a graph of rows that go on would serve one turn of a race
-            drawn = self._segment(rows, plan, sampling, noise, eos)
+            drawn = self._segment(rows, plan, sampling, noise, eos, check_stop)
         else:
             self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
             kept = self.buffers.take("eos", eos.shape, eos.dtype, eos.device)[: len(eos)]  # where a graph may read it
@@ -105,7 +108,7 @@ class ModelProposer:
             sizes = (plan.size, len(self.logits), len(eos))  # of a row's tokens, the slots, the tokens that end one
             settings = (*sizes, plan.draw, count, plan.entropy, self.head is not None, noise, *sampling.items())
             eos = kept
-            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
+            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos, check_stop=None)
             drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
         if plan.race:
             self.cache.names = list(zip(rows.slots, rows.attempts, strict=True))
@@ -113,10 +116,18 @@ class ModelProposer:
         entropies = None if plan.entropy is None else drawn[2]
         return Proposal(drawn[0], drawn[1], entropies, {} if self.processors is None else self.processors.errors)
 
-    def _segment(self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor) -> Tensors:
+    def _segment(
+        self,
+        rows: Rows,
+        plan: Plan,
+        sampling: dict[str, Any],
+        noise: int,
+        eos: Tensor,
+        check_stop: Callable[[], None] | None,
+    ) -> Tensors:
         """Draw plan.size tokens of every row, and return the first fields of a `Proposal`.
 
-        On a GPU only processors wait for the host.
+        On a GPU only processors wait for the host. check_stop: asked before each token; None in a graph.
         """
         cache, held = self.cache, rows.held_tokens()
         shape, bound = (len(rows), plan.size), plan.entropy
@@ -137,6 +148,8 @@ class ModelProposer:
         head = self.head if plain else None
         count = 0
         for step in range(plan.size):
+            if check_stop is not None:
+                check_stop()
             if self.processors is not None:
                 logits = state if source is None else state[source]
                 state, source = self.processors(rows, torch.cat([held, tokens[:, :step]], dim=1), logits, ended), None
