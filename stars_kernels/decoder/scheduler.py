@@ -49,6 +49,9 @@ class Run:
     """Of a round, on the device that it runs on: what "auto" goes by."""
     kept: KeptMemory | None = None
     """Where the sides of the round take their memory from, and leave it; None = of their own."""
+    open: bool = False
+    """Whether more answers come, to wait behind the others, and are dropped one by one. Then memory for all slots is
+    taken at once."""
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.answers)
@@ -85,10 +88,19 @@ class Run:
         longest. Between two rounds, waiting answers get the slots of those that have ended.
         """
         while self.waiting or self.active:
-            reason = self.round.stop()
-            if answers := (self.admit() or self._play()) if reason is None else self._stop(reason):
+            if answers := self.step():
                 yield answers
-            self._slots.free([slot for slot, answer in self.active.items() if not answer.active])
+
+    def step(self) -> list[Answer]:
+        """Admit answers, or else play a round; return those in which something is new, if any."""
+        self._slots.free([slot for slot, answer in self.active.items() if not answer.active])
+        reason = None if self.open else self.round.stop()
+        return (self.admit() or self._play()) if reason is None else self._stop(reason)
+
+    def drop(self, answer: Answer, reason: FinishReason) -> None:
+        """End one answer as it is, between two rounds."""
+        answer.finish_reason = reason
+        self.waiting = deque(other for other in self.waiting if other is not answer)
 
     def admit(self) -> list[Answer]:
         """Give waiting answers the free slots, and read their prompts; returns them. Some may have failed there.
@@ -101,7 +113,7 @@ class Run:
         placed, again = list[Admission](), False
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
-                self._slots.reserve(self.waiting, self.allowed)
+                self._slots.reserve(self.waiting, self.allowed, self.open)
             placed = self._slots.place(chosen)
             chosen = chosen[: len(placed)]
             if chosen:

@@ -27,17 +27,23 @@ class Slots:
         """Answers by slot, those first that have it longest."""
         return self.round.answers
 
-    def reserve(self, answers: Iterable[Answer], slots: int) -> None:
-        """Take the memory for so many of these answers at once, whichever they are; for one slot, for the first."""
+    def reserve(self, answers: Iterable[Answer], slots: int, more: bool = False) -> None:
+        """Take the memory for so many of these answers at once, whichever they are; for one slot, for the first.
+
+        more: take it for `slots` answers like the largest, however few there are yet.
+        """
         self.room = NO_ROOM
         plans = [(answer, self.round.rule.plan(answer)) for answer in answers]
-        slots = min(slots, len(plans))
         needs = [answer.needs for answer, _ in plans]
+        if more:
+            needs += [max(needs)] * slots
+        slots = min(slots, len(needs))
+        limit = max(answer.max_new_tokens if more else answer.limit for answer, _ in plans)
         room = Room(
             slots=slots,
             tokens=sum(sorted(needs)[-slots:]) if slots > 1 else needs[0],
-            answer=max(answer.limit for answer, _ in plans),
-            segment=max(answer.limit if plan.race else answer.size(plan) for answer, plan in plans),
+            answer=limit,
+            segment=max(limit if plan.race else min(plan.size, limit) for _, plan in plans),
         )
         with self.round.timed("prefill"):
             self.round.proposer.reserve(room)
@@ -90,4 +96,5 @@ class Slots:
 
     def is_too_small(self, answer: Answer, allowed: int) -> bool:
         """Say whether an answer has no room where all slots are free, or there are more slots than allowed."""
-        return not 0 < self.room.slots <= allowed or self.room.tokens < answer.needs
+        room = self.room
+        return not 0 < room.slots <= allowed or room.tokens < answer.needs or room.answer < answer.limit

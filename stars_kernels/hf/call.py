@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -160,7 +160,7 @@ class Call:
             if requests and not is_calibrated(self.config):
                 _warn_of_one(requests)
                 try:
-                    self._calibrate(requests)
+                    self.use_calibration_of(requests)
                 except Abandoned:  # the answers end before they begin, below
                     pass
                 except DecodeError as why:
@@ -177,7 +177,7 @@ class Call:
             self.results[event.index] = event.output
             yield event
 
-    def _calibrate(self, requests: list[Request]) -> None:
+    def use_calibration_of(self, requests: list[Request]) -> None:
         self.calibration = self.calibrate(requests[: self.config.calibration_samples])
         self.calibration_seconds = self.calibration.seconds
         self.config = with_target(self.config, self.calibration.reward_threshold, self.calibration.beta)
@@ -247,22 +247,31 @@ class Call:
         """Return the bytes that may be taken on a device, those that an earlier call left in the workspace included."""
         return free_memory_of(device) + self.workspace.buffers.bytes_on(device)
 
+    def answer_to(self, request: Request) -> Answer:
+        """Make the empty answer to a request."""
+        config, prompt = self.config, request.prompt.ids
+        assert config.seed is not None
+        return Answer(
+            key=request_key(config.seed, request.id),
+            prompt=prompt,
+            limit=min(config.max_new_tokens, self.models.limit - len(prompt)),
+            request=request,
+            find_stop=self._find_stop(request.index),
+            max_new_tokens=config.max_new_tokens,
+            trace=config.trace,
+        )
+
+    def open_run(self, like: Request, stop: Callable[[], FinishReason | None]) -> Run:
+        """Make a run that answers are put into as they come, all of this call's settings; stop: as of `Round`."""
+        run = self.new_run([like], self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
+        run.waiting.clear()
+        run.round.stop, run.open = stop, True
+        return run
+
     def new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
         """Make a run of the answers to these requests."""
         config, models, buffers = self.config, self.models, self.workspace.buffers
-        assert config.seed is not None
-        answers = [
-            Answer(
-                key=request_key(config.seed, r.id),
-                prompt=r.prompt.ids,
-                limit=min(config.max_new_tokens, models.limit - len(r.prompt.ids)),
-                request=r,
-                find_stop=self._find_stop(r.index),
-                max_new_tokens=config.max_new_tokens,
-                trace=config.trace,
-            )
-            for r in requests
-        ]
+        answers = [self.answer_to(request) for request in requests]
         lm = models.lm
         hidden = HiddenStates(lm, buffers.part("hidden")) if models.rewarder.reads_hidden else None
         scorer = models.rewarder.scorer(Workplace(lm.device, hidden, self.mode, buffers.part("rewards")))
@@ -300,11 +309,11 @@ class Call:
         try:
             for answers in run.rounds():
                 for answer in answers:
-                    result, mine = self._result(answer, run.seconds), told[answer.request.index]
+                    mine = told[answer.request.index]
                     before = mine.tokens
-                    if result is not None or len(answer.tokens) > before:
-                        bar.update((len(answer.tokens) if result is None else self.config.max_new_tokens) - before)
-                        yield self._event(answer, mine, result, run.seconds)
+                    if (event := self.event(answer, mine, run.seconds)) is not None:
+                        bar.update((len(answer.tokens) if answer.active else self.config.max_new_tokens) - before)
+                        yield event
         except BaseException:
             for answer in run.active.values():
                 if answer.active:
@@ -314,9 +323,12 @@ class Call:
         finally:
             run.close()
 
-    def _event(self, answer: Answer, told: Told, result: Result | None, seconds: dict[str, float]) -> StarsEvent:
-        """What is new of a prompt; where its text cannot be told, the prompt ends with that."""
+    def event(self, answer: Answer, told: Told, seconds: dict[str, float]) -> StarsEvent | None:
+        """Tell what is new of a prompt, if anything is; where its text cannot be told, the prompt ends with that."""
         request: Request = answer.request
+        result = self._result(answer, seconds)
+        if result is None and len(answer.tokens) == told.tokens:
+            return None
         try:
             return told.event(request, answer, result)
         except Exception as error:  # a tokenizer's, of any kind

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
@@ -18,6 +19,7 @@ from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
 from stars_kernels.decoder.rules import Stars
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.hf.call import Call, Workspace
+from stars_kernels.hf.live import Live, Ticket
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.modes import CallersMode, resumed_in, without_autocast
@@ -63,6 +65,7 @@ class Engine:
         self._lock = threading.RLock()
         self._idle: list[Workspace] = []
         self._closed = False
+        self._live = Live(self._exclusive, self._borrowed)
 
     @overload
     def decode(
@@ -167,6 +170,74 @@ class Engine:
                 self.events(prompts, ids, results, resolved, calibration, texts=True, cancels=cancels), closing
             )
 
+    async def adecode(
+        self,
+        prompt: OnePrompt,
+        *,
+        config: Config = None,
+        request_id: int | str | None = None,
+        calibration: Calibration | None = None,
+        **settings: Unpack[Settings],
+    ) -> StarsOutput:
+        """Align the answer to one prompt, in asyncio.
+
+        All such requests of an engine that have equal settings, but for `seed` and `max_time`, share its slots: each
+        gets one as soon as one is free. A task that is cancelled ends its request alone.
+
+        Raises:
+            ValueError, TypeError: as `decode`; also for a request id that another request has, which has not ended.
+            DecodeError: it failed on the way.
+        """
+        given: Any = settings
+        events = self.astream(prompt, config=config, request_id=request_id, calibration=calibration, **given)
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event.output, Exception):
+                    raise event.output
+                if event.output is not None:
+                    return event.output
+        raise AssertionError("a request ended without an output")
+
+    async def astream(
+        self,
+        prompt: OnePrompt,
+        *,
+        config: Config = None,
+        request_id: int | str | None = None,
+        calibration: Calibration | None = None,
+        **settings: Unpack[Settings],
+    ) -> AsyncGenerator[StarsEvent, None]:
+        """Decode as `adecode` does, and yield an event per segment; the last one has the output, or what ended it.
+
+        The work goes on while the consumer does not ask for its next event. Closing the generator ends the request.
+        """
+        loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[StarsEvent](), threading.Event()
+        resolved, mode = self._resolved(config, settings), CallersMode()
+
+        def tell(event: StarsEvent) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody listens
+                cancelled.set()
+
+        def ticket() -> Ticket:
+            with self._lock:
+                self._check_open()
+                known = resolved if calibration is None else self._with_calibration(resolved, calibration)
+                call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled])
+                (request,) = call.admit_all([prompt], None if request_id is None else [request_id])
+                return Ticket(call, request, tell, named=request_id is not None)
+
+        self._live.join(await asyncio.to_thread(ticket))  # the engine may be busy with a round
+        try:
+            event = await events.get()
+            while event.output is None:
+                yield event
+                event = await events.get()
+            yield event
+        finally:
+            cancelled.set()
+
     def calibrate(
         self, prompts: OnePrompt | SeveralPrompts, *, config: Config = None, **settings: Unpack[Settings]
     ) -> Calibration:
@@ -238,6 +309,7 @@ class Engine:
                 workspace.clear()
             self._idle.clear()
             vars(self).pop("models", None)
+        self._live.wait()  # its requests end with an error
 
     def __enter__(self) -> Engine:
         self._check_open()

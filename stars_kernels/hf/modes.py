@@ -58,6 +58,11 @@ class CallersMode:
         self._inference, self._gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._autocast = {d: torch.get_autocast_dtype(d) for d in ops.DEVICES if torch.is_autocast_enabled(d)}
 
+    @property
+    def key(self) -> object:
+        """Equal for equal modes."""
+        return self._inference, self._gradients, tuple(self._autocast.items())
+
     def bound(self, function: Anything) -> Anything:
         """Return what runs in these modes; what is no function comes back as it is."""
         if not callable(function):
