@@ -238,14 +238,96 @@ def test_a_rows_bits_do_not_depend_on_its_batch():
         assert torch.equal(part, whole[rows])
 
 
-def test_infinite_values_stay_with_who_sees_them():
-    """Key 62 is inside the second row's window alone, and its tile holds no key of the first row's."""
+def read_in_pieces(tokens, pieces, **variant):
+    """The outputs of one call whose rows are pieces (prefix, begin, end): tokens begin to end are its queries.
+
+    tokens: queries, keys and values of one text. Pieces of one prefix share it. What must not be read is NaN.
+    """
+    query, key, value = tokens
+    prefixes, begins, ends = map(list, zip(*pieces, strict=True))
+    lengths = sorted(set(prefixes))
+
+    def rows(of, starts):
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        out = of.new_full((len(pieces), max(counts), *of.shape[1:]), torch.nan)
+        for row, start, end in zip(out, starts, ends, strict=True):
+            row[: end - start] = of[start:end]
+        return out, longs(*counts)
+
+    queries, query_len = rows(query, begins)
+    keys, suffix_len = rows(key, prefixes)
+    out = fork_attention(
+        queries, keys, rows(value, prefixes)[0], suffix_len, query_len,
+        torch.cat([key[:n] for n in lengths]), torch.cat([value[:n] for n in lengths]),
+        longs(0, *lengths[:-1]).cumsum(0), longs(*lengths), longs(*map(lengths.index, prefixes)),
+        scale=query.shape[-1] ** -0.5, **variant,
+    )  # fmt: skip
+    return [row[:n] for row, n in zip(out, query_len, strict=True)]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"window": 70}], ids=[*VARIANTS, "window 70"])
+@shapes
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_a_tokens_bits_do_not_depend_on_what_is_prefix(dtype, shape, variant):
+    """Nor on how many tokens are read at once, the rows and prompts beside, the order or the threads."""
+    if not compiled("fork_attention"):
+        pytest.skip("the definition promises no bits")
+    g, (heads, kv_heads, key_size, value_size) = generator(5), shape
+    sizes = (heads, key_size), (kv_heads, key_size), (kv_heads, value_size)
+    tokens = [torch.randn(200, *size, generator=g, dtype=torch.float64).to(dtype) for size in sizes]
+    if variant.get("sinks"):
+        variant = variant | {"sinks": torch.randn(heads, generator=g).to(dtype)}
+    (whole,) = read_in_pieces(tokens, [(0, 0, 200)], **variant)
+    assert whole.isfinite().all()
+
+    def check(pieces):
+        for found, (prefix, begin, end) in zip(read_in_pieces(tokens, pieces, **variant), pieces, strict=True):
+            assert torch.equal(found, whole[begin:end]), f"prefix {prefix}, tokens {begin} to {end}"
+
+    one, some = [], []  # tokens a row
+    for end in (1, 2, 30, 63, 64, 65, 90, 127, 128, 129, 192, 200):
+        splits = {0, 1, 63, 64, 65, 100, 128, end - 1, end - 20, end - 64, end - 65}
+        for prefix in sorted(n for n in splits if 0 <= n < end):
+            one.append((prefix, end - 1, end))
+            some.append((prefix, int(torch.randint(max(prefix, end - 70), end, (), generator=g)), end))
+    for pieces in (one, some):
+        for piece in pieces[::9]:
+            check([piece])
+        check(pieces)
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                check([pieces[i] for i in torch.randperm(len(pieces), generator=g)])
+            finally:
+                torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("key", "window"), [(62, 10), (65, 6)], ids=["a tile before", "the suffix's tile"])
+def test_infinite_values_stay_with_who_sees_them(key, window):
+    """The key is inside the first query's window alone, and the last query sees no key of the prefix in its tile."""
     if not compiled("fork_attention"):
         pytest.skip("in the definition a hidden key has weight 0, and 0 * inf is NaN")
-    case = make_case(shape=(1, 1, 4, 4), lengths=(70,), prompt=(0, 0), suffix_len=[6, 1], query_len=[1, 1], window=10)
-    case["arena_value"][case["offsets"][0] + 62] = torch.inf
+    case = make_case(
+        steps=6, shape=(1, 1, 4, 4), lengths=(70,), prompt=(0, 0), suffix_len=[6, 1], query_len=[6, 1], window=window
+    )
+    case["arena_value"][case["offsets"][0] + key] = torch.inf
     out = fork_attention(**case)
-    assert out[0].isfinite().all() and not out[1].isfinite().any()
+    assert out[0, 5].isfinite().all() and not out[:, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_broken_keys_and_values_of_a_row_stay_in_it(broken):
+    if not compiled("fork_attention"):
+        pytest.skip("the definition promises no bits")
+    case = make_case(steps=3, lengths=(70,), prompt=(0,) * 8, suffix_len=[6, 1, 6, 3, 2, 6, 5, 4])
+    expected = fork_attention(**case)
+    for row in range(8):
+        for name in ("suffix_key", "suffix_value"):
+            changed = case[name].clone()
+            changed[row] = broken
+            found = fork_attention(**case | {name: changed})
+            others = torch.arange(8) != row
+            assert torch.equal(found[others], expected[others])
 
 
 def test_layers_of_one_arena(impl):

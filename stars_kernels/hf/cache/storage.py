@@ -13,8 +13,8 @@ from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.view.layout import Plane
 
 PREFILL_ROW = 64
-"""Queries of a row of a packed forward, at most. As many keys are one tile of the CPU's attention, so a prompt that is
-read from its start on gets the bits that it would get as one row."""
+"""Queries of a row of a packed forward, at most. A prompt may be cut into rows anywhere: what the CPU's attention gives
+a query does not depend, to the bit, on where its prefix ends."""
 
 
 @dataclass(frozen=True)

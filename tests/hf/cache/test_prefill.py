@@ -1,5 +1,7 @@
 """Prompts are read many at a time, with one attention call a layer, and each as if it were read alone."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from stars_kernels.hf.cache.prefill import PREFILL_PIECES, PREFILL_TOKENS, packe
 from stars_kernels.hf.cache.storage import PREFILL_ROW, Packed
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
+from stars_kernels.hf.view.rewrites import pack
 from tests.hf import bits_check, families
 from tests.hf.proposing.test_segment_waits import Watch
 from tests.runs import admit
@@ -64,7 +67,7 @@ def test_rows_of_a_prompt_are_its_one_row(dtype, options):
     torch.manual_seed(0)
     if "sinks" in options:
         options = {"sinks": torch.randn(6).to(dtype)}
-    starts = [0, 64, 0, 128, 0, 0, 192]
+    starts = [0, 64, 0, 131, 30, 0, 190]
     offsets = [sum(starts[:p]) + sum(LENGTHS[:p]) for p in range(len(LENGTHS))]
     arena = torch.randn(2, sum(starts) + sum(LENGTHS), 2, 8).to(dtype)
     total = sum(LENGTHS)
@@ -114,6 +117,47 @@ def test_bits_do_not_depend_on_the_prompts_beside(family):
     alone = answers(list(ids), 1)
     assert answers(list(ids), 8) == alone
     assert answers([*reversed(ids)], 3) == alone
+
+
+WAYS = {
+    "pieces": [(1, False), (7, False), (63, False), (30, False), (49, False)],
+    "token by token": [(1, True)] * 150,
+    "segments": [(13, True)] * 11 + [(7, True)],
+    "a prompt, then segments": [(70, False)] + [(16, True)] * 5,
+    "segments between prompts": [(5, True), (100, False), (16, True), (29, False)],
+}
+"""Of reading 150 tokens: how many at a time, and whether as suffixes of forked rows."""
+
+
+@pytest.mark.skipif(not bits_check.compiled(), reason="no compiled extension: torch's products follow the batch")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen2", "mistral", "gpt2", "phi3"])
+@torch.inference_mode()
+def test_bits_do_not_depend_on_how_tokens_are_read(family, way):
+    """Logits of every token, and keys and values, are those of one prefill."""
+    with patch.dict(families.GENERIC, bits_check.UNEVEN):
+        view = view_of(families.tiny(family).float())
+    assert pack(view)
+    ids, one = torch.tensor(prompts_of([150])), torch.tensor([1])
+
+    def read(way):
+        cache = open_cache(view, [150], 16)
+        logits = []
+        for tokens, (count, forked) in zip(ids.split([n for n, _ in way], 1), way, strict=True):
+            if not forked:
+                with cache.prefill([0], [count]) as inputs:
+                    logits.append(view(input_ids=tokens, **inputs).logits[0])
+                continue
+            cache.fork(torch.zeros(3, dtype=torch.int64))
+            rows = torch.cat([tokens.flip(1), tokens, tokens + 1])
+            for part in rows.split(5, 1):
+                with cache.extend(part.shape[1]) as inputs:
+                    logits.append(view(input_ids=part, **inputs).logits[1])
+            cache.commit(slot=one - 1, row=one, count=one * count, advance=one > 0)()
+        return torch.cat(logits), *(group.arena for group in cache.groups)
+
+    for found, expected in zip(read(way), read([(150, False)]), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_padding_is_bounded():
