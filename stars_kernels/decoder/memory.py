@@ -53,8 +53,8 @@ class MemoryLimits:
         return {name: limit for name, limit in dataclasses.asdict(self).items() if limit is not None}
 
     def admit_fewer(self, prompts: int, others: int) -> None:
-        """There was no memory for `prompts` more prompts beside `others`, in all more than one."""
-        self.batch_size = others or prompts // 2
+        """There was no memory for `prompts` more prompts beside `others`, in all more than one, or for the largest."""
+        self.batch_size = others or max(1, prompts // 2)
         beside = f" beside {others} others" if others else ""
         _warn(f"as {prompts} prompts were admitted{beside}", f"batch_size={self.batch_size}")
 

@@ -71,6 +71,8 @@ class Counts:
     rejected: tokens of judged attempts that were not taken.
     rm_scored: tokens the reward model read, by its own tokenizer, the prompt included; 0 for a function
         of texts and for a head on hidden states.
+    shared: prompt tokens that the language model did not read, as another prompt began with them, or another prompt and
+        its answer, and what was kept of these was copied. A reward model that reads the same tokens copies as well.
     attempts: judged attempts.
     accepted: accepted attempts (fallbacks are not).
     rejections: judged attempts that were not taken.
@@ -82,6 +84,7 @@ class Counts:
     judged: int = 0
     rejected: int = 0
     rm_scored: int = 0
+    shared: int = 0
     attempts: int = 0
     accepted: int = 0
     rejections: int = 0

@@ -55,13 +55,17 @@ class Admission:
     """A request that gets a slot.
 
     place: where the tokens of its prompt and answer lie, among those of all slots. prompt: token ids, one at least.
-    request: what a proposer and a scorer know of it besides; the decoder knows nothing of that.
+    request: what a proposer and a scorer know of it besides; the decoder knows nothing of that. source: where the same
+    tokens lie already as the first `shared` of the prompt, in the proposer's and in a scorer's memory of the same ids:
+    who can copies what it has of them, instead of reading them again.
     """
 
     slot: int
     place: int
     prompt: Sequence[int]
     request: Any = None
+    source: int = 0
+    shared: int = 0
 
 
 def admissions(prompts: Sequence[Sequence[int]], answer: int, requests: Sequence[Any] = ()) -> list[Admission]:
@@ -177,8 +181,11 @@ class Proposer(Protocol):
     def reserve(self, room: Room) -> None:
         """Take the memory for requests; those that had slots are forgotten."""
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        """Read the prompts of requests that get free slots. Where it fails, the other slots are as they were."""
+    def admit(self, admissions: Sequence[Admission]) -> Sequence[int]:
+        """Read the prompts of requests that get free slots; return how many tokens of each that took.
+
+        Where it fails, the other slots are as they were.
+        """
 
     def propose(
         self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor, check_stop: Callable[[], None]

@@ -113,7 +113,7 @@ class Run:
         placed, again = list[Admission](), False
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
-                self._slots.reserve(self.waiting, self.allowed, self.open)
+                self._slots.reserve(self.waiting, self.allowed, self.open, least=self.limits.batch_size == 1)
             placed = self._slots.place(chosen)
             chosen = chosen[: len(placed)]
             if chosen:
@@ -123,7 +123,8 @@ class Run:
         except Exception as error:
             self._slots.free(admission.slot for admission in placed)
             kept = self.kept is not None and self.kept.used
-            again = is_out_of_memory(error) and (len(chosen) + len(self.active) > 1 or kept)
+            fewer = len(chosen) + len(self.active) > 1 or (len(self.waiting) > 1 and self.limits.batch_size != 1)
+            again = is_out_of_memory(error) and (fewer or kept)
             if not again:
                 self._end(chosen, error)
         if again:  # out here nothing holds the prompts' tensors any more: the exception did

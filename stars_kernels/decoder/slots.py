@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.prefixes import shared_length
 from stars_kernels.decoder.protocols import Admission, Room
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.transfer import to_host
 
 NO_ROOM = Room(slots=0, tokens=0, answer=0, segment=0)
+WORTH_COPYING = 32
+"""Tokens: with fewer, a prompt had better be read together with others."""
 
 
 class Slots:
@@ -21,18 +24,20 @@ class Slots:
         """The memory that was reserved."""
         self.places: dict[int, tuple[int, int]] = {}
         """(first place, how many) by slot, of those that are taken."""
+        self.left: dict[int, list[int]] = {}
+        """By first place, tokens that an answer which has ended left there, for as long as nobody takes the places."""
 
     @property
     def answers(self) -> dict[int, Answer]:
         """Answers by slot, those first that have it longest."""
         return self.round.answers
 
-    def reserve(self, answers: Iterable[Answer], slots: int, more: bool = False) -> None:
-        """Take the memory for so many of these answers at once, whichever they are; for one slot, for the first.
+    def reserve(self, answers: Iterable[Answer], slots: int, more: bool = False, least: bool = False) -> None:
+        """Take the memory for so many of these answers at once, whichever they are.
 
-        more: take it for `slots` answers like the largest, however few there are yet.
+        more: take it for `slots` answers like the largest, however few there are yet. least: for the first one alone.
         """
-        self.room = NO_ROOM
+        self.room, self.left = NO_ROOM, {}
         plans = [(answer, self.round.rule.plan(answer)) for answer in answers]
         needs = [answer.needs for answer, _ in plans]
         if more:
@@ -41,10 +46,11 @@ class Slots:
         limit = max(answer.max_new_tokens if more else answer.limit for answer, _ in plans)
         room = Room(
             slots=slots,
-            tokens=sum(sorted(needs)[-slots:]) if slots > 1 else needs[0],
+            tokens=needs[0] if least else sum(sorted(needs)[-slots:]),
             answer=limit,
             segment=max(limit if plan.race else min(plan.size, limit) for _, plan in plans),
         )
+        self._race = any(plan.race for _, plan in plans)
         with self.round.timed("prefill"):
             self.round.proposer.reserve(room)
             self.round.scorer.reserve(room)
@@ -64,9 +70,30 @@ class Slots:
             start = self._first_free(answer.needs)
             if start is None:
                 break
+            source, shared = self._beginning_of(answer.prompt, found)
+            self._overwrite(start, answer.needs)
             self.places[slot] = (start, answer.needs)
-            found.append(Admission(slot, start, answer.prompt, answer.request))
+            found.append(Admission(slot, start, answer.prompt, answer.request, source, shared))
         return found
+
+    def _beginning_of(self, prompt: Sequence[int], admitted: Sequence[Admission]) -> tuple[int, int]:
+        """Where the longest beginning of a prompt lies already, and its tokens; all but the prompt's last, at most."""
+        texts = {**self.left, **{self.places[slot][0]: self._read(answer) for slot, answer in self.answers.items()}}
+        texts |= {admission.place: list(admission.prompt) for admission in admitted}
+        lengths = {place: shared_length(text, prompt[:-1]) for place, text in texts.items()}
+        source = max(lengths, key=lambda place: lengths[place], default=0)
+        shared = lengths.get(source, 0)
+        return (source, shared) if shared >= WORTH_COPYING else (0, 0)
+
+    def _read(self, answer: Answer) -> list[int]:
+        """Tokens of an answer that both models have read: not the last decided one, and none of a race."""
+        return [*answer.prompt, *([] if self._race else answer.tokens[:-1])]
+
+    def _overwrite(self, start: int, count: int) -> None:
+        """Forget what was left in these places."""
+        self.left = {
+            place: text for place, text in self.left.items() if place + len(text) <= start or start + count <= place
+        }
 
     def _first_free(self, count: int) -> int | None:
         """Where the first free stretch of `count` places begins; None where there is none."""
@@ -79,22 +106,39 @@ class Slots:
 
     def admit(self, answers: Sequence[Answer], admissions: Sequence[Admission]) -> None:
         """Read the prompts of answers that were placed. Where it raises, no answer has changed."""
-        began = dict(self.round.seconds)
+        began, found = dict(self.round.seconds), list[tuple[int, float, int, Exception | None]]()
         with self.round.timed("prefill"):
-            self.round.proposer.admit(admissions)
-            scores = self.round.scorer.admit(admissions)
-            rewards, read = to_host((scores.rewards, scores.read))
-        for i, (answer, admission) in enumerate(zip(answers, admissions, strict=True)):
-            answer.begin(rewards[i], read[i], scores.errors.get(i), began)
+            for group in _in_turn(admissions):
+                own = self.round.proposer.admit(group)
+                scores = self.round.scorer.admit(group)
+                rewards, read = to_host((scores.rewards, scores.read))
+                found += [(own[i], rewards[i], read[i], scores.errors.get(i)) for i in range(len(group))]
+        for answer, admission, (own_read, reward, scored, error) in zip(answers, admissions, found, strict=True):
+            answer.begin(reward, scored, error, began)
+            answer.counts.shared = len(answer.prompt) - own_read
             self.answers[admission.slot] = answer
 
     def free(self, slots: Iterable[int]) -> None:
         """Let others have these slots and their places."""
         for slot in list(slots):
-            self.answers.pop(slot, None)
-            del self.places[slot]
+            place, _ = self.places.pop(slot)
+            answer = self.answers.pop(slot, None)
+            if answer is not None and answer.error is None:
+                self.left[place] = self._read(answer)
 
     def is_too_small(self, answer: Answer, allowed: int) -> bool:
         """Say whether an answer has no room where all slots are free, or there are more slots than allowed."""
         room = self.room
         return not 0 < room.slots <= allowed or room.tokens < answer.needs or room.answer < answer.limit
+
+
+def _in_turn(admissions: Sequence[Admission]) -> Iterator[list[Admission]]:
+    """Part admissions, in their order, so that none copies from one that is read with it."""
+    group = list[Admission]()
+    for admission in admissions:
+        if admission.shared and admission.source in [earlier.place for earlier in group]:
+            yield group
+            group = []
+        group.append(admission)
+    if group:
+        yield group

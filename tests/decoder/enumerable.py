@@ -61,7 +61,7 @@ class Table:
     def admit(self, admissions):
         slots = [admission.slot for admission in admissions]
         self.length[slots] = self.value[slots] = self.tail[slots] = 0
-        return Scores(self.rewards[0, 0].expand(len(slots)).clone())
+        return [len(admission.prompt) for admission in admissions]
 
     def propose(self, rows, plan, sampling, noise, eos, check_stop):
         check_stop()
@@ -102,10 +102,13 @@ class Scorer:
     """The table's other face, so that a commit reaches it once."""
 
     def __init__(self, table):
-        self.admit, self.open, self.score = table.admit, table.open, table.score
+        self.open, self.score, self.empty = table.open, table.score, table.rewards[0, 0]
 
     def reserve(self, room):
         """The table has."""
+
+    def admit(self, admissions):
+        return Scores(self.empty.expand(len(admissions)).clone())
 
     def commit(self, commit):
         return lambda: None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from stars_kernels.decoder.protocols import Admission
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.fork import ForkCache
 from stars_kernels.hf.cache.gathered import GatheredCache
@@ -33,7 +34,8 @@ def open_cache(
 ) -> ForkCache:
     """Open an empty cache of a view for one slot per entry of `capacities`, of up to as many tokens."""
     cache = reserve_cache(model, len(capacities), sum(capacities), segment_size, buffers)
-    cache.admit(range(len(capacities)), list(itertools.accumulate(capacities, initial=0))[:-1])
+    places = itertools.accumulate(capacities, initial=0)
+    cache.admit([Admission(slot, place, ()) for slot, place in zip(range(len(capacities)), places, strict=False)])
     return cache
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from stars_kernels import ops
-from stars_kernels.decoder.protocols import Rows, Settle
+from stars_kernels.decoder.protocols import Admission, Rows, Settle
 from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.recurrent import States
@@ -48,6 +48,8 @@ class ForkCache(Cache):
         """Whether a forward may read several prompts, one after the other."""
         self.cuts = states is None
         """Whether a prompt may be read in several forwards."""
+        self.copies = layout.mode == "hook" and states is None
+        """Whether a prompt that begins like another may have that one's keys and values."""
         self.layers = [] if states is None else states.layers
         self.offsets, self.lengths = (  # [P], where captured graphs may read them
             buffers.take(name, (slots,), torch.int64, device)[:slots].zero_() for name in ("offsets", "lengths")
@@ -86,11 +88,18 @@ class ForkCache(Cache):
         tensors = [self.offsets, self.lengths, *(t for group in self.groups for t in (group.arena, group.suffix))]
         return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
 
-    def admit(self, slots: Sequence[int], places: Sequence[int]) -> None:
-        """Let these slots be empty, and their tokens lie from `places` on."""
-        slot, place = to_device((slots, places), self.device)
-        self.offsets[slot], self.lengths[slot] = place, 0
+    def admit(self, admissions: Sequence[Admission]) -> dict[int, Sequence[int]]:
+        """Let these slots hold what can be copied of their prompts; return what of each is to be read, by slot."""
+        shared = [a.shared if self.copies else 0 for a in admissions]
+        for a, count in zip(admissions, shared, strict=True):
+            if count and a.source != a.place:
+                for group in self.groups:
+                    group.copy(a.source, a.place, count)
+        columns = [a.slot for a in admissions], [a.place for a in admissions], shared
+        slot, place, length = to_device(columns, self.device)
+        self.offsets[slot], self.lengths[slot] = place, length
         self._send()
+        return {a.slot: a.prompt[count:] for a, count in zip(admissions, shared, strict=True)}
 
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""

@@ -120,6 +120,10 @@ class Group:
             if place != row:
                 self.suffix[:, :, place, :tokens].copy_(self.suffix[:, :, row, :tokens])
 
+    def copy(self, source: int, place: int, tokens: int) -> None:
+        """Copy as many tokens of the arena; the two stretches may overlap."""
+        self.arena[:, :, place : place + tokens] = self.arena[:, :, source : source + tokens].clone()
+
     def release(self) -> None:
         self.suffix = self.suffix[:, :, :0].clone()
         self.buffers.drop(("suffix", self._plane))

@@ -68,12 +68,12 @@ class ModelProposer:
         if self.hidden is not None:
             self.hidden.reserve(room)
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
+    def admit(self, admissions: Sequence[Admission]) -> list[int]:
+        unread = self.cache.admit(admissions)
         self.unread = self.unread.difference(a.slot for a in admissions)
         if self.processors is not None:
             self.processors.admit(admissions)
-        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
+        for chunk in packed_chunks(unread, self.cache):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = self._logits(ids[None], inputs, last)[0]
@@ -85,6 +85,7 @@ class ModelProposer:
                 read = self.hidden.last[0]
                 read = read if len(read) == len(last) else read[last]  # all, where it takes no logits_to_keep
                 self.hidden.admit(finished, read, self.logits)
+        return [len(unread[a.slot]) for a in admissions]
 
     def propose(
         self, rows: Rows, plan: Plan, sampling: dict[str, Any], noise: int, eos: Tensor, check_stop: Callable[[], None]

@@ -44,14 +44,14 @@ class ClassifierScorer:
         self.cache = reserve_cache(self.backbone, room.slots, room.tokens, room.segment, self.buffers)
 
     def admit(self, admissions: Sequence[Admission]) -> Scores:
-        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
+        unread = self.cache.admit(admissions)
         rewards = []  # prompts end in the order in which they are read
-        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
+        for chunk in packed_chunks(unread, self.cache):
             ids, last = to_device([chunk.ids, chunk.last], self.device)
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 hidden = self._hidden(ids[None], inputs)
             rewards.append(self.head(hidden.expand(len(last), -1, -1), last).to(self.device))
-        return Scores(torch.cat(rewards), torch.tensor([len(a.prompt) for a in admissions]))
+        return Scores(torch.cat(rewards), torch.tensor([len(unread[a.slot]) for a in admissions]))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         self.there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race

@@ -49,10 +49,8 @@ class LikelihoodScorer:
             side.reserve(room)
 
     def admit(self, admissions: Sequence[Admission]) -> Scores:
-        for side in self.sides:
-            side.admit(admissions)
-        tokens = torch.tensor([len(a.prompt) for a in admissions])
-        return Scores(torch.zeros(len(admissions), dtype=torch.float64), tokens * len(self.sides))
+        tokens = torch.tensor([side.admit(admissions) for side in self.sides]).sum(dim=0)
+        return Scores(torch.zeros(len(admissions), dtype=torch.float64), tokens)
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
         for side in self.sides:
@@ -100,9 +98,10 @@ class _Likelihood:
         self.total = torch.zeros(room.slots, dtype=torch.float64, device=self.device)
         self.best = self.total.clone()
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        self.cache.admit([a.slot for a in admissions], [a.place for a in admissions])
-        for chunk in packed_chunks({a.slot: a.prompt for a in admissions}, self.cache):
+    def admit(self, admissions: Sequence[Admission]) -> list[int]:
+        """Read the prompts; return how many tokens of each that took."""
+        unread = self.cache.admit(admissions)
+        for chunk in packed_chunks(unread, self.cache):
             ids, last, finished = to_device([chunk.ids, chunk.last, chunk.finished], self.device)
             with self.cache.prefill(chunk.slots, chunk.counts) as inputs:
                 logits = logits_of(self.model, ids[None], inputs, last)[0]
@@ -114,6 +113,7 @@ class _Likelihood:
                 )
             self.next_log_probs[finished] = logits.log_softmax(-1, self.dtype)
             self.total[finished] = 0
+        return [len(unread[a.slot]) for a in admissions]
 
     def open(self, slot: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """Take candidates tokens[r, :lengths[r]] behind the decided answer of slot[r]."""

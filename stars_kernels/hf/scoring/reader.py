@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stars_kernels.decoder.prefixes import shared_length
 from stars_kernels.decoder.protocols import Room, Settle
 from stars_kernels.hf.cache import ForkCache, open_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import name_of
 from stars_kernels.hf.scoring.chunks import Chunks
-from stars_kernels.hf.text.templates import shared_length
 from stars_kernels.hf.view.layout import layout_of
 
 SPARE_TOKENS = 32

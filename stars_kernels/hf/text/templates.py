@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from stars_kernels.decoder.prefixes import shared_length
 from stars_kernels.hf.text.prompts import Codec, Prompt, text_ids
 
 Messages = list[Mapping[str, Any]]
@@ -46,11 +47,6 @@ class TextPrompt:
     def answer(self, ids: list[int]) -> str:
         """Return the answer's text: whole characters without special tokens, up to its stop string."""
         return self.opening + self._codec.decode(ids)
-
-
-def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Return how far `a` and `b` agree from their starts on."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def turn_header(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
