@@ -126,7 +126,7 @@ def decode(
         calibration: gives `reward_threshold` and `beta` where the settings do not. Without it, they are calibrated once
             per call from plain continuations of the given prompts.
         cancel: an event; once it is set, by any thread, all answers end as they are, with the reason "cancelled". As
-            with `max_time`, it is looked at before each token on a CPU, and on a GPU before each segment.
+            with `max_time`, it is looked at before each token, or before a segment that is a CUDA graph.
         errors: "raise", or "return": a prompt that fails has the exception that ended it in place of its output.
         trust_remote_code: passed on when a model is loaded; only tested classes of transformers are decoded, so it can
             matter to a tokenizer alone.
@@ -214,6 +214,7 @@ def calibrate(
     Raises:
         ValueError, TypeError: the settings, the models or a prompt are not usable.
         DecodeError: no continuation has a finite reward.
+        TimeoutError: it took longer than `max_time`.
     """
     with Engine(
         model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code, **settings

@@ -71,7 +71,7 @@ class StarsConfig:
     wave: how many of these are scored before they are judged, or "auto". What follows is scored only if none was taken,
         so that the reward model is asked about fewer.
     batch_size: prompts decoded side by side, each in a slot that the next one takes when it is finished; or "auto": as
-        many as free memory holds, while twice as many would be a fifth faster. At most 256.
+        many as free memory holds, while twice as many would be a fifth faster, at most 256.
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.
@@ -84,7 +84,7 @@ class StarsConfig:
     progress: show a bar on runs longer than a few seconds.
     max_time: seconds that a call may take once its models are loaded, or None. Then all answers end as they are, with
         the reason "time": what is decided of them stays, the segment under decision goes. It is looked at before each
-        token on a CPU, and on a GPU before each segment; what a reward function has begun is waited for.
+        token, or before a segment that is a CUDA graph; what a reward function has begun is waited for.
     rule: what decides; None = `Stars` of the settings above that it takes.
     trace: "segments" keeps rewards, thresholds and lengths of all judged attempts, "full" their tokens too.
     resolved_rule: the rule, made of the settings of STARS where none is given.

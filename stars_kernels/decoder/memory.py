@@ -40,7 +40,7 @@ def free_memory() -> None:
 
 @dataclass
 class MemoryLimits:
-    """What a run does side by side, at most; None = as configured. Halved where memory runs out, for good.
+    """What a run does side by side, at most; None = as configured. Reduced where memory runs out, for good.
 
     batch_size: prompts. width: attempts of each.
     """
@@ -54,7 +54,7 @@ class MemoryLimits:
 
     def admit_fewer(self, prompts: int, others: int) -> None:
         """There was no memory for `prompts` more prompts beside `others`, in all more than one, or for the largest."""
-        self.batch_size = others or max(1, prompts // 2)
+        self.batch_size = max(1, others + prompts // 2)
         beside = f" beside {others} others" if others else ""
         _warn(f"as {prompts} prompts were admitted{beside}", f"batch_size={self.batch_size}")
 

@@ -154,8 +154,8 @@ class StarsOutput:
     token_ids: the answer's tokens, EOS included.
     reward: the reward model's reward of the answer.
     finish_reason: why the answer ended: "eos" (an end-of-sequence token), "stop" (a stop string), "length"
-        (max_new_tokens), "context" (the context limit of a model), "time" (max_time), "cancelled" (by `cancel`, or
-        where a stream was closed) or "interrupted" (from the keyboard, or by whatever else ended the call). Of the last
+        (max_new_tokens), "context" (the context limit of a model), "time" (max_time), "cancelled" (by
+        `cancel`) or "interrupted" (from the keyboard, or by whatever else ended the call). Of the last
         three, what was decided is here; where the prompt was not even read, the rewards are NaN.
     config: as resolved: seed, r* and beta as used.
     request_id: as given, or a hash of the prompt's token ids and how many equal prompts came before it.

@@ -18,6 +18,9 @@ from stars_kernels.decoder.slots import Slots
 from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_shape
 
+MAX_OPEN_SLOTS = 1024
+"""Of a run that is open, whose memory is taken for all slots at once."""
+
 
 class KeptMemory(Protocol):
     """Memory that earlier runs have left to the sides of a round, whether they need it or not."""
@@ -70,7 +73,8 @@ class Run:
     @property
     def allowed(self) -> int:
         """How many answers may have a slot."""
-        return min(self.slots, self.limits.batch_size or self.slots)
+        most = min(self.slots, MAX_OPEN_SLOTS) if self.open else self.slots
+        return min(most, self.limits.batch_size or most)
 
     def run(self) -> None:
         """Bring every answer to its end or its error."""
@@ -97,10 +101,15 @@ class Run:
         reason = None if self.open else self.round.stop()
         return (self.admit() or self._play()) if reason is None else self._stop(reason)
 
+    def add(self, answer: Answer) -> None:
+        """Let one more answer wait for a slot, in an open run."""
+        self.waiting.append(answer)
+
     def drop(self, answer: Answer, reason: FinishReason) -> None:
         """End one answer as it is, between two rounds."""
         answer.finish_reason = reason
-        self.waiting = deque(other for other in self.waiting if other is not answer)
+        if answer.began is None:
+            self.waiting = deque(other for other in self.waiting if other is not answer)
 
     def admit(self) -> list[Answer]:
         """Give waiting answers the free slots, and read their prompts; returns them. Some may have failed there.
@@ -110,6 +119,9 @@ class Run:
         """
         free = max(0, self.allowed - len(self.active))
         chosen = list(islice(self.waiting, min(free, len(self.waiting))))  # any integer may be allowed
+        at_once = len(chosen)  # how many there was too little memory for, if there was
+        if not self.active:
+            at_once = max(at_once, self._slots.room.slots, self.allowed if self.open else 0)
         placed, again = list[Admission](), False
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
@@ -123,12 +135,12 @@ class Run:
         except Exception as error:
             self._slots.free(admission.slot for admission in placed)
             kept = self.kept is not None and self.kept.used
-            fewer = len(chosen) + len(self.active) > 1 or (len(self.waiting) > 1 and self.limits.batch_size != 1)
+            fewer = at_once + len(self.active) > 1 or (len(self.waiting) > 1 and self.limits.batch_size != 1)
             again = is_out_of_memory(error) and (fewer or kept)
             if not again:
                 self._end(chosen, error)
         if again:  # out here nothing holds the prompts' tensors any more: the exception did
-            self._make_room(len(chosen))
+            self._make_room(at_once)
             return []
         for _ in chosen:
             self.waiting.popleft()

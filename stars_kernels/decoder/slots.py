@@ -24,6 +24,8 @@ class Slots:
         """The memory that was reserved."""
         self.places: dict[int, tuple[int, int]] = {}
         """(first place, how many) by slot, of those that are taken."""
+        self.shares = False
+        """Whether an answer that needs more than its share of the places waits for the end of all others."""
         self.left: dict[int, list[int]] = {}
         """By first place, tokens that an answer which has ended left there, for as long as nobody takes the places."""
 
@@ -39,18 +41,17 @@ class Slots:
         """
         self.room, self.left = NO_ROOM, {}
         plans = [(answer, self.round.rule.plan(answer)) for answer in answers]
-        needs = [answer.needs for answer, _ in plans]
-        if more:
-            needs += [max(needs)] * slots
-        slots = min(slots, len(needs))
+        needs = sorted(answer.needs for answer, _ in plans)
+        slots = slots if more else min(slots, len(needs))
+        tokens = slots * needs[-1] if more else sum(needs[-slots:])
         limit = max(answer.max_new_tokens if more else answer.limit for answer, _ in plans)
         room = Room(
             slots=slots,
-            tokens=needs[0] if least else sum(sorted(needs)[-slots:]),
+            tokens=plans[0][0].needs if least else tokens,
             answer=limit,
             segment=max(limit if plan.race else min(plan.size, limit) for _, plan in plans),
         )
-        self._race = any(plan.race for _, plan in plans)
+        self._race, self.shares = any(plan.race for _, plan in plans), more
         with self.round.timed("prefill"):
             self.round.proposer.reserve(room)
             self.round.scorer.reserve(room)
@@ -68,7 +69,7 @@ class Slots:
         found = list[Admission]()
         for answer, slot in zip(answers, free, strict=False):
             start = self._first_free(answer.needs)
-            if start is None:
+            if start is None or (self.shares and self.answers and answer.needs > self._share):
                 break
             source, shared = self._beginning_of(answer.prompt, found)
             self._overwrite(start, answer.needs)
@@ -129,7 +130,14 @@ class Slots:
     def is_too_small(self, answer: Answer, allowed: int) -> bool:
         """Say whether an answer has no room where all slots are free, or there are more slots than allowed."""
         room = self.room
-        return not 0 < room.slots <= allowed or room.tokens < answer.needs or room.answer < answer.limit
+        if not 0 < room.slots <= allowed or room.answer < answer.limit:
+            return True
+        return answer.needs > (self._share if self.shares else room.tokens)
+
+    @property
+    def _share(self) -> int:
+        """Places of each slot, where all have as many."""
+        return self.room.tokens // self.room.slots
 
 
 def _in_turn(admissions: Sequence[Admission]) -> Iterator[list[Admission]]:

@@ -82,13 +82,14 @@ class Call:
         texts: bool = False,
         mode: CallersMode | None = None,
         cancels: Sequence[threading.Event] = (),
+        began: float | None = None,
     ) -> None:
         """calibration: whose r* and beta the config has. texts: whether events tell of text.
 
         mode: what the user's functions are called in; None = the one that this is called in.
-        cancels: end the call once one is set.
+        cancels: end the call once one is set. began: of `time.monotonic()`; None = now.
         """
-        self._cancels, self._began = cancels, time.monotonic()
+        self._cancels, self._began = cancels, time.monotonic() if began is None else began
         self.models, self.calibration = models, calibration
         self.mode = CallersMode() if mode is None else mode
         self.config = config.replace(seed=secrets.randbits(63) if config.seed is None else config.seed)
@@ -261,10 +262,11 @@ class Call:
             trace=config.trace,
         )
 
-    def open_run(self, like: Request, stop: Callable[[], FinishReason | None]) -> Run:
-        """Make a run that answers are put into as they come, all of this call's settings; stop: as of `Round`."""
+    def shared_run(self, like: Request, stop: Callable[[], FinishReason | None]) -> Run:
+        """Make an open run for answers of this call's settings to requests like this one; stop: as of `Round`."""
         run = self.new_run([like], self.config.resolved_rule, self.config.width, STREAM_SAMPLE)
         run.waiting.clear()
+        run.answers.clear()
         run.round.stop, run.open = stop, True
         return run
 

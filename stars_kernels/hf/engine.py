@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
@@ -65,7 +66,8 @@ class Engine:
         self._lock = threading.RLock()
         self._idle: list[Workspace] = []
         self._closed = False
-        self._live = Live(self._exclusive, self._borrowed)
+        self._owner: int | None = None  # the thread that decodes
+        self._live: Live | None = None
 
     @overload
     def decode(
@@ -212,7 +214,9 @@ class Engine:
         The work goes on while the consumer does not ask for its next event. Closing the generator ends the request.
         """
         loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[StarsEvent](), threading.Event()
-        resolved, mode = self._resolved(config, settings), CallersMode()
+        resolved, mode, began = self._resolved(config, settings), CallersMode(), time.monotonic()
+        if self._owner == threading.get_ident():
+            raise RuntimeError("the engine is decoding in this very thread, which would wait for itself")
 
         def tell(event: StarsEvent) -> None:
             try:
@@ -224,11 +228,14 @@ class Engine:
             with self._lock:
                 self._check_open()
                 known = resolved if calibration is None else self._with_calibration(resolved, calibration)
-                call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled])
+                call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled], began=began)
                 (request,) = call.admit_all([prompt], None if request_id is None else [request_id])
                 return Ticket(call, request, tell, named=request_id is not None)
 
-        self._live.join(await asyncio.to_thread(ticket))  # the engine may be busy with a round
+        own = await asyncio.to_thread(ticket)  # the engine may be busy with a round
+        if self._live is None:
+            self._live = Live(self._lock, self._exclusive, self._borrowed)
+        self._live.join(own)
         try:
             event = await events.get()
             while event.output is None:
@@ -309,7 +316,9 @@ class Engine:
                 workspace.clear()
             self._idle.clear()
             vars(self).pop("models", None)
-        self._live.wait()  # its requests end with an error
+            mine = self._owner == threading.get_ident()
+        if self._live is not None and not mine:  # else its thread waits for this one
+            self._live.wait()  # its requests end with an error
 
     def __enter__(self) -> Engine:
         self._check_open()
@@ -339,11 +348,12 @@ class Engine:
             texts: whether events tell of text.
             cancels: end the call once one is set.
         """
+        began = time.monotonic()
         with self._lock:
             self._check_open()
             if calibration is not None:
                 config = self._with_calibration(config, calibration)
-            call = Call(self.models, config, calibration, hooks, texts, cancels=cancels)
+            call = Call(self.models, config, calibration, hooks, texts, cancels=cancels, began=began)
             requests, failed = call.admit(prompts, request_ids)
 
         def events() -> Generator[StarsEvent, None, None]:
@@ -366,7 +376,11 @@ class Engine:
         """Let no other thread decode meanwhile."""
         with self._lock, without_autocast():
             self._check_open()
-            yield
+            before, self._owner = self._owner, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = before
 
     @contextmanager
     def _borrowed(self) -> Iterator[Workspace]:

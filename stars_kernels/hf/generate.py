@@ -129,7 +129,6 @@ def generate(
             **{**options, **sampling, "stop_strings": tuple(strings)},
             max_new_tokens=stops.max_length - input_ids.shape[1],
             eos_token_id=tuple(stops.eos),
-            max_time=None if math.isinf(stops.deadline) else max(stops.deadline - time.time(), 1e-9),
         )
         hooks = TokenHooks(processors, stops.rest, input_ids)
         results: Results = [None] * len(prompts)
@@ -139,6 +138,8 @@ def generate(
             except TokenizerMissing as error:
                 raise ValueError(unbound(error.why)) from error
             ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
+            if not math.isinf(stops.deadline):  # of a clock that ran while the models were packed
+                config = config.replace(max_time=max(stops.deadline - time.time(), 1e-9))
             with engine, closing(engine.events(prompts, ids, results, config, hooks=hooks)) as events:
                 if streamer is not None:
                     streamer.put(input_ids.cpu())

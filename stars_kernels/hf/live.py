@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 
 from stars_kernels.decoder.calibration import is_calibrated
-from stars_kernels.decoder.errors import Abandoned
+from stars_kernels.decoder.errors import Abandoned, message_of, trace_taken_from, with_cause
 from stars_kernels.decoder.output import FinishReason, StarsEvent
 from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.requests import Request, Told, failure
 
+TURN = 2e-4
+"""Seconds that others have to take the engine's lock, between two rounds: it is given to no one in turn."""
 Context = Callable[[], AbstractContextManager[None]]
 
 
@@ -48,25 +50,26 @@ class Table:
 
     def __init__(self, first: Ticket, workspace: AbstractContextManager[Workspace]) -> None:
         """first: what the others are like."""
-        self._held = ExitStack()
-        first.call.workspace = self._held.enter_context(workspace)
         self.tickets: list[Ticket] = []
-        self._run = first.call.open_run(first.request, self._stop)
+        with ExitStack() as held:
+            first.call.workspace = held.enter_context(workspace)
+            self._run = first.call.shared_run(first.request, self._stop)
+            self._held = held.pop_all()
 
     def seat(self, ticket: Ticket) -> None:
         """Let a ticket wait for a slot."""
+        ticket.call.limits = self._run.limits
         self.tickets.append(ticket)
-        self._run.waiting.append(ticket.answer)
+        self._run.add(ticket.answer)
 
     def step(self) -> None:
         """End the tickets that are to end now, and play a round with others."""
         for ticket in self.tickets:
             if (reason := ticket.call.stop()) is not None:
                 self._run.drop(ticket.answer, reason)
-        changed = self._run.step()
+        self._run.step()
         for ticket in self.tickets:
-            if not ticket.answer.active or any(ticket.answer is answer for answer in changed):
-                ticket.tell(self._run.seconds)
+            ticket.tell(self._run.seconds)
         self.tickets = [ticket for ticket in self.tickets if not ticket.ended]
 
     def fail(self, error: Exception) -> None:
@@ -93,12 +96,17 @@ class Live:
     Tickets of equal settings share a run and its slots; runs of other settings take turns with it, a round each.
     """
 
-    def __init__(self, exclusive: Context, workspace: Callable[[], AbstractContextManager[Workspace]]) -> None:
-        """exclusive: lets no other thread decode meanwhile, and raises where the engine is closed.
+    def __init__(
+        self,
+        engine: AbstractContextManager[object],
+        exclusive: Context,
+        workspace: Callable[[], AbstractContextManager[Workspace]],
+    ) -> None:
+        """engine: its lock. exclusive: takes it to decode, and raises where the engine is closed.
 
         workspace: lends one.
         """
-        self._exclusive, self._workspace = exclusive, workspace
+        self._engine, self._exclusive, self._workspace = engine, exclusive, workspace
         self._lock = threading.Lock()
         self._arrived: list[Ticket] = []
         self._named: dict[int | str, Ticket] = {}
@@ -109,11 +117,12 @@ class Live:
         with self._lock:
             if ticket.named:
                 first = self._named.get(ticket.request.id)
-                if first is not None and not first.ended:
+                if first is not None and not first.ended and first.call.stop() is None:
                     raise ValueError(
                         f"request id {ticket.request.id!r} is given again while its first request is on its way, "
                         "expected another"
                     )
+                self._named = {i: other for i, other in self._named.items() if not other.ended}
                 self._named[ticket.request.id] = ticket
             self._arrived.append(ticket)
             if self._thread is None:
@@ -138,18 +147,19 @@ class Live:
             for ticket in arrived:
                 try:
                     self._seat(ticket, tables)
-                except Exception as error:  # of a model, in calibration; the engine was closed
-                    ticket.fail(error)
+                except BaseException as error:  # of a model, in calibration; the engine was closed; SystemExit
+                    ticket.fail(_told(error))
             for key, table in list(tables.items()):
                 try:
                     with self._exclusive(), torch.inference_mode():
                         table.step()
-                except Exception as error:  # the engine was closed; a warning that was made an error
-                    table.fail(error)
+                except BaseException as error:  # the engine was closed; a warning made an error; SystemExit
+                    table.fail(_told(error))
                 if not table.tickets:
-                    table.close()
                     del tables[key]
-            time.sleep(0)  # others that wait for the engine have their turn
+                    with self._engine:
+                        table.close()
+            time.sleep(TURN)
 
     def _seat(self, ticket: Ticket, tables: dict[object, Table]) -> None:
         call = ticket.call
@@ -166,3 +176,13 @@ class Live:
             if key not in tables:
                 tables[key] = Table(ticket, self._workspace())
             tables[key].seat(ticket)
+
+
+def _told(error: BaseException) -> Exception:
+    """Return what a request ends with, whose thread nobody waits for; it keeps no frames, and so no tensors."""
+    trace = trace_taken_from(error)
+    if isinstance(error, Exception):
+        return error
+    ended = RuntimeError(f"the engine's thread met {type(error).__name__}: {message_of(error)}")
+    with_cause(ended, error, trace)
+    return ended

@@ -6,11 +6,11 @@ can ask about one.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from stars_kernels.decoder.width import MAX_SLOTS, Cost, CpuCost, GpuCost, Model
 from stars_kernels.hf.loading.reward_model import ENCODERS
 from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, vocabulary
 
+MEMINFO = Path("/proc/meminfo")
 UNKNOWN_BATCH = 8
 """Prompts side by side where not all that a row keeps is known."""
 MEMORY_SHARE = 0.8
@@ -53,10 +54,11 @@ def gpu_of(device: torch.device, dtype: torch.dtype) -> Gpu:
 def free_memory_of(device: torch.device) -> int:
     """Return the bytes that may still be taken: on a GPU free ones, and those that torch holds unused.
 
-    Of a CPU the system's own count of free memory, where it has one; else, and of other devices, it is unbounded.
+    Of a CPU what Linux calls available; elsewhere, and of other devices, it is unbounded.
     """
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cpu" and MEMINFO.exists():
+        told = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        return 1024 * int(told["MemAvailable"].split()[0])
     if device.type != "cuda":
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)

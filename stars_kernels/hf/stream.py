@@ -20,11 +20,15 @@ class Stream(Generator[StarsEvent, None, None]):
     def __init__(self, events: Generator[StarsEvent, None, None], closing: threading.Event) -> None:
         """closing: a call of which it ends once it is set."""
         self._events, self.closing = events, closing
-        self._lock = threading.RLock()
+        self._lock, self._running = threading.RLock(), False
 
     def send(self, value: None) -> StarsEvent:
         with self._lock:
-            event = self._events.send(value)
+            self._running = True
+            try:
+                event = self._events.send(value)
+            finally:
+                self._running = False
         if self.closing.is_set():
             raise StopIteration
         return event
@@ -36,4 +40,5 @@ class Stream(Generator[StarsEvent, None, None]):
     def close(self) -> None:
         self.closing.set()
         with self._lock:
-            self._events.close()
+            if not self._running:  # else a reward function of this very call closes it
+                self._events.close()

@@ -169,3 +169,45 @@ def test_places_are_side_by_side_and_apart():
             assert found or slots.places  # what is first in turn has room as soon as all others have left
             waiting = waiting[len(found) :]
             slots.free(rng.sample(sorted(slots.places), rng.randint(1, len(slots.places))))
+
+
+def test_an_open_run_takes_memory_for_fewer_where_there_is_too_little(world):
+    """Also where one answer alone came first: the memory would have been for all slots."""
+    config = StarsConfig(rule=RULES[0], max_new_tokens=DEPTH, batch_size=8, top_k=None)
+    table = Places(world)
+    reserve = table.reserve
+
+    def scarce(room):
+        if room.slots > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        reserve(room)
+
+    table.reserve = scarce
+    run = run_of(table, scorer_of(table), config, [], eos=(EOS,))
+    run.open = True
+    alone, requests = Alone(world), [(i, 1 + i, DEPTH) for i in range(6)]
+    answers = answers_of(requests)
+    with pytest.warns(RuntimeWarning, match="out of memory as 8 prompts were admitted: going on with batch_size=4"):
+        for answer in answers:
+            run.add(answer)
+            run.step()
+            assert len(run.active) <= 2
+        run.run()
+    assert run.limits.batch_size == 2
+    assert list(map(told, answers)) == [alone(config.rule, request) for request in requests]
+
+
+def test_a_larger_answer_has_its_turn_in_an_open_run(world):
+    """It waits for the end of those before it; from then on there is room for more like it."""
+    config = StarsConfig(rule=RULES[0], max_new_tokens=DEPTH, batch_size=2, top_k=None)
+    table, rooms = Places(world), []
+    reserve = table.reserve
+    table.reserve = lambda room: (rooms.append(room), reserve(room))
+    run = run_of(table, scorer_of(table), config, [], eos=(EOS,))
+    run.open, run.slots = True, 2
+    answers = answers_of([(0, 2, DEPTH), (1, 2, DEPTH), (2, 40, DEPTH), (3, 40, DEPTH), (4, 2, DEPTH)])
+    for answer in answers:
+        run.add(answer)
+    run.run()
+    assert [room.tokens for room in rooms] == [2 * (2 + DEPTH), 2 * (40 + DEPTH)] or rooms[0].tokens == 2 * (40 + DEPTH)
+    assert [answer.error for answer in answers] == [None] * 5

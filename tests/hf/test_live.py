@@ -206,3 +206,56 @@ def test_bad_input(lm, rm):
 
     with Engine(lm, rm, **{**SET, "max_new_tokens": 60}) as engine:
         asyncio.run(main(engine))
+
+
+def test_a_reward_that_ends_the_thread_ends_no_other_request(lm):
+    """SystemExit, which a thread swallows: the request fails, and the engine serves the next."""
+    ends = [True]
+
+    def reward(prompts, answers):
+        if any(answers) and ends:
+            raise SystemExit(ends.pop())
+        return [float(len(answer)) for answer in answers]
+
+    async def main(engine):
+        with pytest.raises(RuntimeError, match="the engine's thread met SystemExit"):
+            await engine.adecode("ab")
+        return await engine.adecode("cd", request_id=1)
+
+    with Engine(lm, reward, tokenizer=byte_tokenizer(), **SET) as engine:
+        output = asyncio.run(main(engine))
+        assert told(output) == told(engine.decode("cd", request_ids=1))
+        assert is_empty(engine)
+
+
+def test_a_reward_function_that_awaits_its_own_engine(lm):
+    """It would wait for itself."""
+
+    def reward(prompts, answers):
+        if any(answers):
+            asyncio.run(engine.adecode("ef"))
+        return [0.0] * len(answers)
+
+    with Engine(lm, reward, tokenizer=byte_tokenizer(), **SET) as engine, pytest.raises(DecodeError) as failed:
+        engine.decode("ab")
+    assert "the engine is decoding in this very thread" in str(failed.value)
+
+
+def test_an_engine_closed_by_a_reward_function(lm):
+    """While requests of asyncio are on their way, whose thread waits for the engine."""
+
+    def reward(prompts, answers):
+        if any(answers) and any("!" in prompt for prompt in prompts):
+            engine.close()
+        return [float(len(answer)) for answer in answers]
+
+    async def main():
+        tasks = [asyncio.create_task(engine.adecode(text)) for text in ("ab", "cd")]
+        await asyncio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            await asyncio.to_thread(engine.decode, "ef!", request_ids=3)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    engine = Engine(lm, reward, tokenizer=byte_tokenizer(), **SET)
+    for result in asyncio.run(asyncio.wait_for(main(), 60)):
+        assert not isinstance(result, Exception) or "the engine is closed" in str(result)

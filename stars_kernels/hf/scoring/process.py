@@ -17,6 +17,8 @@ from stars_kernels.hf.text.prompts import text_ids
 from stars_kernels.hf.text.templates import TextPrompt, turn_header
 from stars_kernels.hf.view.layout import context_limit
 
+KNOWN_TEXTS = 4096
+"""Steps and prompts whose tokens are kept."""
 Reduce = Literal["min", "mean", "prod", "last"]
 REDUCE: dict[str, Callable[[list[float]], float]] = {
     "min": min,
@@ -45,11 +47,11 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
         super().__init__(place, row_reader(text_model, place, head))
         self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(model)
 
-        @functools.cache  # each row of each round has its prompt and nearly all of its steps in common with others
+        @functools.lru_cache(KNOWN_TEXTS)  # a row has its prompt and nearly all of its steps in common with others
         def plain_ids(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        @functools.cache
+        @functools.lru_cache(KNOWN_TEXTS)
         def prompt_ids(prompt: TextPrompt) -> list[int]:
             if prompt.messages is None or not tokenizer.chat_template:
                 return text_ids(tokenizer, prompt.text)

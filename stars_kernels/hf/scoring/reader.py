@@ -121,11 +121,11 @@ class RowReader:
         if self.cache is not None and longest <= self.capacity and steps <= self.steps:
             return self.cache
         self.cache = None  # gives its memory back first, and stays away where there is none for the next
-        if longest > self.capacity:
-            self.capacity = longest + self.room
-        self.steps = max(self.steps, 2 * steps if steps > self.steps else 0)
+        capacity = self.capacity if longest <= self.capacity else longest + self.room
+        steps = self.steps if steps <= self.steps else 2 * steps
         count = self.slots_in_all
-        self.cache = open_cache(self.backbone, [self.capacity] * count, self.steps, self.buffers)
+        self.cache = open_cache(self.backbone, [capacity] * count, steps, self.buffers)
+        self.capacity, self.steps = capacity, steps  # the others' rows have room as before, where this one's has none
         self.held: list[list[int]] = [[] for _ in range(count)]
         self.held_values: list[list[float]] = [[] for _ in range(count)]
         return self.cache
