@@ -10,7 +10,7 @@ import torch
 
 import stars_kernels
 from stars_kernels import BestOf, Engine, SpeculativeRejection, StarsOutput
-from stars_kernels.hf import call
+from stars_kernels.hf import call, engine
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11], [90, 91]]
@@ -76,7 +76,8 @@ def clock(monkeypatch):
             return (lambda: self.now) if name == "monotonic" else getattr(time, name)
 
     found = Clock()
-    monkeypatch.setattr(call, "time", found)
+    for module in (call, engine):
+        monkeypatch.setattr(module, "time", found)
     return found
 
 
