@@ -21,7 +21,7 @@ demo: build  ## align a small model at decode time and show what changed
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: build  ## all tests that this machine can run; skips print their reasons
-	$(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The sanitizers' own copy of the package; gcc's runtimes come first, as python itself is built without them.
 ASAN := build/asan

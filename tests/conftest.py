@@ -19,6 +19,14 @@ if find_spec("triton"):
     interpreter.mend()
 
 
+LONGEST = ("test_docs.py", "test_exactness.py")
+"""Files that take longest; each is run by one process, so it had better not be the last."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # the tests' tensors are tiny

@@ -133,7 +133,8 @@ def test_memory_of_a_race(lm, rm, monkeypatch):
     held, close = [], ModelProposer.close
 
     def noted(self):
-        held.append(self.cache.kv_tokens)
+        if hasattr(self, "cache"):  # it is closed before it takes memory, too
+            held.append(self.cache.kv_tokens)
         close(self)
 
     monkeypatch.setattr(ModelProposer, "close", noted)
@@ -227,7 +228,7 @@ def test_out_of_memory(rm, truth, rows):
 def test_memory_that_runs_out_on_the_way(lm, rm, truth, went_on):
     """In every forward in turn, of either model: what rows held is then read again, and nothing is counted twice."""
     outcomes = set()
-    for when in range(2, 34, 2):
+    for when in range(4, 36, 2):  # the first two forwards are the layouts' probes
         calls = 0
 
         def fail_once(module, args, when=when):

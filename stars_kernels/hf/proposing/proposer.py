@@ -109,7 +109,7 @@ class ModelProposer:
             sizes = (plan.size, len(self.logits), len(eos))  # of a row's tokens, the slots, the tokens that end one
             settings = (*sizes, plan.draw, count, plan.entropy, self.head is not None, noise, *sampling.items())
             eos = kept
-            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos, check_stop=None)
+            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
             drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
         if plan.race:
             self.cache.names = list(zip(rows.slots, rows.attempts, strict=True))
@@ -124,7 +124,7 @@ class ModelProposer:
         sampling: dict[str, Any],
         noise: int,
         eos: Tensor,
-        check_stop: Callable[[], None] | None,
+        check_stop: Callable[[], None] | None = None,
     ) -> Tensors:
         """Draw plan.size tokens of every row, and return the first fields of a `Proposal`.
 
