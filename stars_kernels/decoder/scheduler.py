@@ -121,7 +121,7 @@ class Run:
         chosen = list(islice(self.waiting, min(free, len(self.waiting))))  # any integer may be allowed
         at_once = len(chosen)  # how many there was too little memory for, if there was
         if not self.active:
-            at_once = max(at_once, self._slots.room.slots, self.allowed if self.open else 0)
+            at_once = max(at_once, min(self._slots.room.slots, self.allowed), self.allowed if self.open else 0)
         placed, again = list[Admission](), False
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):

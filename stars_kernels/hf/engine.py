@@ -224,18 +224,17 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody listens
                 cancelled.set()
 
-        def ticket() -> Ticket:
+        def ticket() -> tuple[Live, Ticket]:
             with self._lock:
                 self._check_open()
                 known = resolved if calibration is None else self._with_calibration(resolved, calibration)
                 call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled], began=began)
                 (request,) = call.admit_all([prompt], None if request_id is None else [request_id])
-                return Ticket(call, request, tell, named=request_id is not None)
+                self._live = self._live or Live(self._lock, self._exclusive, self._borrowed)
+                return self._live, Ticket(call, request, tell, named=request_id is not None)
 
-        own = await asyncio.to_thread(ticket)  # the engine may be busy with a round
-        if self._live is None:
-            self._live = Live(self._lock, self._exclusive, self._borrowed)
-        self._live.join(own)
+        live, own = await asyncio.to_thread(ticket)  # the engine may be busy with a round
+        live.join(own)
         try:
             event = await events.get()
             while event.output is None:

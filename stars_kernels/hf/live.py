@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
@@ -125,9 +126,10 @@ class Live:
                 self._named = {i: other for i, other in self._named.items() if not other.ended}
                 self._named[ticket.request.id] = ticket
             self._arrived.append(ticket)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="stars_kernels", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._work, name="stars_kernels", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def wait(self) -> None:
         """Wait for the end of the thread, unless this is it."""
@@ -157,8 +159,11 @@ class Live:
                     table.fail(_told(error))
                 if not table.tickets:
                     del tables[key]
-                    with self._engine:
-                        table.close()
+                    try:
+                        with self._engine:
+                            table.close()
+                    except BaseException as error:  # of a broken device: the others go on
+                        warnings.warn(f"a run's memory could not be given back: {error}", stacklevel=2)
             time.sleep(TURN)
 
     def _seat(self, ticket: Ticket, tables: dict[object, Table]) -> None:
@@ -182,6 +187,8 @@ def _told(error: BaseException) -> Exception:
     """Return what a request ends with, whose thread nobody waits for; it keeps no frames, and so no tensors."""
     trace = trace_taken_from(error)
     if isinstance(error, Exception):
+        if trace:
+            error.add_note(f"Where {type(error).__name__} was raised:\n{trace}")
         return error
     ended = RuntimeError(f"the engine's thread met {type(error).__name__}: {message_of(error)}")
     with_cause(ended, error, trace)

@@ -58,7 +58,7 @@ def free_memory_of(device: torch.device) -> int:
     """
     if device.type == "cpu" and MEMINFO.exists():
         told = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        return 1024 * int(told["MemAvailable"].split()[0])
+        return 1024 * int(told["MemAvailable"].split()[0]) if "MemAvailable" in told else sys.maxsize
     if device.type != "cuda":
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)

@@ -29,9 +29,10 @@ class Stream(Generator[StarsEvent, None, None]):
                 event = self._events.send(value)
             finally:
                 self._running = False
-        if self.closing.is_set():
-            raise StopIteration
-        return event
+            if self.closing.is_set():
+                self._events.close()
+                raise StopIteration
+            return event
 
     def throw(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> StarsEvent:
         with self._lock:

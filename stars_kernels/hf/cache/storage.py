@@ -122,7 +122,8 @@ class Group:
 
     def copy(self, source: int, place: int, tokens: int) -> None:
         """Copy as many tokens of the arena; the two stretches may overlap."""
-        self.arena[:, :, place : place + tokens] = self.arena[:, :, source : source + tokens].clone()
+        for pair in self.arena:  # one after the other, so that there is a second copy of one alone
+            pair[:, place : place + tokens] = pair[:, source : source + tokens].clone()
 
     def release(self) -> None:
         self.suffix = self.suffix[:, :, :0].clone()
