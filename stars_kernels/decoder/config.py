@@ -54,7 +54,7 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding. `width`, `wave`, `batch_size`, `graphs` and `progress` change speed alone.
+    """Settings of STARS decoding. `width`, `wave`, `batch_size`, `graphs` and `progress` change speed and display.
 
     segment_size: tokens of a segment.
     max_attempts: candidates judged for a segment, at most; then the best of them is taken.

@@ -123,6 +123,7 @@ class Run:
         if not self.active:
             at_once = max(at_once, min(self._slots.room.slots, self.allowed), self.allowed if self.open else 0)
         placed, again = list[Admission](), False
+        kept = self.kept is not None and self.kept.used  # by earlier runs: it may be all that lacks
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
                 self._slots.reserve(self.waiting, self.allowed, self.open, least=self.limits.batch_size == 1)
@@ -134,26 +135,27 @@ class Run:
             raise
         except Exception as error:
             self._slots.free(admission.slot for admission in placed)
-            kept = self.kept is not None and self.kept.used
             fewer = at_once + len(self.active) > 1 or (len(self.waiting) > 1 and self.limits.batch_size != 1)
             again = is_out_of_memory(error) and (fewer or kept)
             if not again:
                 self._end(chosen, error)
         if again:  # out here nothing holds the prompts' tensors any more: the exception did
-            self._make_room(at_once)
+            self._make_room(at_once, kept)
             return []
         for _ in chosen:
             self.waiting.popleft()
         return chosen
 
-    def _make_room(self, chosen: int) -> None:
-        """Go on with fewer answers at once, as memory ran out where `chosen` more were admitted."""
+    def _make_room(self, chosen: int, kept: bool) -> None:
+        """Go on with fewer answers at once, as memory ran out where `chosen` more were admitted.
+
+        kept: whether earlier runs have left memory, which is given back first.
+        """
         if self.active:
             self.limits.admit_fewer(chosen, len(self.active))
             self._release()
             return
         self._slots.close()
-        kept = self.kept is not None and self.kept.used  # by earlier runs: it may be all that lacks
         if self.kept is not None:
             self.kept.clear()
         if not kept:
