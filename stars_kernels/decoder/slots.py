@@ -67,31 +67,31 @@ class Slots:
         """Find free slots and places for the first of these answers, for as many as there are."""
         free = (slot for slot in range(self.room.slots) if slot not in self.places)
         found, group = list[Admission](), 0  # where those begin that are read together
-        self._placed = dict[int, list[int]]()
         for answer, slot in zip(answers, free, strict=False):
             start = self._first_free(answer.needs)
             if start is None or (self.shares and self.places and answer.needs > self._share):
                 break
-            source, shared = self._beginning_of(list(answer.prompt[:-1]), found[group:])
+            source, shared = self._beginning_of(list(answer.prompt[:-1]), found[:group], found[group:])
             if shared and source in [earlier.place for earlier in found[group:]]:
                 group = len(found)
             self._overwrite(start, answer.needs)
             self.places[slot] = (start, answer.needs)
-            self._placed[start] = list(answer.prompt)
             found.append(Admission(slot, start, answer.prompt, answer.request, source, shared))
         return found
 
-    def _beginning_of(self, prompt: list[int], group: Sequence[Admission]) -> tuple[int, int]:
+    def _beginning_of(
+        self, prompt: list[int], before: Sequence[Admission], group: Sequence[Admission]
+    ) -> tuple[int, int]:
         """Where the longest beginning of a prompt lies already, and its tokens.
 
-        group: those that would be read with it; to copy from one of them, it has to wait, which a few tokens more are
-        not worth.
+        before: those that are read before it. group: those that would be read with it; to copy from one of them, it has
+        to wait, which a few tokens more are not worth.
         """
-        together = {admission.place for admission in group}
+        together = {admission.place: list(admission.prompt) for admission in group}
         apart = {**self.left, **{self.places[slot][0]: self._read(answer) for slot, answer in self.answers.items()}}
-        apart |= {place: text for place, text in self._placed.items() if place not in together}
+        apart |= {admission.place: list(admission.prompt) for admission in before}
         best = (0, 0)
-        for texts, more in ((apart, 1), ({place: self._placed[place] for place in together}, WORTH_COPYING)):
+        for texts, more in ((apart, 1), (together, WORTH_COPYING)):
             for place, text in texts.items():
                 end = best[1] + more  # how long it has to be
                 if text[:end] == prompt[:end] and end <= len(prompt):
