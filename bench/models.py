@@ -35,7 +35,7 @@ class Models:
     @cached_property
     def engine(self) -> Engine:
         """Load and pack the models for all calls, at the first use of this."""
-        return Engine(self.model, self.rm)
+        return Engine(self.model, self.rm, prefix_cache=0)  # a call reads its prompts, whatever was read before
 
 
 def load(

@@ -78,7 +78,7 @@ REWARDS = {
 def load_engine(reward: str) -> Engine:
     """Load the language model and the reward model of this name, and warm them up."""
     lm, tokenizer = load_language_model()
-    engine = Engine(lm, REWARDS[reward](lm), tokenizer=tokenizer)
+    engine = Engine(lm, REWARDS[reward](lm), tokenizer=tokenizer, prefix_cache=0)  # the same prompts for each rule
     chats = [messages(prompt) for prompt in CALIBRATION_PROMPTS[:AT_ONCE]]
     engine.decode(chats, rule=BestOf(4), max_new_tokens=4, seed=0, progress=False)
     return engine

@@ -14,7 +14,7 @@ from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_me
 from stars_kernels.decoder.output import FinishReason
 from stars_kernels.decoder.protocols import Admission, Settle
 from stars_kernels.decoder.round import Round
-from stars_kernels.decoder.slots import Slots
+from stars_kernels.decoder.slots import Arenas, Slots
 from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_shape
 
@@ -26,10 +26,12 @@ class KeptMemory(Protocol):
     """Memory that earlier runs have left to the sides of a round, whether they need it or not."""
 
     used: bool
-    """Whether there may be some."""
+    """Whether there may be some, or more is to be taken than a run needs."""
+    arenas: Arenas
+    """What is known of it."""
 
     def clear(self) -> None:
-        """Give it back; what the run itself has is in there too."""
+        """Give it back, and take no more than is needed; what the run itself has is in there too."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.answers)
-        self._slots = Slots(self.round)
+        self._slots = Slots(self.round, None if self.kept is None else self.kept.arenas)
         self._history = AcceptanceHistory()
 
     @property

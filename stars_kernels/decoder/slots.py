@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.prefixes import shared_length
@@ -15,19 +16,38 @@ WORTH_COPYING = 32
 """Tokens: with fewer, a prompt had better be read together with others."""
 
 
+@dataclass
+class Arenas:
+    """The places for tokens that both models have, and what earlier answers left there."""
+
+    tokens: int = 0
+    """Places; 0 = none are known."""
+    spare: int = 0
+    """Places to take beyond those that a run needs, so that more of what was left stays."""
+    left: dict[int, list[int]] = field(default_factory=dict)
+    """By first place, tokens that an answer which has ended left there, for as long as nobody takes the places; those
+    first that are there longest."""
+
+    def forget(self) -> None:
+        """Know of no places any more, and so of nothing that lies there."""
+        self.tokens = 0
+        self.left.clear()
+
+
 class Slots:
     """The slots of a round's models, and the places that their answers have."""
 
-    def __init__(self, round: Round) -> None:
+    def __init__(self, round: Round, arenas: Arenas | None = None) -> None:
+        """arenas: what earlier runs left, and this one leaves; None = its own, which end with it."""
         self.round = round
+        self.arenas = Arenas() if arenas is None else arenas
+        self._outlived = arenas is not None
         self.room = NO_ROOM
         """The memory that was reserved."""
         self.places: dict[int, tuple[int, int]] = {}
         """(first place, how many) by slot, of those that are taken."""
         self.shares = False
         """Whether an answer that needs more than its share of the places waits for the end of all others."""
-        self.left: dict[int, list[int]] = {}
-        """By first place, tokens that an answer which has ended left there, for as long as nobody takes the places."""
 
     @property
     def answers(self) -> dict[int, Answer]:
@@ -39,15 +59,18 @@ class Slots:
 
         more: take it for `slots` answers like the largest, however few there are yet. least: for the first one alone.
         """
-        self.room, self.left = NO_ROOM, {}
+        self.room = NO_ROOM
         plans = [(answer, self.round.rule.plan(answer)) for answer in answers]
         needs = sorted(answer.needs for answer, _ in plans)
         slots = slots if more else min(slots, len(needs))
-        tokens = slots * needs[-1] if more else sum(needs[-slots:])
+        tokens = slots * needs[-1] if more else plans[0][0].needs if least else sum(needs[-slots:])
+        if tokens > self.arenas.tokens or not self._outlived:
+            self.arenas.forget()
+            self.arenas.tokens = tokens + (0 if least else self.arenas.spare)
         limit = max(answer.max_new_tokens if more else answer.limit for answer, _ in plans)
         room = Room(
             slots=slots,
-            tokens=plans[0][0].needs if least else tokens,
+            tokens=self.arenas.tokens,
             answer=limit,
             segment=max(limit if plan.race else min(plan.size, limit) for _, plan in plans),
         )
@@ -58,7 +81,11 @@ class Slots:
         self.room = room
 
     def close(self) -> None:
-        """Give the memory back, even if a kept error's traceback still refers to it."""
+        """Give the memory back, even if a kept error's traceback still refers to it.
+
+        What was decided stays in the arenas that outlive the run.
+        """
+        self.free(list(self.places))
         self.round.proposer.close()
         self.round.scorer.close()
         self.room = NO_ROOM
@@ -68,10 +95,12 @@ class Slots:
         free = (slot for slot in range(self.room.slots) if slot not in self.places)
         found, group = list[Admission](), 0  # where those begin that are read together
         for answer, slot in zip(answers, free, strict=False):
-            start = self._first_free(answer.needs)
-            if start is None or (self.shares and self.places and answer.needs > self._share):
+            if self.shares and self.places and answer.needs > self._share:
                 break
             source, shared = self._beginning_of(list(answer.prompt[:-1]), found[:group], found[group:])
+            start = self._place_for(answer.needs, source, shared)
+            if start is None:
+                break
             if shared and source in [earlier.place for earlier in found[group:]]:
                 group = len(found)
             self._overwrite(start, answer.needs)
@@ -88,7 +117,8 @@ class Slots:
         to wait, which a few tokens more are not worth.
         """
         together = {admission.place: list(admission.prompt) for admission in group}
-        apart = {**self.left, **{self.places[slot][0]: self._read(answer) for slot, answer in self.answers.items()}}
+        apart = dict(self.arenas.left)
+        apart |= {self.places[slot][0]: self._read(answer) for slot, answer in self.answers.items()}
         apart |= {admission.place: list(admission.prompt) for admission in before}
         best = (0, 0)
         for texts, more in ((apart, 1), (together, WORTH_COPYING)):
@@ -104,18 +134,27 @@ class Slots:
 
     def _overwrite(self, start: int, count: int) -> None:
         """Forget what was left in these places."""
-        self.left = {
-            place: text for place, text in self.left.items() if place + len(text) <= start or start + count <= place
-        }
+        left = self.arenas.left
+        for place in [p for p, text in left.items() if p < start + count and start < p + len(text)]:
+            del left[place]
 
-    def _first_free(self, count: int) -> int | None:
-        """Where the first free stretch of `count` places begins; None where there is none."""
-        start = 0
-        for place, length in sorted(self.places.values()):
-            if place - start >= count:
+    def _place_for(self, count: int, source: int, shared: int) -> int | None:
+        """Find `count` free places for what begins like the `shared` tokens at `source`; None where there are none.
+
+        Where that is nearly all that was left there, it goes on behind them. Else, of what was left, that goes first
+        which is there longest.
+        """
+        taken, left = list(self.places.values()), {p: len(text) for p, text in self.arenas.left.items()}
+        if shared and left.get(source, self.room.tokens) < shared + WORTH_COPYING:
+            others = [*taken, *((p, length) for p, length in left.items() if p != source)]
+            if _is_free(source, count, others, self.room.tokens):
+                return source
+            left[source] = left.pop(source)  # to the end
+        for gone in range(len(left) + 1):
+            start = _first_free(count, [*taken, *list(left.items())[gone:]], self.room.tokens)
+            if start is not None:
                 return start
-            start = place + length
-        return start if self.room.tokens - start >= count else None
+        return None
 
     def admit(self, answers: Sequence[Answer], admissions: Sequence[Admission]) -> None:
         """Read the prompts of answers that were placed. Where it raises, no answer has changed."""
@@ -137,7 +176,7 @@ class Slots:
             place, _ = self.places.pop(slot)
             answer = self.answers.pop(slot, None)
             if answer is not None and answer.error is None:
-                self.left[place] = self._read(answer)
+                self.arenas.left[place] = self._read(answer)
 
     def is_too_small(self, answer: Answer, allowed: int) -> bool:
         """Say whether an answer has no room where all slots are free, or there are more slots than allowed."""
@@ -150,6 +189,23 @@ class Slots:
     def _share(self) -> int:
         """Places of each slot, where all have as many."""
         return self.room.tokens // self.room.slots
+
+
+def _first_free(count: int, taken: Iterable[tuple[int, int]], places: int) -> int | None:
+    """Where the first stretch of `count` of the places begins that are not taken; None where there is none.
+
+    taken: (first place, how many).
+    """
+    start = 0
+    for place, length in sorted(taken):
+        if place - start >= count:
+            return start
+        start = place + length
+    return start if places - start >= count else None
+
+
+def _is_free(start: int, count: int, taken: Iterable[tuple[int, int]], places: int) -> bool:
+    return start + count <= places and all(p >= start + count or start >= p + length for p, length in taken)
 
 
 def _in_turn(admissions: Sequence[Admission]) -> Iterator[list[Admission]]:

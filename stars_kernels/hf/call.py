@@ -23,6 +23,7 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, Rule
 from stars_kernels.decoder.scheduler import Run
+from stars_kernels.decoder.slots import Arenas
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, enough_slots
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
@@ -51,8 +52,9 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         """device: the language model's."""
         self.used = False
-        """Whether an earlier call may have left memory in it."""
+        """Whether an earlier call may have left memory in it, or this one takes more than it needs."""
         self.buffers = Buffers()
+        self.arenas = Arenas()
         self.graphs = self.make_graphs(device)
 
     @staticmethod
@@ -61,15 +63,16 @@ class Workspace:
         return SegmentGraphs(CudaCapture(device)) if device.type == "cuda" else None
 
     def clear(self) -> None:
-        """Give the memory back."""
-        self.used = False
+        """Give the memory back, and take no more than is needed."""
+        self.used, self.arenas.spare = False, 0
+        self.arenas.forget()
         if self.graphs is not None:
             self.graphs.clear()
         self.buffers.clear()
 
 
 class Call:
-    """The settings, requests and results of one call. It is given a workspace before it decodes."""
+    """The settings, requests and results of one call. It is given memory to work in before it decodes."""
 
     workspace: Workspace
 
@@ -104,6 +107,15 @@ class Call:
         self.limits = MemoryLimits()
         self.calibration_seconds: float | None = None
         self.results: Results = []
+
+    def work_in(self, workspace: Workspace) -> None:
+        """Take this memory to decode in."""
+        self.workspace, arenas = workspace, workspace.arenas
+        arenas.spare = self.config.prefix_cache
+        if arenas.spare:
+            workspace.used = True
+        else:
+            arenas.left.clear()
 
     def stop(self) -> FinishReason | None:
         """Return why the call is to end now; None = it goes on."""

@@ -356,7 +356,8 @@ class Engine:
             requests, failed = call.admit(prompts, request_ids)
 
         def events() -> Generator[StarsEvent, None, None]:
-            with self._borrowed() as call.workspace:
+            with self._borrowed() as workspace:
+                call.work_in(workspace)
                 yield from call.events(requests, failed, results)
 
         return resumed_in(events(), self._exclusive)
@@ -367,7 +368,7 @@ class Engine:
         mode = CallersMode()  # before autocast is left
         with self._exclusive(), self._borrowed() as workspace:
             call = Call(self.models, config, mode=mode)
-            call.workspace = workspace
+            call.work_in(workspace)
             yield call
 
     @contextmanager

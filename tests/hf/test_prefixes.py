@@ -1,10 +1,12 @@
 """Prompts that begin alike are read once: what is copied gives the answers that reading gives."""
 
+import random
+
 import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import BestOf, SpeculativeRejection, StarsConfig
+from stars_kernels import BestOf, Engine, SpeculativeRejection, StarsConfig, StarsError
 from stars_kernels.decoder.slots import WORTH_COPYING
 from stars_kernels.ops import backends
 from tests.hf import families
@@ -135,3 +137,97 @@ def test_models_that_cannot_copy_read_all(family, rm):
     alone = [stars_kernels.decode(lm, rm, p, request_ids=i, **SET) for i, p in enumerate(PROMPTS[:4])]
     outputs = stars_kernels.decode(lm, rm, PROMPTS[:4], request_ids=range(4), batch_size=2, **SET)
     assert told(outputs) == told(alone) and [output.counts.shared for output in outputs] == [0] * 4
+
+
+@pytest.mark.parametrize("many", [1, 8])
+def test_turns_of_conversations_in_calls_of_their_own(many):
+    """But for the last token of an answer, and what is new, an engine's models have read all of it."""
+    lm, rm = tiny_language_model(max_position_embeddings=512), tiny_reward_model(max_position_embeddings=512)
+    prompts = [[*COMMON[:40], 100 + p, *COMMON[p:]] for p in range(many)]
+    with Engine(lm, rm, **SET) as engine:
+        before = [0] * many
+        for turn in range(4):
+            ids = [f"{turn} {p}" for p in range(many)]
+            outputs = engine.decode(prompts, request_ids=ids)
+            alone = [stars_kernels.decode(lm, rm, p, request_ids=i, **SET) for p, i in zip(prompts, ids, strict=True)]
+            assert told(outputs) == told(alone)
+            shared = [output.counts.shared for output in outputs]
+            assert shared == before if turn else shared == [0] + [40] * (many - 1)
+            before = [len(p) + len(o.token_ids) - 1 for p, o in zip(prompts, outputs, strict=True)]
+            prompts = [[*p, *o.token_ids, 5, 6, turn] for p, o in zip(prompts, outputs, strict=True)]
+
+
+def test_calibration_and_decode_read_a_prompt_once(lm, rm):
+    settings = {**SET, "reward_threshold": None, "beta": None, "calibration_samples": 4}
+    outputs = stars_kernels.decode(lm, rm, [COMMON, [9, *COMMON]], request_ids=range(2), **settings)
+    assert [output.counts.shared for output in outputs] == [len(COMMON) - 1, len(COMMON)]
+    for output, prompt, i in zip(outputs, [COMMON, [9, *COMMON]], range(2), strict=True):
+        truth = stars_kernels.decode(lm, rm, prompt, request_ids=i, config=output.config)
+        assert truth.counts.shared == 0 and told([truth]) == told([output])
+
+
+def places(engine):
+    """The places for tokens that the engine has, of each of its models."""
+    with engine.open_run([[1, 2, 3]]) as run:
+        sides = run.round.proposer.cache, run.round.scorer.cache
+        return [group.arena.shape[2] for side in sides for group in side.groups]
+
+
+@pytest.mark.parametrize("spare", [0, 100, 1000])
+def test_the_memory_for_it_is_bounded(lm, rm, spare):
+    with Engine(lm, rm, prefix_cache=spare, batch_size=2, **SET) as engine:
+        for call in range(12):
+            engine.decode([[*range(call), *COMMON], [200 + call, *COMMON]])
+        needed = 12 + 70 + 71 + 2 * SET["max_new_tokens"]
+        assert len(set(places(engine))) == 1 and spare < places(engine)[0] <= needed + spare
+
+
+def test_a_call_may_use_nothing_of_earlier_ones(lm, rm):
+    with Engine(lm, rm, **SET) as engine:
+        assert [engine.decode(COMMON, prefix_cache=n).counts.shared for n in (0, 0, 9, 9, 0)] == [0, 0, 69, 69, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_any_calls_of_one_engine(family):
+    """Calls at random, which fail, end early and score in between: in fp32 on a CPU the bits are those of one alone."""
+    if backends()["fork_attention"]["cpu"] != "cpp":
+        pytest.skip("fork_attention has no compiled version here")
+    lm, rm, rng = families.tiny(family).float(), tiny_reward_model(torch.float32), random.Random(family)
+    settings = {**SET, "eos_token_id": (7,), "max_new_tokens": 9}
+    prompts, known, shared = [COMMON, COMMON[:50], [3, *COMMON]], {}, 0
+
+    def bits(output):
+        return output.token_ids, output.reward, [s.rewards for s in output.segments]
+
+    def alone(prompt, request_id):
+        if (key := (tuple(prompt), request_id)) not in known:
+            known[key] = bits(stars_kernels.decode(lm, rm, prompt, request_ids=request_id, **settings))
+        return known[key]
+
+    with Engine(lm, rm, **settings) as engine:
+        for call in range(40):
+            chosen = rng.choices(prompts[-8:], k=rng.randint(1, 5))
+            ids = [rng.randint(0, 3) * 100 + i for i in range(len(chosen))]
+            how = {
+                "batch_size": rng.choice([1, 2, 5]),
+                "width": rng.choice([1, 3, "auto"]),
+                "prefix_cache": rng.choice([50, 200, 1000, 1000, 1000]),
+            }
+            kind = rng.choice(["decode", "decode", "decode", "closed", "score", "fails"])
+            if kind == "score":
+                engine.score(chosen, [[1, 2, 3]] * len(chosen))
+            elif kind == "closed":
+                stream = engine.stream(chosen, request_ids=ids, **how)
+                for _ in range(rng.randint(0, 3)):
+                    next(stream, None)
+                stream.close()
+            elif kind == "fails":
+                with pytest.raises(StarsError, match="expected at least one"):
+                    engine.decode([*chosen, []], request_ids=[*ids, "empty"], **how)
+            else:
+                for output, prompt, i in zip(engine.decode(chosen, request_ids=ids, **how), chosen, ids, strict=True):
+                    assert bits(output) == alone(prompt, i), call
+                    shared += output.counts.shared
+                    if len(prompt) < 120:
+                        prompts.append([*prompt, *output.token_ids, rng.randint(0, 250), rng.randint(0, 250)])
+    assert shared > 40 * 50
