@@ -9,9 +9,10 @@ import torch
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.config import StarsConfig
-from stars_kernels.decoder.protocols import Room
+from stars_kernels.decoder.protocols import Room, Scores
+from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, BlockBestOf, Stars
-from stars_kernels.decoder.slots import Slots
+from stars_kernels.decoder.slots import WORTH_COPYING, Arenas, Slots
 from stars_kernels.ops.philox import request_key
 from tests.decoder.enumerable import DEPTH, EOS, Scorer, Table, make_world
 from tests.runs import run_of
@@ -169,6 +170,90 @@ def test_places_are_side_by_side_and_apart():
             assert found or slots.places  # what is first in turn has room as soon as all others have left
             waiting = waiting[len(found) :]
             slots.free(rng.sample(sorted(slots.places), rng.randint(1, len(slots.places))))
+
+
+class Memory:
+    """A side of a round that reads into cells, and checks that what it is told to copy is what it would read."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, cells):
+        self.cells, self.broken, self.copied = cells, False, 0
+
+    def reserve(self, room):
+        if room.tokens > len(self.cells):
+            self.cells[:] = [None] * room.tokens
+
+    def admit(self, admissions):
+        for a in admissions:
+            self.cells[a.place : a.place + a.shared] = self.cells[a.source : a.source + a.shared]
+            self.copied += a.shared
+        for a in admissions:
+            assert self.cells[a.place : a.place + a.shared] == a.prompt[: a.shared] and a.shared < len(a.prompt)
+            self.cells[a.place + a.shared : a.place + len(a.prompt)] = a.prompt[a.shared :]
+            if self.broken:
+                raise Broken
+        return [len(a.prompt) - a.shared for a in admissions]
+
+    def close(self):
+        pass
+
+
+class MemoryOfRewards(Memory):
+    def admit(self, admissions):
+        read = torch.tensor(super().admit(admissions))
+        return Scores(torch.zeros(len(admissions), dtype=torch.float64), read)
+
+
+class SidesWithMemory(Round):
+    def __init__(self, cells):
+        super().__init__(Memory(cells[0]), MemoryOfRewards(cells[1]), BestOf(1), {}, ())
+
+
+def test_what_is_shared_lies_where_it_is_said_to():
+    """In runs at random of one pair of arenas, some of which fail or end early."""
+    rng, copied, lost = random.Random(2), 0, 0
+    arenas, cells = Arenas(), ([], [])
+    texts = [[rng.randint(0, 1) for _ in range(rng.randint(30, 70))] for _ in range(4)]
+    for _ in range(400):
+        arenas.spare = rng.choice([0, 100, 400])
+        if rng.random() < 0.02:  # another has written over it
+            arenas.forget()
+            cells[rng.randint(0, 1)][:] = []
+        sides = SidesWithMemory(cells)
+        slots = Slots(sides, arenas)
+        chosen = [rng.choice([*texts[:4], *texts[-8:]]) for _ in range(rng.randint(1, 8))]
+        prompts = [text[: rng.choice([150, 150, rng.randint(1, 70)])] + [rng.randint(0, 1)] for text in chosen]
+        waiting = [Answer(0, prompt, 6) for prompt in prompts]
+        slots.reserve(waiting, rng.randint(1, 4))
+        for _ in range(rng.choice([1, 3, 99])):
+            found = slots.place(waiting)
+            sides.proposer.broken, sides.scorer.broken = rng.random() < 0.05, rng.random() < 0.05
+            try:
+                slots.admit(waiting[: len(found)], found)
+            except Broken:
+                slots.free(admission.slot for admission in found)
+            waiting = waiting[len(found) :]
+            for slot, answer in sides.answers.items():
+                tokens = [rng.randint(0, 1) for _ in range(rng.randint(0, min(3, 6 - len(answer.tokens))))]
+                start = slots.places[slot][0] + len(answer.prompt) + len(answer.tokens)
+                answer.tokens += tokens
+                for half in cells:
+                    half[start : start + len(tokens)] = tokens
+            ended = [slot for slot in sides.answers if rng.random() < 0.5]
+            texts += [[*sides.answers[slot].prompt, *sides.answers[slot].tokens][:150] for slot in ended]
+            slots.free(ended)
+            if not waiting and not slots.places:
+                break
+        slots.close()
+        assert not slots.places and not sides.answers
+        room = sorted((place, len(text)) for place, text in arenas.left.items())
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(room))
+        for place, text in arenas.left.items():
+            assert all(half[place : place + len(text)] == text for half in cells)
+        copied += sides.proposer.copied
+        lost += bool(waiting)
+    assert copied > 400 * WORTH_COPYING and lost > 40
 
 
 def test_an_open_run_takes_memory_for_fewer_where_there_is_too_little(world):
