@@ -235,5 +235,4 @@ def _engine_for(
     if not prompts:
         return None
     with carrying([None] * len(prompts)):
-        once = config.replace(prefix_cache=0)  # no call follows
-        return Engine(model, reward_model, tokenizer=tokenizer, config=once, trust_remote_code=trust_remote_code)
+        return Engine(model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code)

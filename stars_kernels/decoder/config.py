@@ -39,7 +39,6 @@ class Settings(TypedDict, total=False):
     width: int | Literal["auto"]
     wave: int | Literal["auto"]
     batch_size: int | Literal["auto"]
-    prefix_cache: int
     pack: bool | Literal["bfloat16"]
     graphs: bool
     eos_token_id: int | Sequence[int] | None
@@ -55,9 +54,7 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StarsConfig:
-    """Settings of STARS decoding.
-
-    `width`, `wave`, `batch_size`, `prefix_cache`, `graphs` and `progress` change speed, memory and display alone.
+    """Settings of STARS decoding. `width`, `wave`, `batch_size`, `graphs` and `progress` change speed and display.
 
     segment_size: tokens of a segment.
     max_attempts: candidates judged for a segment, at most; then the best of them is taken.
@@ -75,10 +72,6 @@ class StarsConfig:
         so that the reward model is asked about fewer.
     batch_size: prompts decoded side by side, each in a slot that the next one takes when it is finished; or "auto": as
         many as free memory holds, while twice as many would be a fifth faster, at most 256.
-    prefix_cache: tokens of earlier calls (prompts and answers) that an engine has room for, beside those that a call
-        needs. A prompt that begins like one of these, as the turns of a conversation do, is read from there on. With 0
-        a call uses nothing that earlier ones left, and takes no more memory than it needs, as `decode` and `stream`,
-        which make an engine for a single call; the prompts of one call share their beginnings all the same.
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.
@@ -113,7 +106,6 @@ class StarsConfig:
     width: int | Literal["auto"] = "auto"
     wave: int | Literal["auto"] = "auto"
     batch_size: int | Literal["auto"] = "auto"
-    prefix_cache: int = 4096
     pack: bool | Literal["bfloat16"] = True
     graphs: bool = True
     eos_token_id: tuple[int, ...] | None = None
@@ -167,8 +159,6 @@ class StarsConfig:
         valid = self.seed is None or (is_int(self.seed) and self.seed.bit_length() <= SEED_BITS)
         check(self, "seed", valid, f"an integer or None (of at most {SEED_BITS} bits)")
         check_number(self, "max_time", lambda x: x > 0, "a number of seconds > 0, or None", optional=True)
-        valid = is_int(self.prefix_cache) and self.prefix_cache >= 0
-        check(self, "prefix_cache", valid, "a number of tokens >= 0")
         for name in ("width", "wave", "batch_size"):
             value = getattr(self, name)
             check(self, name, value == "auto" or (is_int(value) and value >= 1), 'an integer >= 1 or "auto"')

@@ -9,12 +9,13 @@ from itertools import islice
 from typing import Literal, Protocol
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.arenas import Arenas
 from stars_kernels.decoder.errors import Abandoned, trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import FinishReason
 from stars_kernels.decoder.protocols import Admission, Settle
 from stars_kernels.decoder.round import Round
-from stars_kernels.decoder.slots import Arenas, Slots
+from stars_kernels.decoder.slots import Slots
 from stars_kernels.decoder.trial import Trial
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_shape
 
@@ -26,7 +27,7 @@ class KeptMemory(Protocol):
     """Memory that earlier runs have left to the sides of a round, whether they need it or not."""
 
     used: bool
-    """Whether there may be some, or more is to be taken than a run needs."""
+    """Whether there may be some."""
     arenas: Arenas
     """What is known of it."""
 
@@ -125,7 +126,8 @@ class Run:
         if not self.active:
             at_once = max(at_once, min(self._slots.room.slots, self.allowed), self.allowed if self.open else 0)
         placed, again = list[Admission](), False
-        kept = self.kept is not None and self.kept.used  # by earlier runs: it may be all that lacks
+        # By earlier runs, or for later ones: it may be all that lacks.
+        kept = self.kept is not None and (self.kept.used or self.kept.arenas.spare > 0)
         try:
             if chosen and not self.active and self._slots.is_too_small(chosen[0], self.allowed):
                 self._slots.reserve(self.waiting, self.allowed, self.open, least=self.limits.batch_size == 1)
@@ -248,6 +250,7 @@ class Run:
         width = best_shape(len(slots), attempts, miss, self.cost).width if given == "auto" else given
         width = min(width, self.limits.width or width, attempts)
         wave: int | Literal["auto"] = self.wave
+        self._slots.race = self._slots.race or plans[0].race
         if not early or plans[0].race:  # all are judged; and who goes on in a race lies as it was forked
             wave = width
         if wave == "auto":

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.prefixes import shared_length
+from stars_kernels.decoder.arenas import WORTH_COPYING, Arenas
 from stars_kernels.decoder.protocols import Admission, Room
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.transfer import to_host
 
 NO_ROOM = Room(slots=0, tokens=0, answer=0, segment=0)
-WORTH_COPYING = 32
-"""Tokens: with fewer, a prompt had better be read together with others."""
-
-
-@dataclass
-class Arenas:
-    """The places for tokens that both models have, and what earlier answers left there."""
-
-    tokens: int = 0
-    """Places; 0 = none are known."""
-    spare: int = 0
-    """Places to take beyond those that a run needs, so that more of what was left stays."""
-    left: dict[int, list[int]] = field(default_factory=dict)
-    """By first place, tokens that an answer which has ended left there, for as long as nobody takes the places; those
-    first that are there longest."""
-
-    def forget(self) -> None:
-        """Know of no places any more, and so of nothing that lies there."""
-        self.tokens = 0
-        self.left.clear()
 
 
 class Slots:
@@ -48,6 +27,9 @@ class Slots:
         """(first place, how many) by slot, of those that are taken."""
         self.shares = False
         """Whether an answer that needs more than its share of the places waits for the end of all others."""
+        self.race = False
+        """Whether some answers are a race's, of which nothing but the prompts is read for good."""
+        self._gaps: list[tuple[int, int]] | None = None  # stretches where nothing lies; None = to be found
 
     @property
     def answers(self) -> dict[int, Answer]:
@@ -63,22 +45,29 @@ class Slots:
         plans = [(answer, self.round.rule.plan(answer)) for answer in answers]
         needs = sorted(answer.needs for answer, _ in plans)
         slots = slots if more else min(slots, len(needs))
-        tokens = slots * needs[-1] if more else plans[0][0].needs if least else sum(needs[-slots:])
-        if tokens > self.arenas.tokens or not self._outlived:
+        tokens = plans[0][0].needs if least else slots * needs[-1] if more else sum(needs[-slots:])
+        if not self._outlived:
             self.arenas.forget()
-            self.arenas.tokens = tokens + (0 if least else self.arenas.spare)
+        grows = tokens > self.arenas.tokens
+        places = tokens + (0 if least else self.arenas.spare) if grows else self.arenas.tokens
         limit = max(answer.max_new_tokens if more else answer.limit for answer, _ in plans)
         room = Room(
             slots=slots,
-            tokens=self.arenas.tokens,
+            tokens=places,
             answer=limit,
             segment=max(limit if plan.race else min(plan.size, limit) for _, plan in plans),
         )
-        self._race, self.shares = any(plan.race for _, plan in plans), more
-        with self.round.timed("prefill"):
-            self.round.proposer.reserve(room)
-            self.round.scorer.reserve(room)
-        self.room = room
+        self._gaps, self.race, self.shares = None, any(plan.race for _, plan in plans), more
+        try:
+            with self.round.timed("prefill"):
+                if grows:
+                    self.arenas.grow(places)
+                self.round.proposer.reserve(room)
+                self.round.scorer.reserve(room)
+        except BaseException:  # it may have grown in part
+            self.arenas.forget()
+            raise
+        self.room, self.arenas.tokens = room, places
 
     def close(self) -> None:
         """Give the memory back, even if a kept error's traceback still refers to it.
@@ -92,68 +81,76 @@ class Slots:
 
     def place(self, answers: Sequence[Answer]) -> list[Admission]:
         """Find free slots and places for the first of these answers, for as many as there are."""
+        fresh = not self.places
+        found = self._place(answers)
+        if fresh and len(found) < min(len(answers), self.room.slots) and len(self.arenas.texts) > len(found):
+            for admission in found:  # what was left may lie in the way
+                del self.places[admission.slot]
+            self.arenas.forget_texts()
+            self._gaps = None
+            found = self._place(answers)
+        return found
+
+    def _place(self, answers: Sequence[Answer]) -> list[Admission]:
         free = (slot for slot in range(self.room.slots) if slot not in self.places)
-        found, group = list[Admission](), 0  # where those begin that are read together
+        found, together = list[Admission](), set[int]()  # the first places of those that are read together
         for answer, slot in zip(answers, free, strict=False):
             if self.shares and self.places and answer.needs > self._share:
                 break
-            source, shared = self._beginning_of(list(answer.prompt[:-1]), found[:group], found[group:])
+            source, shared = self.arenas.longest(answer.prompt[:-1], together)
             start = self._place_for(answer.needs, source, shared)
             if start is None:
                 break
-            if shared and source in [earlier.place for earlier in found[group:]]:
-                group = len(found)
-            self._overwrite(start, answer.needs)
+            if shared and source in together:
+                together.clear()
             self.places[slot] = (start, answer.needs)
+            self.arenas.put(start, answer.prompt)
+            together.add(start)
             found.append(Admission(slot, start, answer.prompt, answer.request, source, shared))
         return found
 
-    def _beginning_of(
-        self, prompt: list[int], before: Sequence[Admission], group: Sequence[Admission]
-    ) -> tuple[int, int]:
-        """Where the longest beginning of a prompt lies already, and its tokens.
-
-        before: those that are read before it. group: those that would be read with it; to copy from one of them, it has
-        to wait, which a few tokens more are not worth.
-        """
-        together = {admission.place: list(admission.prompt) for admission in group}
-        apart = dict(self.arenas.left)
-        apart |= {self.places[slot][0]: self._read(answer) for slot, answer in self.answers.items()}
-        apart |= {admission.place: list(admission.prompt) for admission in before}
-        best = (0, 0)
-        for texts, more in ((apart, 1), (together, WORTH_COPYING)):
-            for place, text in texts.items():
-                end = best[1] + more  # how long it has to be
-                if text[:end] == prompt[:end] and end <= len(prompt):
-                    best = (place, shared_length(text, prompt))
-        return best if best[1] >= WORTH_COPYING else (0, 0)
-
     def _read(self, answer: Answer) -> list[int]:
         """Tokens of an answer that both models have read: not the last decided one, and none of a race."""
-        return [*answer.prompt, *([] if self._race else answer.tokens[:-1])]
-
-    def _overwrite(self, start: int, count: int) -> None:
-        """Forget what was left in these places."""
-        left = self.arenas.left
-        for place in [p for p, text in left.items() if p < start + count and start < p + len(text)]:
-            del left[place]
+        return [*answer.prompt, *([] if self.race else answer.tokens[:-1])]
 
     def _place_for(self, count: int, source: int, shared: int) -> int | None:
         """Find `count` free places for what begins like the `shared` tokens at `source`; None where there are none.
 
-        Where that is nearly all that was left there, it goes on behind them. Else, of what was left, that goes first
-        which is there longest.
+        Where that is nearly all that an answer left there, it goes on behind them. Else, of what was left, that goes
+        first which is there longest, and be it the source: what is placed first copies first.
         """
-        taken, left = list(self.places.values()), {p: len(text) for p, text in self.arenas.left.items()}
-        if shared and left.get(source, self.room.tokens) < shared + WORTH_COPYING:
-            others = [*taken, *((p, length) for p, length in left.items() if p != source)]
-            if _is_free(source, count, others, self.room.tokens):
-                return source
-            left[source] = left.pop(source)  # to the end
-        for gone in range(len(left) + 1):
-            start = _first_free(count, [*taken, *list(left.items())[gone:]], self.room.tokens)
-            if start is not None:
-                return start
+        if shared and self._may_go_on(count, source, shared):
+            self._gaps = None
+            return source
+        while (start := self._first_free(count)) is None:
+            left = [place for place, _ in self._left()]
+            if not left or all(end - begin < count for begin, end in _gaps(self.places.values(), self.room.tokens)):
+                return None
+            for place in left[: 1 + len(left) // 16]:
+                self.arenas.drop(place)
+            self._gaps = None
+        return start
+
+    def _may_go_on(self, count: int, source: int, shared: int) -> bool:
+        """Say whether nearly all that lies at `source` is shared, an answer left it, and there is room behind it."""
+        if len(self.arenas.texts[source]) >= shared + WORTH_COPYING:
+            return False
+        others = [*self.places.values(), *((place, n) for place, n in self._left() if place != source)]
+        return source + count <= self.room.tokens and all(p >= source + count or source >= p + n for p, n in others)
+
+    def _left(self) -> list[tuple[int, int]]:
+        """List (first place, how many) of what earlier answers left, those first that are there longest."""
+        begun = {place for place, _ in self.places.values()}
+        return [(place, len(text)) for place, text in self.arenas.texts.items() if place not in begun]
+
+    def _first_free(self, count: int) -> int | None:
+        """Take the first `count` places side by side where nothing lies; return where they begin, None = nowhere."""
+        if self._gaps is None:
+            self._gaps = _gaps([*self.places.values(), *self._left()], self.room.tokens)
+        for i, (begin, end) in enumerate(self._gaps):
+            if end - begin >= count:
+                self._gaps[i] = (begin + count, end)
+                return begin
         return None
 
     def admit(self, answers: Sequence[Answer], admissions: Sequence[Admission]) -> None:
@@ -173,10 +170,13 @@ class Slots:
     def free(self, slots: Iterable[int]) -> None:
         """Let others have these slots and their places."""
         for slot in list(slots):
-            place, _ = self.places.pop(slot)
-            answer = self.answers.pop(slot, None)
+            place, answer = self.places[slot][0], self.answers.pop(slot, None)
             if answer is not None and answer.error is None:
-                self.arenas.left[place] = self._read(answer)
+                self.arenas.put(place, self._read(answer))
+            else:
+                self.arenas.drop(place)
+            del self.places[slot]
+            self._gaps = None
 
     def is_too_small(self, answer: Answer, allowed: int) -> bool:
         """Say whether an answer has no room where all slots are free, or there are more slots than allowed."""
@@ -191,21 +191,14 @@ class Slots:
         return self.room.tokens // self.room.slots
 
 
-def _first_free(count: int, taken: Iterable[tuple[int, int]], places: int) -> int | None:
-    """Where the first stretch of `count` of the places begins that are not taken; None where there is none.
-
-    taken: (first place, how many).
-    """
-    start = 0
-    for place, length in sorted(taken):
-        if place - start >= count:
-            return start
-        start = place + length
-    return start if places - start >= count else None
-
-
-def _is_free(start: int, count: int, taken: Iterable[tuple[int, int]], places: int) -> bool:
-    return start + count <= places and all(p >= start + count or start >= p + length for p, length in taken)
+def _gaps(taken: Iterable[tuple[int, int]], places: int) -> list[tuple[int, int]]:
+    """List the stretches of places that are not taken, as (first, behind the last); taken: (first, how many)."""
+    gaps, begin = list[tuple[int, int]](), 0
+    for place, count in sorted(taken):
+        if place > begin:
+            gaps.append((begin, place))
+        begin = place + count
+    return [*gaps, (begin, places)] if begin < places else gaps
 
 
 def _in_turn(admissions: Sequence[Admission]) -> Iterator[list[Admission]]:

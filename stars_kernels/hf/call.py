@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from stars_kernels.decoder.answer import Answer, FindStop
+from stars_kernels.decoder.arenas import Arenas
 from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
 from stars_kernels.decoder.checks import shown
 from stars_kernels.decoder.config import StarsConfig
@@ -23,7 +24,6 @@ from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, 
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, Rule
 from stars_kernels.decoder.scheduler import Run
-from stars_kernels.decoder.slots import Arenas
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, enough_slots
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
@@ -37,7 +37,7 @@ from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, 
 from stars_kernels.hf.rule_checks import check_rule, first_plan
 from stars_kernels.hf.scoring.workplace import Workplace
 from stars_kernels.hf.serving import Serving
-from stars_kernels.hf.sizing import fitting_prompts, free_memory_of, round_cost
+from stars_kernels.hf.sizing import fitting_prompts, free_memory_of, prompt_bytes, round_cost
 from stars_kernels.hf.text.prompts import Codec, Prompt
 from stars_kernels.hf.text.templates import TextPrompt
 from stars_kernels.ops.philox import STREAM_CALIBRATE, STREAM_SAMPLE, request_key
@@ -49,12 +49,13 @@ CALIBRATION_WIDTH = 32
 class Workspace:
     """The memory that one call at a time works in; the next takes it over, with the CUDA graphs that work on it."""
 
-    def __init__(self, device: torch.device) -> None:
-        """device: the language model's."""
+    def __init__(self, device: torch.device, prefix_cache: int) -> None:
+        """device: the language model's. prefix_cache: see `Engine`."""
+        self.prefix_cache = prefix_cache
         self.used = False
-        """Whether an earlier call may have left memory in it, or this one takes more than it needs."""
+        """Whether an earlier call may have left memory in it."""
         self.buffers = Buffers()
-        self.arenas = Arenas()
+        self.arenas = Arenas(self.buffers.grow_arenas)
         self.graphs = self.make_graphs(device)
 
     @staticmethod
@@ -63,12 +64,22 @@ class Workspace:
         return SegmentGraphs(CudaCapture(device)) if device.type == "cuda" else None
 
     def clear(self) -> None:
-        """Give the memory back, and take no more than is needed."""
+        """Give the memory back, and for the rest of the call take no more than is needed."""
         self.used, self.arenas.spare = False, 0
         self.arenas.forget()
         if self.graphs is not None:
             self.graphs.clear()
         self.buffers.clear()
+
+    def begin(self) -> None:
+        """Make ready for a call."""
+        self.arenas.spare = self.prefix_cache
+        if not self.prefix_cache:
+            self.arenas.forget_texts()
+
+    def end(self) -> None:
+        """Keep the memory for the next call."""
+        self.used = True
 
 
 class Call:
@@ -107,15 +118,6 @@ class Call:
         self.limits = MemoryLimits()
         self.calibration_seconds: float | None = None
         self.results: Results = []
-
-    def work_in(self, workspace: Workspace) -> None:
-        """Take this memory to decode in."""
-        self.workspace, arenas = workspace, workspace.arenas
-        arenas.spare = self.config.prefix_cache
-        if arenas.spare:
-            workspace.used = True
-        else:
-            arenas.left.clear()
 
     def stop(self) -> FinishReason | None:
         """Return why the call is to end now; None = it goes on."""
@@ -257,8 +259,13 @@ class Call:
         return min(fitting, enough_slots(plan.attempts, AcceptanceHistory().miss if plan.early else 1.0, cost))
 
     def _free(self, device: torch.device) -> int:
-        """Return the bytes that may be taken on a device, those that an earlier call left in the workspace included."""
-        return free_memory_of(device) + self.workspace.buffers.bytes_on(device)
+        """Return the bytes that a call's answers may take on a device.
+
+        What an earlier call left in the workspace is among them, what is spared for later calls is not.
+        """
+        workspace, models = self.workspace, self.models
+        spare = prompt_bytes(models.lm, models.reward_models, workspace.arenas.spare, 0, 0)
+        return free_memory_of(device) + workspace.buffers.bytes_on(device) - spare.get(device, 0)
 
     def answer_to(self, request: Request) -> Answer:
         """Make the empty answer to a request."""
@@ -373,7 +380,7 @@ class Call:
             own = {phase: total - answer.began.get(phase, 0.0) for phase, total in seconds.items()}
         return StarsOutput(
             text=None if self.codec.tokenizer is None else self.codec.decode(answer.tokens),
-            token_ids=answer.tokens,
+            token_ids=list(answer.tokens),
             reward=answer.reward,
             finish_reason=finish_reason,
             config=self.config,

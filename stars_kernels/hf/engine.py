@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.calibration import is_calibrated, with_target
+from stars_kernels.decoder.checks import is_int
 from stars_kernels.decoder.config import RULE_SETTINGS, Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.errors import Abandoned
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
@@ -30,7 +31,7 @@ from stars_kernels.hf.score import score_answers
 from stars_kernels.hf.scoring.reward_model import Reward
 from stars_kernels.hf.stream import Stream
 from stars_kernels.hf.text.prompts import OnePrompt, SeveralPrompts, split_prompts
-from stars_kernels.ops.philox import STREAM_SAMPLE
+from stars_kernels.ops.philox import MAX_POSITIONS, STREAM_SAMPLE
 
 Errors = Literal["raise", "return"]
 Config = StarsConfig | Mapping[str, Any] | None
@@ -58,9 +59,19 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: Config = None,
         trust_remote_code: bool = False,
+        prefix_cache: int = 4096,
         **settings: Unpack[Settings],
     ) -> None:
-        """Load, check and pack the models; see `stars_kernels.decode` for the arguments and what is raised."""
+        """Load, check and pack the models; see `stars_kernels.decode` for the other arguments and what is raised.
+
+        prefix_cache: tokens of earlier calls, of their prompts and answers, that there is room for beside those of the
+            largest call, in both models' memory. A prompt that begins with at least 32 of such tokens is read from
+            there on. With 0 each call reads its prompts, whatever was read before. Streams that overlap have
+            such memory each.
+        """
+        if not (is_int(prefix_cache) and 0 <= prefix_cache <= MAX_POSITIONS):
+            raise ValueError(f"prefix_cache is {prefix_cache!r}, expected a number of tokens, 0 to {MAX_POSITIONS}")
+        self.prefix_cache = prefix_cache
         self.config = resolve_config(config, settings)
         self.models = Models(model, reward_model, tokenizer, trust_remote_code, self.config.pack)
         self._lock = threading.RLock()
@@ -356,8 +367,7 @@ class Engine:
             requests, failed = call.admit(prompts, request_ids)
 
         def events() -> Generator[StarsEvent, None, None]:
-            with self._borrowed() as workspace:
-                call.work_in(workspace)
+            with self._borrowed() as call.workspace:
                 yield from call.events(requests, failed, results)
 
         return resumed_in(events(), self._exclusive)
@@ -368,7 +378,7 @@ class Engine:
         mode = CallersMode()  # before autocast is left
         with self._exclusive(), self._borrowed() as workspace:
             call = Call(self.models, config, mode=mode)
-            call.work_in(workspace)
+            call.workspace = workspace
             yield call
 
     @contextmanager
@@ -385,14 +395,20 @@ class Engine:
     @contextmanager
     def _borrowed(self) -> Iterator[Workspace]:
         """Take a workspace that no call works in, and give it back."""
-        workspace = self._idle.pop() if self._idle else Workspace(self.models.lm.device)
+        workspace = self._idle.pop() if self._idle else Workspace(self.models.lm.device, self.prefix_cache)
+        workspace.begin()
         try:
             yield workspace
+        except GeneratorExit:
+            raise
+        except BaseException:  # an interrupt may come between two lines of the books
+            workspace.arenas.forget()
+            raise
         finally:
             if self._closed or self._idle:  # one is enough, unless calls overlap
                 workspace.clear()
             else:
-                workspace.used = True
+                workspace.end()
                 self._idle.append(workspace)
 
     def _check_open(self) -> None:

@@ -53,7 +53,7 @@ class Table:
         """first: what the others are like."""
         self.tickets: list[Ticket] = []
         with ExitStack() as held:
-            first.call.work_in(held.enter_context(workspace))
+            first.call.workspace = held.enter_context(workspace)
             self._run = first.call.shared_run(first.request, self._stop)
             self._held = held.pop_all()
 
@@ -170,8 +170,7 @@ class Live:
         call = ticket.call
         with self._exclusive(), torch.inference_mode():
             if not is_calibrated(call.config):
-                with self._workspace() as workspace:
-                    call.work_in(workspace)
+                with self._workspace() as call.workspace:
                     try:
                         call.use_calibration_of([ticket.request])
                     except Abandoned:

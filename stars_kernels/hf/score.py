@@ -103,7 +103,8 @@ def _score_batch(call: Call, batch: list[Scored]) -> list[float]:
 def _score_part(call: Call, number: int, part: Part, batch: list[Scored]) -> torch.Tensor:
     """Return the rewards [P] float64, on the CPU, of one reward model."""
     device, buffers = call.models.lm.device, call.workspace.buffers
-    call.workspace.arenas.forget()  # written over here
+    if part.reads_hidden or part.decoders:  # which write over what earlier calls left
+        call.workspace.arenas.forget()
     prompts, longest = [scored.request.prompt.ids for scored in batch], max(1, *(len(s.tokens) for s in batch))
     requests = [scored.request for scored in batch]
     hidden = HiddenStates(call.models.lm, buffers.part("hidden")) if part.reads_hidden else None

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from stars_kernels.decoder.answer import Answer
+from stars_kernels.decoder.arenas import WORTH_COPYING, Arenas
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Room, Scores
 from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, BlockBestOf, Stars
-from stars_kernels.decoder.slots import WORTH_COPYING, Arenas, Slots
+from stars_kernels.decoder.slots import Slots
 from stars_kernels.ops.philox import request_key
 from tests.decoder.enumerable import DEPTH, EOS, Scorer, Table, make_world
 from tests.runs import run_of
@@ -210,10 +211,20 @@ class SidesWithMemory(Round):
         super().__init__(Memory(cells[0]), MemoryOfRewards(cells[1]), BestOf(1), {}, ())
 
 
-def test_what_is_shared_lies_where_it_is_said_to():
-    """In runs at random of one pair of arenas, some of which fail or end early."""
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_is_shared_lies_where_it_is_said_to(stays):
+    """In runs at random of one pair of arenas, some of which fail or end early.
+
+    stays: whether what is there stays where the arenas grow.
+    """
     rng, copied, lost = random.Random(2), 0, 0
-    arenas, cells = Arenas(), ([], [])
+    cells = ([], [])
+
+    def enlarge(before, after):
+        for half in cells:
+            half += [None] * (after - before)
+
+    arenas = Arenas(enlarge if stays else None)
     texts = [[rng.randint(0, 1) for _ in range(rng.randint(30, 70))] for _ in range(4)]
     for _ in range(400):
         arenas.spare = rng.choice([0, 100, 400])
@@ -223,7 +234,7 @@ def test_what_is_shared_lies_where_it_is_said_to():
         sides = SidesWithMemory(cells)
         slots = Slots(sides, arenas)
         chosen = [rng.choice([*texts[:4], *texts[-8:]]) for _ in range(rng.randint(1, 8))]
-        prompts = [text[: rng.choice([150, 150, rng.randint(1, 70)])] + [rng.randint(0, 1)] for text in chosen]
+        prompts = [[*text[: rng.choice([150, 150, rng.randint(1, 70)])], rng.randint(0, 1)] for text in chosen]
         waiting = [Answer(0, prompt, 6) for prompt in prompts]
         slots.reserve(waiting, rng.randint(1, 4))
         for _ in range(rng.choice([1, 3, 99])):
@@ -247,9 +258,9 @@ def test_what_is_shared_lies_where_it_is_said_to():
                 break
         slots.close()
         assert not slots.places and not sides.answers
-        room = sorted((place, len(text)) for place, text in arenas.left.items())
+        room = sorted((place, len(text)) for place, text in arenas.texts.items())
         assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(room))
-        for place, text in arenas.left.items():
+        for place, text in arenas.texts.items():
             assert all(half[place : place + len(text)] == text for half in cells)
         copied += sides.proposer.copied
         lost += bool(waiting)

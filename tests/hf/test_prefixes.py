@@ -7,7 +7,7 @@ import torch
 
 import stars_kernels
 from stars_kernels import BestOf, Engine, SpeculativeRejection, StarsConfig, StarsError
-from stars_kernels.decoder.slots import WORTH_COPYING
+from stars_kernels.decoder.arenas import WORTH_COPYING
 from stars_kernels.ops import backends
 from tests.hf import families
 from tests.sequential import sequential_decode
@@ -139,12 +139,12 @@ def test_models_that_cannot_copy_read_all(family, rm):
     assert told(outputs) == told(alone) and [output.counts.shared for output in outputs] == [0] * 4
 
 
-@pytest.mark.parametrize("many", [1, 8])
-def test_turns_of_conversations_in_calls_of_their_own(many):
+@pytest.mark.parametrize(("many", "spare"), [(1, 1), (1, 4096), (8, 4096)])
+def test_turns_of_conversations_in_calls_of_their_own(many, spare):
     """But for the last token of an answer, and what is new, an engine's models have read all of it."""
     lm, rm = tiny_language_model(max_position_embeddings=512), tiny_reward_model(max_position_embeddings=512)
     prompts = [[*COMMON[:40], 100 + p, *COMMON[p:]] for p in range(many)]
-    with Engine(lm, rm, **SET) as engine:
+    with Engine(lm, rm, prefix_cache=spare, **SET) as engine:
         before = [0] * many
         for turn in range(4):
             ids = [f"{turn} {p}" for p in range(many)]
@@ -182,9 +182,37 @@ def test_the_memory_for_it_is_bounded(lm, rm, spare):
         assert len(set(places(engine))) == 1 and spare < places(engine)[0] <= needed + spare
 
 
-def test_a_call_may_use_nothing_of_earlier_ones(lm, rm):
+@pytest.mark.parametrize("spare", [0, 1, 4096])
+def test_off(lm, rm, spare):
+    with Engine(lm, rm, prefix_cache=spare, **SET) as engine:
+        assert [engine.decode(COMMON).counts.shared for _ in range(3)] == [0, 69 * (spare > 0), 69 * (spare > 0)]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, None, "all", 10**400])
+def test_what_is_no_number_of_tokens_is_refused(lm, rm, value):
+    with pytest.raises(ValueError, match=f"prefix_cache is {value!r}, expected a number of tokens, 0 to "):
+        Engine(lm, rm, prefix_cache=value)
+
+
+def test_a_consumer_may_do_with_the_tokens_what_it_likes(lm, rm):
     with Engine(lm, rm, **SET) as engine:
-        assert [engine.decode(COMMON, prefix_cache=n).counts.shared for n in (0, 0, 9, 9, 0)] == [0, 0, 69, 69, 0]
+        for event in engine.stream(COMMON, request_ids=1):
+            if event.output is not None:
+                told_ids = event.output.token_ids
+                answer = list(told_ids)
+                told_ids += [5, 6, 7, 8]
+        after = engine.decode([*COMMON, *answer, 5, 6, 7, 8, 9], request_ids=2)
+    assert after.counts.shared == len(COMMON) + len(answer) - 1
+    assert told([after]) == told([stars_kernels.decode(lm, rm, [*COMMON, *told_ids, 9], request_ids=2, **SET)])
+
+
+def test_what_is_left_is_in_nobodys_way():
+    """Where two prompts have no room beside what was left, it goes, and they are decoded side by side."""
+    lm, rm = tiny_language_model(max_position_embeddings=512), tiny_reward_model(max_position_embeddings=512)
+    with Engine(lm, rm, prefix_cache=200, **SET) as engine:
+        engine.decode([[3] * 200])
+        with engine.open_run([[4] * 180, [5] * 180]) as run:
+            assert len(run.active) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -204,14 +232,13 @@ def test_any_calls_of_one_engine(family):
             known[key] = bits(stars_kernels.decode(lm, rm, prompt, request_ids=request_id, **settings))
         return known[key]
 
-    with Engine(lm, rm, **settings) as engine:
+    with Engine(lm, rm, prefix_cache=rng.choice([100, 300, 1000]), **settings) as engine:
         for call in range(40):
             chosen = rng.choices(prompts[-8:], k=rng.randint(1, 5))
             ids = [rng.randint(0, 3) * 100 + i for i in range(len(chosen))]
             how = {
                 "batch_size": rng.choice([1, 2, 5]),
                 "width": rng.choice([1, 3, "auto"]),
-                "prefix_cache": rng.choice([50, 200, 1000, 1000, 1000]),
             }
             kind = rng.choice(["decode", "decode", "decode", "closed", "score", "fails"])
             if kind == "score":

@@ -28,6 +28,16 @@ class Buffers:
         self._kept[name] = torch.empty(shape, dtype=dtype, device=device)
         return self._kept[name]
 
+    def grow_arenas(self, before: int, after: int) -> None:
+        """Make the arenas of `before` tokens, of this and all parts, as large as `after`; what they hold stays."""
+        for name, kept in self._kept.items():
+            if isinstance(name, tuple) and name[0] == "arena" and kept.shape[2] == before:  # [pairs, 2, tokens, H, D]
+                larger = kept.new_empty(*kept.shape[:2], after, *kept.shape[3:])
+                larger[:, :, :before] = kept
+                self._kept[name] = larger
+        for part in self._parts.values():
+            part.grow_arenas(before, after)
+
     def drop(self, name: object) -> None:
         """Keep this one no longer."""
         self._kept.pop(name, None)
