@@ -216,9 +216,8 @@ def calibrate(
         DecodeError: no continuation has a finite reward.
         TimeoutError: it took longer than `max_time`.
     """
-    with Engine(
-        model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code, **settings
-    ) as engine:
+    engine = _engine_for_one_call(model, reward_model, tokenizer, trust_remote_code, resolve_config(config, settings))
+    with engine:
         return engine.calibrate(prompts)
 
 
@@ -235,4 +234,16 @@ def _engine_for(
     if not prompts:
         return None
     with carrying([None] * len(prompts)):
-        return Engine(model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code)
+        return _engine_for_one_call(model, reward_model, tokenizer, trust_remote_code, config)
+
+
+def _engine_for_one_call(
+    model: ModelOrPath,
+    reward_model: Reward,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+    config: StarsConfig,
+) -> Engine:
+    return Engine(
+        model, reward_model, tokenizer=tokenizer, config=config, trust_remote_code=trust_remote_code, prefix_cache=0
+    )

@@ -95,7 +95,10 @@ def rounds(setting: Setting, name: str, shape: Shape, how: str) -> Iterator[Figu
     model, rm = setting.load(name)
     prompts, config = setting.prompts(name, shape), settings(shape, ROUNDS[how])
     ids, seconds = range(len(prompts)), list[float]()
-    with Engine(model, rm, config=config, graphs=graph) as engine, engine.open_run(prompts, request_ids=ids) as run:
+    with (
+        Engine(model, rm, config=config, graphs=graph, prefix_cache=0) as engine,
+        engine.open_run(prompts, request_ids=ids) as run,
+    ):
         parts, turns = Stopwatch(run, clock, graph), run.rounds()
         for _ in range(ROUNDS[how]):
             took, turn = clock.whole(lambda: next(turns, None))

@@ -71,8 +71,9 @@ class Counts:
     rejected: tokens of judged attempts that were not taken.
     rm_scored: tokens the reward model read, by its own tokenizer, the prompt included; 0 for a function
         of texts and for a head on hidden states.
-    shared: prompt tokens that the language model did not read, as another prompt began with them, or another prompt and
-        its answer, and what was kept of these was copied. A reward model that reads the same tokens copies as well.
+    shared: prompt tokens that the language model did not read, as another prompt of the call, or of an earlier call of
+        the engine, began with them, or that prompt and its answer, and what was kept of these was used again. A reward
+        model that reads the same tokens does so too.
     attempts: judged attempts.
     accepted: accepted attempts (fallbacks are not).
     rejections: judged attempts that were not taken.

@@ -179,7 +179,10 @@ class Proposer(Protocol):
     device: torch.device
 
     def reserve(self, room: Room) -> None:
-        """Take the memory for requests; those that had slots are forgotten."""
+        """Take the memory for requests; those that had slots are forgotten.
+
+        Where it is the memory of before, the tokens at their places stay: an admission may name them as its source.
+        """
 
     def admit(self, admissions: Sequence[Admission]) -> Sequence[int]:
         """Read the prompts of requests that get free slots; return how many tokens of each that took.
@@ -214,7 +217,10 @@ class Scorer(Protocol):
     """Scores candidates behind the decided answer."""
 
     def reserve(self, room: Room) -> None:
-        """Take the memory for requests; those that had slots are forgotten."""
+        """Take the memory for requests; those that had slots are forgotten.
+
+        Where it is the memory of before, the tokens at their places stay: an admission may name them as its source.
+        """
 
     def admit(self, admissions: Sequence[Admission]) -> Scores:
         """Read the prompts as the proposer's `admit` does; return r(x), the rewards of the empty answers."""

@@ -134,7 +134,7 @@ def generate(
         results: Results = [None] * len(prompts)
         with carrying(results):
             try:
-                engine = Engine(model, reward_model, tokenizer=tokenizer, config=config)
+                engine = Engine(model, reward_model, tokenizer=tokenizer, config=config, prefix_cache=0)
             except TokenizerMissing as error:
                 raise ValueError(unbound(error.why)) from error
             ids = sequence_ids(prompts, request_ids, generation_config.num_return_sequences or 1)
