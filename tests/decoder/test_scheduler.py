@@ -147,6 +147,55 @@ def test_any_slots_and_any_faults(world):
     assert min(seen.values()) > CASES // 20, seen
 
 
+def test_arrivals_and_drops_at_random(world):
+    """In an open run, requests come at any time and some are dropped, while memory runs out and models fail."""
+    rng, alone, seen = random.Random(3), Alone(world), {"short": 0, "broken": 0, "dropped": 0, "begun and dropped": 0}
+    for case in range(CASES):
+        config = StarsConfig(
+            rule=rng.choice(RULES),
+            max_new_tokens=DEPTH,
+            batch_size=rng.randint(1, 5),
+            width=rng.choice([1, 2, 4, "auto"]),
+            wave=rng.choice([1, 2, "auto"]),
+            top_k=None,
+        )
+        requests = [(i, rng.randint(1, 9), rng.randint(1, DEPTH)) for i in rng.sample(range(16), rng.randint(1, 12))]
+        faults = Faults(rng, *rng.choice([(0, 0), (0.1, 0), (0.2, 0), (0, 0.03), (0.1, 0.03)]))
+        table = Places(world)
+        scorer = faults.into(scorer_of(table), ("reserve", "admit", "open", "score", "commit"))
+        proposer = faults.into(table, ("reserve", "admit", "propose", "commit"))
+        answers = answers_of(requests)
+        run, coming, dropped = run_of(proposer, scorer, config, [], eos=(EOS,)), list(answers), set()
+        run.open = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            while coming or run.waiting or run.active:
+                if coming and rng.random() < 0.5:
+                    run.add(coming.pop(0))
+                there = [*run.waiting, *(answer for answer in run.active.values() if answer.active)]
+                if there and rng.random() < 0.1:
+                    answer = rng.choice(there)
+                    seen["begun and dropped"] += bool(answer.tokens)
+                    run.drop(answer, "cancelled")
+                    dropped.add(id(answer))
+                run.step()
+                assert len(run.active) <= config.batch_size
+        run.close()
+        for answer, request in zip(answers, requests, strict=True):
+            truth = alone(config.rule, request)
+            assert answer.tokens == truth[0][: len(answer.tokens)], case
+            if id(answer) in dropped:
+                assert answer.finish_reason == "cancelled"
+            elif answer.error is None:
+                assert told(answer) == truth, case
+            else:  # only where something raised that it could not do without
+                assert isinstance(answer.error.__cause__, Broken | torch.OutOfMemoryError)
+        seen["short"] += faults.raised[torch.OutOfMemoryError] > 0
+        seen["broken"] += faults.raised[Broken] > 0
+        seen["dropped"] += bool(dropped)
+    assert min(seen.values()) > CASES // 20, seen
+
+
 class Sides:
     """A round of models that take no memory."""
 
