@@ -1,10 +1,10 @@
-"""A pytest plugin for runs that have little time: `-p tests.thinned --every 3` takes each test's 1st, 4th, 7th ... case."""
+"""A pytest plugin for lack of time: `-p tests.thinned --every 3` takes the 1st, 4th, 7th ... case of each test."""
 
 from collections import Counter
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="of each test, the first case and every N-th more")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="take one in N of each test's cases")
 
 
 def pytest_report_header(config):
