@@ -153,7 +153,7 @@ class Engine:
         results: Results = [None] * len(prompts)
         with carrying(results):
             ids = request_ids if many or request_ids is None else [request_ids]
-            resolved = self._resolved(config, settings)
+            resolved = self.resolve(config, settings)
             for _ in self.events(prompts, ids, results, resolved, calibration, cancels=_cancels(cancel)):
                 pass
         outputs: list[Any] = collect(results, many, errors)
@@ -177,7 +177,7 @@ class Engine:
         results: Results = [None] * len(prompts)
         with carrying(results):
             ids = request_ids if many or request_ids is None else [request_ids]
-            closing, resolved = threading.Event(), self._resolved(config, settings)
+            closing, resolved = threading.Event(), self.resolve(config, settings)
             cancels = [closing, *_cancels(cancel)]
             return Stream(
                 self.events(prompts, ids, results, resolved, calibration, texts=True, cancels=cancels), closing
@@ -225,7 +225,7 @@ class Engine:
         The work goes on while the consumer does not ask for its next event. Closing the generator ends the request.
         """
         loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[StarsEvent](), threading.Event()
-        resolved, mode, began = self._resolved(config, settings), CallersMode(), time.monotonic()
+        resolved, mode, began = self.resolve(config, settings), CallersMode(), time.monotonic()
         if self._owner == threading.get_ident():
             raise RuntimeError("the engine is decoding in this very thread, which would wait for itself")
 
@@ -262,7 +262,7 @@ class Engine:
         given, _ = split_prompts(prompts)
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt to calibrate on")
-        with self._call(self._resolved(config, settings)) as call:
+        with self._call(self.resolve(config, settings)) as call:
             try:
                 return call.calibrate(call.admit_all(given, None))
             except Abandoned:
@@ -306,7 +306,7 @@ class Engine:
         given, _ = split_prompts(prompts)
         if not given:
             raise ValueError("prompts is an empty list, expected at least one prompt")
-        resolved = self._resolved(config, settings)
+        resolved = self.resolve(config, settings)
         if not is_calibrated(resolved):
             raise ValueError("reward_threshold or beta is None, expected both: a run is not calibrated")
         with self._call(resolved) as call, torch.inference_mode():
@@ -317,6 +317,32 @@ class Engine:
                 yield run
             finally:
                 run.close()
+
+    def resolve(self, config: Config, settings: Mapping[str, Any]) -> StarsConfig:
+        """Return the settings of a call that is given these: the engine's own hold where they say nothing."""
+        if config is None or isinstance(config, Mapping):
+            given, base = {**(config or {}), **settings}, self.config
+            if given.get("rule") is not None:  # in place of the engine's settings of STARS, if it has some
+                base = base.replace(**{name: getattr(Stars, name) for name in RULE_SETTINGS}, rule=None)
+            resolved = resolve_config(base, given)
+        else:
+            resolved = resolve_config(config, settings)
+        own = self.config.pack
+        if resolved.pack != own and ("pack" in settings or resolved.pack is not StarsConfig.pack):
+            raise ValueError(
+                f"pack is {resolved.pack!r}, but this engine's models were packed with pack={own!r}; expected it where "
+                "the engine is made"
+            )
+        return resolved.replace(pack=own)
+
+    def check(self, prompts: SeveralPrompts) -> list[Exception | None]:
+        """Say of each prompt what is wrong with it, None = nothing; no model reads it."""
+        given, _ = split_prompts(prompts)
+        with self._lock:
+            self._check_open()
+            _, failed = Call(self.models, self.config).admit(given, None)
+        wrong = {event.index: event.output for event in failed}
+        return [error if isinstance(error := wrong.get(i), Exception) else None for i in range(len(given))]
 
     def close(self) -> None:
         """Let go of the models, the buffers and the graphs; a stream that is under way ends with an error."""
@@ -414,23 +440,6 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed, expected an open one: make another")
-
-    def _resolved(self, config: Config, settings: Mapping[str, Any]) -> StarsConfig:
-        """The settings of a call."""
-        if config is None or isinstance(config, Mapping):
-            given, base = {**(config or {}), **settings}, self.config
-            if given.get("rule") is not None:  # in place of the engine's settings of STARS, if it has some
-                base = base.replace(**{name: getattr(Stars, name) for name in RULE_SETTINGS}, rule=None)
-            resolved = resolve_config(base, given)
-        else:
-            resolved = resolve_config(config, settings)
-        own = self.config.pack
-        if resolved.pack != own and ("pack" in settings or resolved.pack is not StarsConfig.pack):
-            raise ValueError(
-                f"pack is {resolved.pack!r}, but this engine's models were packed with pack={own!r}; expected it where "
-                "the engine is made"
-            )
-        return resolved.replace(pack=own)
 
     def _with_calibration(self, config: StarsConfig, calibration: Calibration) -> StarsConfig:
         if not isinstance(calibration, Calibration):
