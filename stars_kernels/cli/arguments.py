@@ -1,0 +1,119 @@
+"""What the words of a command line mean: models, reward models, rules and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stars_kernels.decoder.config import RULE_SETTINGS, StarsConfig
+from stars_kernels.decoder.rules import RULES, Rule, Stars
+from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""`module:function`, as of a reward function."""
+WEIGHTED = re.compile(r"(.+)@(-?\d+(?:\.\d+)?)")
+"""`NAME@WEIGHT`, of a reward model among several."""
+SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
+
+
+class Usage(ValueError):
+    """What a command was given cannot be meant."""
+
+
+def reward_of(names: Iterable[str]) -> Reward:
+    """Return the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
+    parts = [_part(name) for name in names]
+    if not parts:
+        raise Usage("--reward-model is missing, expected a hub name, a folder, or module:function")
+    return parts[0] if len(parts) == 1 and not isinstance(parts[0], RewardModel) else parts
+
+
+def _part(name: str) -> Any:
+    weighted = WEIGHTED.fullmatch(name)
+    model: Any = weighted[1] if weighted else name
+    if FUNCTION.fullmatch(model) and not Path(model).exists():
+        model = _function(model)
+    return RewardModel(model, weight=float(weighted[2])) if weighted else model
+
+
+def _function(name: str) -> Any:
+    """Import `module:function`; the module may lie where the command is given."""
+    module, function = name.split(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise Usage(f"--reward-model {name}: {error}") from error
+
+
+def rule_names() -> dict[str, type[Any]]:
+    """Return the rules by the names that they have on a command line."""
+    return {re.sub(r"(?<!^)(?=[A-Z])", "-", rule.__name__).lower(): rule for rule in RULES}
+
+
+def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
+    """Make the rule of this name, and take its settings out of `settings`; None = STARS, whose are `StarsConfig`'s."""
+    names = rule_names()
+    if name is None or names.get(name) is Stars:
+        return None
+    if name not in names:
+        raise Usage(f"--rule is {name!r}, expected one of {', '.join(names)}{_near(name, names)}")
+    kind = names[name]
+    own = {field.name for field in dataclasses.fields(kind)}
+    given = {
+        key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
+    }
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+
+def parsed(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read `name=value` pairs, the values as YAML has them: 3, 0.5, true, [8, 4], null, text."""
+    found = dict[str, Any]()
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise Usage(f"--set is {pair!r}, expected NAME=VALUE")
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    return found
+
+
+def merged(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a YAML file, and over them those that were given (not None, and not empty)."""
+    options = dict[str, Any]()
+    if file is not None:
+        try:
+            data = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise Usage(f"{file} is not YAML: {error}") from None
+        if not isinstance(data, Mapping):
+            raise Usage(f"{file} is of type {type(data).__name__}, expected options, one a line: max-new-tokens: 64")
+        options = {str(name).replace("-", "_"): value for name, value in data.items()}
+    return options | {name: value for name, value in given.items() if value is not None and value != []}
+
+
+def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Take the settings of a call out of options, and refuse what is neither a setting nor `known` to the command."""
+    known = set(known)
+    settings = {name: value for name, value in options.items() if name not in known}
+    rule = rule_of(options.get("rule"), settings)
+    for name in settings:
+        if name not in SETTINGS:
+            near = _near(name, [*SETTINGS, *known])
+            raise Usage(
+                f"unknown option {name.replace('_', '-')!r}{near or f', expected one of {sorted(known)} or a setting'}"
+            )
+    return settings if rule is None else {**settings, "rule": rule}
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
