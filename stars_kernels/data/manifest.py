@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from stars_kernels import __version__
+import stars_kernels
 from stars_kernels.data.journal import write_whole
 from stars_kernels.data.prompts import BadRow, PromptRow
 from stars_kernels.decoder.config import StarsConfig
@@ -78,7 +78,7 @@ class Manifest:
 def versions() -> dict[str, str]:
     """Return the versions that answers may depend on."""
     return {
-        "stars-kernels": __version__,
+        "stars-kernels": stars_kernels.__version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -177,7 +177,7 @@ def test_another_run_is_refused_and_what_is_different_is_named(engine, prompts, 
     prompts.write_text(text)
     with Engine(tiny_language_model(seed=9), tiny_reward_model(), tokenizer=byte_tokenizer(), **SET) as other:
         with pytest.raises(
-            ValueError, match='models: model is "LlamaForCausalLM [0-9a-f]+", it was "LlamaForCausalLM '
+            ValueError, match=r'models: model is "LlamaForCausalLM [0-9a-f]+", it was "LlamaForCausalLM '
         ):
             run_file(other, prompts, tmp_path / "out", seed=3)
     assert told(tmp_path / "out") == before
