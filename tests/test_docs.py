@@ -94,6 +94,7 @@ BY_CI = {
 NOT_RUN = {
     "pip install .",
     "pip install '.[gguf]'",
+    "pip install 'stars-kernels[cli]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
 }
