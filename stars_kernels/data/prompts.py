@@ -58,7 +58,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow | BadRo
         ValueError: it is not UTF-8, or an id comes twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends, unescaped
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     parse = _text if path.suffix == ".txt" else _row
@@ -84,7 +84,7 @@ def _row(line: str, number: int) -> PromptRow | BadRow:
             raise ValueError(f"a row is {_kind(data)}, expected a string or an object")
         row_id = _id_of(data, number)
         return PromptRow(row_id, _prompt_of(data), number)
-    except ValueError as error:  # JSON's own too
+    except (ValueError, RecursionError) as error:  # JSON's own too
         digest = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return BadRow(row_id, f"line {number}: {error}", number, digest)
 

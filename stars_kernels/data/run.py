@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -75,7 +76,8 @@ def run_file(
         on_event: is told of every segment and every answer.
 
     Raises:
-        ValueError: the folder holds another run: what is different is named. Also as `Engine.decode`.
+        ValueError: the folder holds another run: what is different is named; or another process is at work there. Also
+            as `Engine.decode`.
         OSError: a file cannot be read or written; what was written is whole.
     """
     began, folder = time.monotonic(), Path(folder)
@@ -83,13 +85,14 @@ def run_file(
     rows = known[:limit]
     if not rows:
         raise ValueError(f"{prompts} has no prompts, expected one at least")
-    folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in (RESULTS, COSTS, MANIFEST):
-            (folder / name).unlink(missing_ok=True)
     resolved = engine.resolve(config, settings)
-    manifest = _manifest(engine, rows, known, folder, resolved, calibration, rules)
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
+        files.enter_context(_alone(folder))
+        if overwrite:
+            for name in (RESULTS, COSTS, MANIFEST):
+                (folder / name).unlink(missing_ok=True)
+        manifest = _manifest(engine, rows, known, folder, resolved, calibration, rules)
         results, costs = (files.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
         done = {i for i, row in results.rows.items() if not (retry and "error" in row)}
         left = [row for row in rows if row.id not in done]
@@ -103,6 +106,17 @@ def run_file(
         results.sort([row.id for row in known])
         failed = sum("error" in row for row in results.rows.values())
     return Summary(len(rows), len(results.rows) - failed, failed, time.monotonic() - began, tokens, folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process write to the folder meanwhile."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is gone with the process, whatever ends it
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {folder}, expected none") from None
+        yield
 
 
 def _manifest(

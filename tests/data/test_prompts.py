@@ -70,6 +70,20 @@ def test_lines_of_text(tmp_path):
     assert [(row.id, row.prompt) for row in rows] == [(1, "Hi"), (3, '{"not": json'), (4, "  spaces stay ")]
 
 
+def test_line_ends(tmp_path):
+    """Those of Windows end lines too, and those that JSON need not escape do not."""
+    text = '"one"\r\n\r\n"t\u2028w\u0085o"\r\n'
+    (tmp_path / "p.jsonl").write_bytes(text.encode())
+    assert [(row.id, row.prompt) for row in read_prompts(tmp_path / "p.jsonl")] == [(1, "one"), (3, "t\u2028w\u0085o")]
+    (tmp_path / "p.txt").write_bytes(b"one\r\ntwo")
+    assert [row.prompt for row in read_prompts(tmp_path / "p.txt")] == ["one", "two"]
+
+
+def test_json_too_deep_is_a_bad_row(tmp_path):
+    bad, good = read(tmp_path, "[" * 100_000 + "\n", {"prompt": "Hi"})
+    assert isinstance(bad, BadRow) and "line 1" in bad.error and isinstance(good, PromptRow)
+
+
 def test_a_limit_counts_rows_and_not_lines(tmp_path):
     assert [
         row.id for row in read(tmp_path, "\n", {"prompt": "a"}, "\n", {"prompt": "b"}, {"prompt": "c"}, limit=2)

@@ -189,6 +189,17 @@ def test_another_run_is_refused_and_what_is_different_is_named(engine, prompts, 
         run_file(engine, prompts, tmp_path / "out", seed=4)
 
 
+def test_one_process_at_a_time(engine, prompts, tmp_path):
+    def again(event):
+        with pytest.raises(ValueError, match=r"another process is at work in .*out, expected none"):
+            run_file(engine, prompts, tmp_path / "out", seed=3, overwrite=True)
+        seen.append(event)
+
+    seen = []
+    run_file(engine, prompts, tmp_path / "out", seed=3, on_event=again)
+    assert seen and run_file(engine, prompts, tmp_path / "out", seed=3).answers == 5
+
+
 def test_what_failed_may_be_tried_again(prompts, tmp_path):
     broken = True
 
