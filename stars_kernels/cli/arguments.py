@@ -11,37 +11,48 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from stars_kernels.decoder.config import RULE_SETTINGS, StarsConfig
 from stars_kernels.decoder.rules import RULES, Rule, Stars
+from stars_kernels.hf.loading.language_model import check_path
+from stars_kernels.hf.loading.reward_model import load_reward_model
 from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """`module:function`, as of a reward function."""
-WEIGHTED = re.compile(r"(.+)@(-?\d+(?:\.\d+)?)")
+WEIGHTED = re.compile(r"(.+)@([^@]+)")
 """`NAME@WEIGHT`, of a reward model among several."""
 SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
 
 
-class Usage(ValueError):
+class UsageError(ValueError):
     """What a command was given cannot be meant."""
 
 
-def reward_of(names: Iterable[str]) -> Reward:
-    """Return the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
-    parts = [_part(name) for name in names]
+def reward_of(names: Iterable[str], device: str, dtype: torch.dtype | None) -> Reward:
+    """Load the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
+    parts = [_part(name, device, dtype) for name in names]
     if not parts:
-        raise Usage("--reward-model is missing, expected a hub name, a folder, or module:function")
-    return parts[0] if len(parts) == 1 and not isinstance(parts[0], RewardModel) else parts
+        raise UsageError("--reward-model is missing, expected a hub name, a folder, or module:function")
+    return parts
 
 
-def _part(name: str) -> Any:
-    weighted = WEIGHTED.fullmatch(name)
-    model: Any = weighted[1] if weighted else name
-    if FUNCTION.fullmatch(model) and not Path(model).exists():
-        model = _function(model)
-    return RewardModel(model, weight=float(weighted[2])) if weighted else model
+def _part(name: str, device: str, dtype: torch.dtype | None) -> RewardModel:
+    weighted, weight = WEIGHTED.fullmatch(name), 1.0
+    if weighted and _number(weighted[2]) is not None and not Path(name).exists():
+        name, weight = weighted[1], float(weighted[2])
+    if FUNCTION.fullmatch(name) and not Path(name).exists():
+        return RewardModel(_function(name), weight=weight)
+    check_path("--reward-model", name)
+    loaded = load_reward_model(name, None, trust_remote_code=False)
+    return RewardModel(moved(loaded.model, device, dtype), loaded.tokenizer, weight=weight)
+
+
+def moved(model: Any, device: str, dtype: torch.dtype | None) -> Any:
+    """Move a model to a device; dtype: None = as it is."""
+    return model.to(device=device, dtype=dtype)
 
 
 def _function(name: str) -> Any:
@@ -52,7 +63,7 @@ def _function(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise Usage(f"--reward-model {name}: {error}") from error
+        raise UsageError(f"--reward-model {name}: {error}") from error
 
 
 def rule_names() -> dict[str, type[Any]]:
@@ -66,7 +77,7 @@ def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
     if name is None or names.get(name) is Stars:
         return None
     if name not in names:
-        raise Usage(f"--rule is {name!r}, expected one of {', '.join(names)}{_near(name, names)}")
+        raise UsageError(f"--rule is {name!r}, expected one of {', '.join(names)}{_near(name, names)}")
     kind = names[name]
     own = {field.name for field in dataclasses.fields(kind)}
     given = {
@@ -79,25 +90,39 @@ def parsed(pairs: Iterable[str]) -> dict[str, Any]:
     """Read `name=value` pairs, the values as YAML has them: 3, 0.5, true, [8, 4], null, text."""
     found = dict[str, Any]()
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, text = pair.partition("=")
         if not equals:
-            raise Usage(f"--set is {pair!r}, expected NAME=VALUE")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
+            raise UsageError(f"--set is {pair!r}, expected NAME=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair!r}: the value is not YAML: {error}") from None
+        number = _number(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
+        found[name.replace("-", "_")] = value if number is None else number
     return found
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def merged(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a YAML file, and over them those that were given (not None, and not empty)."""
+    """Return the options of a YAML file, and over them those that were given: those that are not None."""
     options = dict[str, Any]()
     if file is not None:
         try:
             data = yaml.safe_load(file.read_text())
         except yaml.YAMLError as error:
-            raise Usage(f"{file} is not YAML: {error}") from None
+            raise UsageError(f"{file} is not YAML: {error}") from None
         if not isinstance(data, Mapping):
-            raise Usage(f"{file} is of type {type(data).__name__}, expected options, one a line: max-new-tokens: 64")
+            raise UsageError(
+                f"{file} is of type {type(data).__name__}, expected options, one a line: max-new-tokens: 64"
+            )
         options = {str(name).replace("-", "_"): value for name, value in data.items()}
-    return options | {name: value for name, value in given.items() if value is not None and value != []}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -108,7 +133,7 @@ def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]
     for name in settings:
         if name not in SETTINGS:
             near = _near(name, [*SETTINGS, *known])
-            raise Usage(
+            raise UsageError(
                 f"unknown option {name.replace('_', '-')!r}{near or f', expected one of {sorted(known)} or a setting'}"
             )
     return settings if rule is None else {**settings, "rule": rule}

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stars_kernels.decoder.checks import SEED_BITS
+from stars_kernels.decoder.config import Settings
+
 KEYS = ("prompt", "messages", "prompt_token_ids")
-"""Of a row, where its prompt is; in this order."""
+"""Of a line's object, where its prompt is."""
 IGNORED = frozenset({"model"})
-"""Keys of a batch row's body that are of no matter here."""
+"""Keys of a batch line's body that are of no matter here."""
+OF_CALLS = frozenset({*Settings.__annotations__, "max_tokens", "max_completion_tokens", "n", "stop", "logit_bias"})
+"""Settings of a call, here and elsewhere; a line has none of its own."""
 
 
 @dataclass(frozen=True)
-class PromptRow:
+class PromptLine:
     """A prompt of a file.
 
     id: its custom_id, else its line. prompt: text, chat messages or token ids. line: from 1 on.
@@ -34,7 +39,7 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadLine:
     """A line that holds no prompt, and why."""
 
     id: int | str
@@ -43,15 +48,16 @@ class BadRow:
     hash: str
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow | BadRow]:
-    """Read a file of prompts: of `.txt` each line that is not empty is one, else each is a row of JSON.
+def read_prompts(path: Path, limit: int | None = None) -> list[PromptLine | BadLine]:
+    """Read a file of prompts: of `.txt` each line that is not empty is one, else each is JSON.
 
-    A row is a string, or an object with "prompt" (a text, or token ids), "messages" (a chat) or "prompt_token_ids", and
-    perhaps "custom_id" (or "id"), an int or a string. A row of vLLM's and OpenAI's batch files has these in its "body",
-    and nothing beside them there but "model": settings are the command's.
+    It is a string, or an object with "prompt" (a text, or token ids), "messages" (a chat) or "prompt_token_ids", and
+    perhaps "custom_id" (or "id"), an int or a string. A line of vLLM's and OpenAI's batch files has these in its
+    "body", and nothing beside them there but "model". Settings are the call's, so a line with some of its own is a bad
+    one; other keys are ignored.
 
     Args:
-        limit: rows to read, at most.
+        limit: lines to read, at most, but for empty ones.
 
     Raises:
         OSError: it cannot be read.
@@ -61,40 +67,40 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow | BadRo
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends, unescaped
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
-    parse = _text if path.suffix == ".txt" else _row
-    rows: list[PromptRow | BadRow] = []
+    parse = _text if path.suffix == ".txt" else _json
+    found: list[PromptLine | BadLine] = []
     for number, line in enumerate(lines, 1):
-        if line.strip() and (limit is None or len(rows) < limit):
-            rows.append(parse(line, number))
-    _check_ids(path, rows)
-    return rows
+        if line.strip() and (limit is None or len(found) < limit):
+            found.append(parse(line, number))
+    _check_ids(path, found)
+    return found
 
 
-def _text(line: str, number: int) -> PromptRow:
-    return PromptRow(number, line, number)
+def _text(line: str, number: int) -> PromptLine:
+    return PromptLine(number, line, number)
 
 
-def _row(line: str, number: int) -> PromptRow | BadRow:
-    row_id: int | str = number
+def _json(line: str, number: int) -> PromptLine | BadLine:
+    line_id: int | str = number
     try:
         data = json.loads(line)
         if isinstance(data, str):
-            return PromptRow(number, data, number)
+            return PromptLine(number, data, number)
         if not isinstance(data, Mapping):
-            raise ValueError(f"a row is {_kind(data)}, expected a string or an object")
-        row_id = _id_of(data, number)
-        return PromptRow(row_id, _prompt_of(data), number)
+            raise ValueError(f"it is {_kind(data)}, expected a string or an object")
+        line_id = _id_of(data, number)
+        return PromptLine(line_id, _prompt_of(data), number)
     except (ValueError, RecursionError) as error:  # JSON's own too
         digest = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        return BadRow(row_id, f"line {number}: {error}", number, digest)
+        return BadLine(line_id, f"line {number}: {error}", number, digest)
 
 
 def _id_of(data: Mapping[str, Any], number: int) -> int | str:
-    found = data.get("custom_id", data.get("id"))
-    if found is None:
-        return number
+    found = next((data[key] for key in ("custom_id", "id") if data.get(key) is not None), number)
     if isinstance(found, bool) or not isinstance(found, int | str):
         raise ValueError(f"custom_id is {_kind(found)}, expected an integer or a string")
+    if isinstance(found, int) and found.bit_length() > SEED_BITS:
+        raise ValueError(f"custom_id is an integer of {found.bit_length()} bits, expected at most {SEED_BITS}")
     return found
 
 
@@ -106,12 +112,23 @@ def _prompt_of(data: Mapping[str, Any]) -> Any:
     if len(given) != 1:
         found = " and ".join(given) or f"{', '.join(map(str, body)) or 'nothing'}"
         raise ValueError(f"found {found}, expected one of {', '.join(KEYS)}")
-    if body is not data and (others := sorted(set(body) - IGNORED - {given[0]})):
-        raise ValueError(f"body has {', '.join(others)}: settings are the command's, expected {given[0]} alone")
-    prompt = body[given[0]]
-    if given[0] == "messages" and not isinstance(prompt, list):
-        raise ValueError(f"messages is {_kind(prompt)}, expected a list")
-    return prompt
+    others = set(body) - {given[0]} - IGNORED if body is not data else set(body) & OF_CALLS
+    if others:
+        raise ValueError(f"it has {', '.join(sorted(others))}: settings are the call's, expected {given[0]} alone")
+    _check(given[0], body[given[0]])
+    return body[given[0]]
+
+
+def _check(key: str, prompt: Any) -> None:
+    """Refuse what cannot be a prompt under this key."""
+    if isinstance(prompt, str) and key == "prompt":
+        return
+    if not isinstance(prompt, list):
+        raise ValueError(f"{key} is {_kind(prompt)}, expected {'a string or ' if key == 'prompt' else ''}a list")
+    kind, items = (Mapping, "objects") if key == "messages" else (int, "token ids")
+    wrong = next((item for item in prompt if not isinstance(item, kind) or isinstance(item, bool)), None)
+    if wrong is not None:
+        raise ValueError(f"{key} is a list with {_kind(wrong)} in it, expected one of {items}")
 
 
 def _kind(value: object) -> str:
@@ -121,11 +138,8 @@ def _kind(value: object) -> str:
     return names.get(type(value).__name__, f"the number {value}")
 
 
-def _check_ids(path: Path, rows: Iterable[PromptRow | BadRow]) -> None:
+def _check_ids(path: Path, lines: Iterable[PromptLine | BadLine]) -> None:
     seen: dict[int | str, int] = {}
-    for row in rows:
-        if row.id in seen:
-            raise ValueError(
-                f"{path}: custom_id {row.id!r} is in lines {seen[row.id]} and {row.line}, expected it once"
-            )
-        seen[row.id] = row.line
+    for line in lines:
+        if (first := seen.setdefault(line.id, line.line)) != line.line:
+            raise ValueError(f"{path}: custom_id {line.id!r} is in lines {first} and {line.line}, expected it once")

@@ -6,8 +6,8 @@ import fcntl
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,27 +15,30 @@ from typing import Any, Unpack
 from tqdm.auto import tqdm
 
 from stars_kernels.data.journal import Journal
-from stars_kernels.data.manifest import Manifest, hashes, versions
-from stars_kernels.data.prompts import BadRow, PromptRow, read_prompts
+from stars_kernels.data.manifest import Manifest, hashes, tokenizer_fingerprint, versions
+from stars_kernels.data.prompts import BadLine, PromptLine, read_prompts
 from stars_kernels.decoder.calibration import is_calibrated, with_target
+from stars_kernels.decoder.checks import is_int
 from stars_kernels.decoder.config import Settings, StarsConfig
 from stars_kernels.decoder.errors import message_of
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
+from stars_kernels.decoder.rules import Stars
 from stars_kernels.hf.engine import Config, Engine
 
 MANIFEST, RESULTS, COSTS = "manifest.json", "results.jsonl", "costs.jsonl"
-AT_ONCE = 4096
+CHUNK = 4096
 """Prompts of one call of the engine, at most: their outputs are in memory together."""
-DONE = ("eos", "stop", "length", "context")
-"""How an answer ends that is whole."""
+WHOLE = ("eos", "stop", "length", "context")
+"""How an answer ends that nothing cut short."""
+Line = PromptLine | BadLine
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run has come to.
 
-    prompts, answers, errors: how many the file has, are answered, and have failed. seconds: of this start. tokens: of
-    answers that it decoded. folder: where all of it lies.
+    prompts, answers, errors: how many were to be answered, are, and have failed; the others are left. seconds: of this
+    start. tokens: of answers that it decoded. folder: where all of it lies.
     """
 
     prompts: int
@@ -56,24 +59,23 @@ def run_file(
     limit: int | None = None,
     overwrite: bool = False,
     retry: bool = False,
-    rules: Sequence[type] = (),
     on_event: Callable[[StarsEvent], None] | None = None,
     **settings: Unpack[Settings],
 ) -> Summary:
     """Answer a file of prompts, and keep each answer as soon as it is there.
 
-    The folder gets `manifest.json` (what the answers follow from), `results.jsonl` (a line per prompt, in the file's
+    The folder gets `manifest.json` (what the answers follow from), `results.jsonl` (a row per prompt, in the file's
     order once all are there: its answer or its error) and `costs.jsonl` (seconds and tokens, which depend on what was
     decoded beside it). The same call again goes on where the first one stopped, whatever stopped it, and ends with the
-    same results. Without r* and beta, they are calibrated on the file's first prompts, once.
+    same results. Without r* and beta, they are calibrated once, on the first `calibration_samples` prompts of the file
+    that can be read.
 
     Args:
         prompts: see `read_prompts`.
-        limit: prompts of the file to answer; a later call may answer more.
+        limit: answer the file's first ones alone, so many; a later call may answer more.
         overwrite: begin anew, in place of what the folder holds.
         retry: try the prompts again that failed.
-        rules: dataclasses of the user's own that the settings may name.
-        on_event: is told of every segment and every answer.
+        on_event: is told of every segment and every answer, once it is kept.
 
     Raises:
         ValueError: the folder holds another run: what is different is named; or another process is at work there. Also
@@ -81,35 +83,44 @@ def run_file(
         OSError: a file cannot be read or written; what was written is whole.
     """
     began, folder = time.monotonic(), Path(folder)
-    known = read_prompts(Path(prompts))
-    rows = known[:limit]
-    if not rows:
+    if limit is not None and not (is_int(limit) and limit >= 1):
+        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
+    lines = read_prompts(Path(prompts))
+    if not lines:
         raise ValueError(f"{prompts} has no prompts, expected one at least")
     resolved = engine.resolve(config, settings)
+    if calibration is not None:
+        resolved = engine.with_calibration(resolved, calibration)
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
-        files.enter_context(_alone(folder))
-        if overwrite:
-            for name in (RESULTS, COSTS, MANIFEST):
-                (folder / name).unlink(missing_ok=True)
-        manifest = _manifest(engine, rows, known, folder, resolved, calibration, rules)
-        results, costs = (files.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
-        done = {i for i, row in results.rows.items() if not (retry and "error" in row)}
-        left = [row for row in rows if row.id not in done]
-        tokens = 0
-        bar = files.enter_context(_Progress(rows, done, manifest.config))
-        for row_id, answer, cost in _answers(engine, left, manifest.config, bar, on_event):
+    with ExitStack() as held:
+        held.enter_context(_locked(folder))
+        resolved = _begin(engine, lines, folder, resolved, calibration, overwrite)
+        results, costs = (held.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
+        wanted, tokens = lines[:limit], 0
+        left = [line for line in wanted if line.id not in results or (retry and line.id in results.failed)]
+        bar = held.enter_context(_Progress(len(wanted), len(wanted) - len(left), resolved))
+        answers = held.enter_context(closing(_answers(engine, left, resolved, bar, on_event)))
+        for line_id, answer, cost in answers:
             if cost is not None:
-                costs.append({"custom_id": row_id, **cost})  # first: an answer that is there has its cost
+                costs.append({"custom_id": line_id, **cost})  # first: an answer that is there has its cost
                 tokens += len(answer["token_ids"])
-            results.append({"custom_id": row_id, **answer})
-        results.sort([row.id for row in known])
-        failed = sum("error" in row for row in results.rows.values())
-    return Summary(len(rows), len(results.rows) - failed, failed, time.monotonic() - began, tokens, folder)
+            results.append({"custom_id": line_id, **answer})
+        results.sort([line.id for line in lines])
+        there = [line.id for line in wanted if line.id in results]
+        failed = sum(line_id in results.failed for line_id in there)
+    return Summary(len(wanted), len(there) - failed, failed, time.monotonic() - began, tokens, folder)
+
+
+def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a run's results: of an answer as `run_file` kept it, or an id and an error."""
+    with (Path(folder) / RESULTS).open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # else it is being written
+                yield json.loads(line)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Let no other process write to the folder meanwhile."""
     with (folder / ".lock").open("w") as file:
         try:
@@ -119,50 +130,59 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _manifest(
+def _begin(
     engine: Engine,
-    rows: Sequence[PromptRow | BadRow],
-    known: Sequence[PromptRow | BadRow],
+    lines: Sequence[Line],
     folder: Path,
     config: StarsConfig,
     calibration: Calibration | None,
-    rules: Sequence[type],
-) -> Manifest:
-    """Return this run's manifest, and write it; where the folder has one, it has to be of the same run.
+    overwrite: bool,
+) -> StarsConfig:
+    """Write this run's manifest, and return its settings with seed, r* and beta.
 
-    known: rows of the whole file, of which `rows` are the first.
+    Where the folder has a manifest, it has to be of the same run.
     """
     path = folder / MANIFEST
-    before = Manifest.load(path, rules) if path.exists() else None
-    if before is None and any((folder / name).exists() for name in (RESULTS, COSTS)):
+    before = Manifest.load(path) if path.exists() and not overwrite else None
+    if before is None and not overwrite and any((folder / name).exists() for name in (RESULTS, COSTS)):
         raise ValueError(f"{folder} has {RESULTS} but no {MANIFEST}, expected both or neither: give another folder")
     if config.seed is None:
-        config = config.replace(seed=secrets.randbits(63) if before is None else before.config.seed)
-    if calibration is None and before is not None:
-        calibration = before.calibration
-    if not is_calibrated(config):
-        if calibration is None:
-            calibration = engine.calibrate(_readable(engine, rows, config), config=config)
-        config = with_target(config, calibration.reward_threshold, calibration.beta)
-    models = {"model": engine.models.fingerprint, "reward_model": engine.models.reward_fingerprint}
-    now = Manifest(versions(), models, config, calibration, hashes(rows))
+        config = config.replace(seed=secrets.randbits(63) if before is None else before.config["seed"])
     if before is not None:
-        if told := before.differences(now, hashes(known)):
+        calibration = before.calibration if calibration is None else calibration
+    elif calibration is None and not is_calibrated(config):
+        calibration = engine.calibrate(_readable(engine, lines, config), config=config)
+    if calibration is not None and not is_calibrated(config):
+        config = with_target(config, calibration.reward_threshold, calibration.beta)
+    where = versions(engine.models.lm.device.type)
+    models = {
+        "model": engine.models.fingerprint,
+        "reward_model": engine.models.reward_fingerprint,
+        "tokenizer": tokenizer_fingerprint(engine.models.tokenizer),
+        "eos": ", ".join(map(str, engine.models.eos)),
+    }
+    now = Manifest(where, models, config.to_dict(), calibration, hashes(lines))
+    if before is not None:
+        with Journal(folder / RESULTS) as results:
+            told = before.differences(now, {row["custom_id"] for row in results} - results.failed)
+        if told:
             shown = "".join(f"\n  {line}" for line in told[:20]) + ("\n  ..." if len(told) > 20 else "")
-            raise ValueError(f"{folder} holds another run, expected the same one, another folder, or overwrite:{shown}")
-        now = Manifest(now.versions, models, config, calibration, {**before.prompts, **now.prompts})
+            raise ValueError(f"{folder} holds another run; expected the same one, another folder, or overwrite:{shown}")
+    if overwrite:
+        for name in (RESULTS, COSTS):
+            (folder / name).unlink(missing_ok=True)
     now.save(path)
-    return now
+    return config
 
 
-def _readable(engine: Engine, rows: Sequence[PromptRow | BadRow], config: StarsConfig) -> list[Any]:
+def _readable(engine: Engine, lines: Sequence[Line], config: StarsConfig) -> list[Any]:
     """Return the first prompts that can be read, as many as are calibrated on."""
     found: list[Any] = []
-    for row in rows:
+    for line in lines:
         if len(found) == config.calibration_samples:
             break
-        if isinstance(row, PromptRow) and engine.check([row.prompt])[0] is None:
-            found.append(row.prompt)
+        if isinstance(line, PromptLine) and engine.check([line.prompt])[0] is None:
+            found.append(line.prompt)
     if not found:
         raise ValueError("no prompt of the file can be read, so there is none to calibrate on")
     return found
@@ -170,32 +190,34 @@ def _readable(engine: Engine, rows: Sequence[PromptRow | BadRow], config: StarsC
 
 def _answers(
     engine: Engine,
-    rows: Sequence[PromptRow | BadRow],
+    lines: Sequence[Line],
     config: StarsConfig,
     bar: _Progress,
     on_event: Callable[[StarsEvent], None] | None,
-) -> Iterator[tuple[int | str, dict[str, Any], dict[str, Any] | None]]:
+) -> Generator[tuple[int | str, dict[str, Any], dict[str, Any] | None], None, None]:
     """Yield the id, what is to be kept, and what it cost, of each prompt as it ends."""
-    for row in rows:
-        if isinstance(row, BadRow):
+    for line in lines:
+        if isinstance(line, BadLine):
+            yield line.id, {"error": line.error}, None
             bar.count(None)
-            yield row.id, {"error": row.error}, None
-    good = [row for row in rows if isinstance(row, PromptRow)]
-    for begin in range(0, len(good), AT_ONCE):
-        some = good[begin : begin + AT_ONCE]
-        quiet = config.replace(progress=False)
-        for event in engine.stream([row.prompt for row in some], config=quiet, request_ids=[row.id for row in some]):
-            if on_event is not None:
-                on_event(event)
-            bar.grow(event)
-            row, output = some[event.index], event.output
-            if isinstance(output, Exception):
-                bar.count(None)
-                told = message_of(output).replace(f"prompt {event.index}", f"line {row.line}", 1)
-                yield row.id, {"error": told}, None
-            elif output is not None and output.finish_reason in DONE:
-                bar.count(output)
-                yield row.id, *_kept(output)
+    good, quiet, cut = [line for line in lines if isinstance(line, PromptLine)], config.replace(progress=False), False
+    for begin in range(0, len(good), CHUNK):
+        some = good[begin : begin + CHUNK]
+        prompts, ids = [line.prompt for line in some], [line.id for line in some]
+        with closing(engine.stream(prompts, config=quiet, request_ids=ids)) as events:
+            for event in events:
+                line, output = some[event.index], event.output
+                if isinstance(output, Exception):
+                    told = message_of(output).replace(f"prompt {event.index}", f"line {line.line}", 1)
+                    yield line.id, {"error": told}, None
+                elif output is not None and output.finish_reason in WHOLE:
+                    yield line.id, *_kept(output)
+                cut = cut or (isinstance(output, StarsOutput) and output.finish_reason not in WHOLE)
+                bar.grow(event)
+                if on_event is not None:
+                    on_event(event)
+        if cut:  # by max_time
+            return
 
 
 def _kept(output: StarsOutput) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -210,27 +232,27 @@ def _kept(output: StarsOutput) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class _Progress:
-    """A bar of prompts, with tokens per second and the share of attempts that were accepted."""
+    """A bar of prompts, with tokens per second and, of STARS, the share of attempts that were accepted."""
 
-    def __init__(self, rows: Sequence[PromptRow | BadRow], done: set[int | str], config: StarsConfig) -> None:
-        there = sum(row.id in done for row in rows)
-        self._bar = tqdm(
-            total=len(rows), initial=there, desc="run", unit="prompt", disable=None if config.progress else True
-        )
+    def __init__(self, prompts: int, there: int, config: StarsConfig) -> None:
+        shown = None if config.progress else True  # None: where stderr is a terminal
+        self._bar = tqdm(total=prompts, initial=there, desc="run", unit="prompt", disable=shown)
+        self._tests = isinstance(config.resolved_rule, Stars)
         self._began, self._tokens, self._attempts, self._accepted = time.monotonic(), 0, 0, 0
 
     def grow(self, event: StarsEvent) -> None:
-        """Count what an answer grew by."""
+        """Count what an answer grew by, and its end."""
         self._tokens += len(event.token_ids)
-        rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
-        told = {"tokens/s": f"{rate:.1f}"}
-        if self._attempts:
+        told = {"tokens/s": f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.1f}"}
+        if self._tests and self._attempts:
             told["accepted"] = f"{self._accepted / self._attempts:.0%}"
         self._bar.set_postfix(told, refresh=False)
+        if event.output is not None:
+            self.count(event.output)
 
-    def count(self, output: StarsOutput | None) -> None:
+    def count(self, output: StarsOutput | Exception | None) -> None:
         """Count a prompt that has ended."""
-        if output is not None:
+        if isinstance(output, StarsOutput):
             self._attempts += output.counts.attempts
             self._accepted += output.counts.accepted
         self._bar.update()
@@ -240,11 +262,3 @@ class _Progress:
 
     def __exit__(self, *ended: object) -> None:
         self._bar.close()
-
-
-def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a run's results: of an answer as `run_file` kept it, or an id and an error."""
-    with (Path(folder) / RESULTS).open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # else it is being written
-                yield json.loads(line)

@@ -238,7 +238,7 @@ class Engine:
         def ticket() -> tuple[Live, Ticket]:
             with self._lock:
                 self._check_open()
-                known = resolved if calibration is None else self._with_calibration(resolved, calibration)
+                known = resolved if calibration is None else self.with_calibration(resolved, calibration)
                 call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled], began=began)
                 (request,) = call.admit_all([prompt], None if request_id is None else [request_id])
                 self._live = self._live or Live(self._lock, self._exclusive, self._borrowed)
@@ -335,6 +335,27 @@ class Engine:
             )
         return resolved.replace(pack=own)
 
+    def with_calibration(self, config: StarsConfig, calibration: Calibration) -> StarsConfig:
+        """Return settings with the r* and beta of a calibration where they have none.
+
+        Raises TypeError or ValueError where it is none, or of other models, or beside a rule that has no r*.
+        """
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration is of type {type(calibration).__name__}, expected a Calibration")
+        rule = config.resolved_rule
+        if not isinstance(rule, Stars):
+            raise ValueError(f"a calibration is given beside rule={rule!r}, which has no r*; expected no calibration=")
+        pairs = {
+            "language model": (calibration.model, self.models.fingerprint),
+            "reward model": (calibration.reward_model, self.models.reward_fingerprint),
+        }
+        for what, (found, expected) in pairs.items():
+            if found != expected:
+                raise ValueError(
+                    f"the calibration was made with the {what} {found!r}, expected one made with {expected!r}"
+                )
+        return with_target(config, calibration.reward_threshold, calibration.beta)
+
     def check(self, prompts: SeveralPrompts) -> list[Exception | None]:
         """Say of each prompt what is wrong with it, None = nothing; no model reads it."""
         given, _ = split_prompts(prompts)
@@ -388,7 +409,7 @@ class Engine:
         with self._lock:
             self._check_open()
             if calibration is not None:
-                config = self._with_calibration(config, calibration)
+                config = self.with_calibration(config, calibration)
             call = Call(self.models, config, calibration, hooks, texts, cancels=cancels, began=began)
             requests, failed = call.admit(prompts, request_ids)
 
@@ -440,23 +461,6 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed, expected an open one: make another")
-
-    def _with_calibration(self, config: StarsConfig, calibration: Calibration) -> StarsConfig:
-        if not isinstance(calibration, Calibration):
-            raise TypeError(f"calibration is of type {type(calibration).__name__}, expected a Calibration")
-        rule = config.resolved_rule
-        if not isinstance(rule, Stars):
-            raise ValueError(f"a calibration is given beside rule={rule!r}, which has no r*; expected no calibration=")
-        pairs = {
-            "language model": (calibration.model, self.models.fingerprint),
-            "reward model": (calibration.reward_model, self.models.reward_fingerprint),
-        }
-        for what, (found, expected) in pairs.items():
-            if found != expected:
-                raise ValueError(
-                    f"the calibration was made with the {what} {found!r}, expected one made with {expected!r}"
-                )
-        return with_target(config, calibration.reward_threshold, calibration.beta)
 
 
 def _cancels(cancel: threading.Event | None) -> list[threading.Event]:

@@ -19,10 +19,10 @@ def test_rows_come_back(tmp_path):
         for row in rows(9):
             journal.append(row)
     with Journal(tmp_path / "j") as journal:
-        assert list(journal.rows.values()) == rows(9)
+        assert list(journal) == rows(9)
         journal.append({"custom_id": 1, "text": "again"})
     with Journal(tmp_path / "j") as journal:  # the last row of an id counts
-        assert journal.rows[1] == {"custom_id": 1, "text": "again"} and len(journal.rows) == 9
+        assert {"custom_id": 1, "text": "again"} in list(journal) and len(list(journal)) == 9
 
 
 def test_every_torn_tail_is_cut_off(tmp_path):
@@ -31,7 +31,7 @@ def test_every_torn_tail_is_cut_off(tmp_path):
         path.write_bytes(whole[:end])
         with Journal(path) as journal:
             count = whole[:end].count(b"\n")
-            assert list(journal.rows.values()) == rows(6)[:count]
+            assert list(journal) == rows(6)[:count]
             journal.append({"custom_id": "new"})
         assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*rows(6)[:count], {"custom_id": "new"}]
 
@@ -73,11 +73,25 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
         assert path.read_bytes() == b"".join(map(to_line, rows(20)[: len(written) + 1]))
 
 
+def test_what_failed_is_known(tmp_path):
+    with Journal(tmp_path / "j") as journal:
+        for row in (
+            {"custom_id": 1, "error": "x"},
+            {"custom_id": "1"},
+            {"custom_id": 2, "error": "x"},
+            {"custom_id": 2},
+        ):
+            journal.append(row)
+        assert journal.failed == {1} and "1" in journal and 1 in journal and 3 not in journal
+    with Journal(tmp_path / "j") as journal:
+        assert journal.failed == {1} and len(list(journal)) == 3
+
+
 def test_half_a_surrogate_pair(tmp_path):
     with Journal(tmp_path / "j") as journal:
         journal.append({"custom_id": 1, "text": "\ud83d"})
     with Journal(tmp_path / "j") as journal:
-        assert journal.rows[1]["text"] == "\ud83d"
+        assert [row["text"] for row in journal] == ["\ud83d"]
 
 
 def test_sorted_in_one_step(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stars_kernels.data import BadRow, PromptRow, read_prompts
+from stars_kernels.data import BadLine, PromptLine, read_prompts
 
 
 def read(tmp_path, *rows, name="prompts.jsonl", **options):
@@ -24,6 +24,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
         ({"prompt": [1, 2], "custom_id": "a"}, ("a", [1, 2])),
         ({"prompt_token_ids": [1, 2], "id": 7}, (7, [1, 2])),
         ({"messages": CHAT, "custom_id": "a", "id": "b"}, ("a", CHAT)),
+        ({"prompt": "Hi", "custom_id": None, "id": "b", "label": 3}, ("b", "Hi")),
         (
             {
                 "custom_id": "r",
@@ -37,15 +38,15 @@ CHAT = [{"role": "user", "content": "Hi"}]
 )
 def test_forms_of_a_row(tmp_path, row, expected):
     (found,) = read(tmp_path, json.dumps(row) + "\n")
-    assert isinstance(found, PromptRow) and (found.id, found.prompt) == expected
+    assert isinstance(found, PromptLine) and (found.id, found.prompt) == expected
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
     [
         ("{", "line 1: Expecting property name"),
-        (7, "line 1: a row is the number 7, expected a string or an object"),
-        (None, "line 1: a row is null, expected a string or an object"),
+        (7, "line 1: it is the number 7, expected a string or an object"),
+        (None, "line 1: it is null, expected a string or an object"),
         ({}, "line 1: found nothing, expected one of prompt, messages, prompt_token_ids"),
         ({"text": "Hi"}, "line 1: found text, expected one of prompt, messages"),
         ({"prompt": "Hi", "messages": CHAT}, "line 1: found prompt and messages, expected one of"),
@@ -55,14 +56,24 @@ def test_forms_of_a_row(tmp_path, row, expected):
         ({"custom_id": "r", "body": []}, "line 1: body is a list, expected an object"),
         (
             {"custom_id": "r", "body": {"messages": CHAT, "max_tokens": 5, "n": 2}},
-            "line 1: body has max_tokens, n: settings are the command's, expected messages alone",
+            "line 1: it has max_tokens, n: settings are the call's, expected messages alone",
+        ),
+        ({"prompt": "Hi", "temperature": 0.5, "label": 3}, "line 1: it has temperature: settings are the call's"),
+        ({"prompt": 7}, "line 1: prompt is the number 7, expected a string or a list"),
+        ({"prompt": [1, "a"]}, "line 1: prompt is a list with a string in it, expected one of token ids"),
+        ({"prompt": [True]}, "line 1: prompt is a list with true in it, expected one of token ids"),
+        ({"prompt_token_ids": "Hi"}, "line 1: prompt_token_ids is a string, expected a list"),
+        ({"messages": [1, 2]}, "line 1: messages is a list with the number 1 in it, expected one of objects"),
+        (
+            {"prompt": "Hi", "custom_id": 1 << 5000},
+            "line 1: custom_id is an integer of 5001 bits, expected at most 4096",
         ),
     ],
 )
 def test_a_line_that_holds_no_prompt_is_told_and_the_others_are_read(tmp_path, row, why):
     bad, good = read(tmp_path, row if row == "{" else json.dumps(row), "\n", {"prompt": "Hi"})
-    assert isinstance(bad, BadRow) and bad.error.startswith(why)
-    assert isinstance(good, PromptRow) and (good.id, good.line) == (2, 2)
+    assert isinstance(bad, BadLine) and bad.error.startswith(why)
+    assert isinstance(good, PromptLine) and (good.id, good.line) == (2, 2)
 
 
 def test_lines_of_text(tmp_path):
@@ -81,7 +92,7 @@ def test_line_ends(tmp_path):
 
 def test_json_too_deep_is_a_bad_row(tmp_path):
     bad, good = read(tmp_path, "[" * 100_000 + "\n", {"prompt": "Hi"})
-    assert isinstance(bad, BadRow) and "line 1" in bad.error and isinstance(good, PromptRow)
+    assert isinstance(bad, BadLine) and "line 1" in bad.error and isinstance(good, PromptLine)
 
 
 def test_a_limit_counts_rows_and_not_lines(tmp_path):

@@ -215,6 +215,28 @@ def test_what_is_left_is_in_nobodys_way():
             assert len(run.active) == 2
 
 
+@pytest.mark.parametrize("how", ["score", "interrupt"])
+def test_what_grows_may_be_larger_than_it_is_known_to_be(how):
+    """After calls whose arenas are forgotten, but are there."""
+    lm, rm = tiny_language_model(max_position_embeddings=512), tiny_reward_model(max_position_embeddings=512)
+    many, first = [[p] * 120 for p in range(8)], [9, *COMMON]
+    prompts = [[*first, 5], *([100 + p] * 140 for p in range(8))]
+    alone = [stars_kernels.decode(lm, rm, prompt, request_ids=i, **SET) for i, prompt in enumerate(prompts)]
+
+    with Engine(lm, rm, prefix_cache=100, batch_size=9, **SET) as engine:
+        if how == "score":
+            engine.score(many, [[1, 2, 3]] * 8)
+        else:
+            stream = engine.stream(many)
+            next(stream)
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt)
+        engine.decode(first)
+        outputs = engine.decode(prompts, request_ids=range(9))
+    assert outputs[0].counts.shared == len(first) and told(outputs) == told(alone)
+    assert [output.prompt_reward for output in outputs] == [output.prompt_reward for output in alone]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_any_calls_of_one_engine(family):
     """Calls at random, which fail, end early and score in between: in fp32 on a CPU the bits are those of one alone."""

@@ -29,11 +29,17 @@ class Buffers:
         return self._kept[name]
 
     def grow_arenas(self, before: int, after: int) -> None:
-        """Make the arenas of `before` tokens, of this and all parts, as large as `after`; what they hold stays."""
+        """Make the arenas that have room for `before` tokens, of this and all parts, as large as `after` at least.
+
+        What they hold stays.
+        """
         for name, kept in self._kept.items():
-            if isinstance(name, tuple) and name[0] == "arena" and kept.shape[2] == before:  # [pairs, 2, tokens, H, D]
+            size = (
+                kept.shape[2] if isinstance(name, tuple) and name[0] == "arena" else after
+            )  # [pairs, 2, tokens, H, D]
+            if before <= size < after:  # more than `before` where earlier calls needed it
                 larger = kept.new_empty(*kept.shape[:2], after, *kept.shape[3:])
-                larger[:, :, :before] = kept
+                larger[:, :, :size] = kept
                 self._kept[name] = larger
         for part in self._parts.values():
             part.grow_arenas(before, after)
