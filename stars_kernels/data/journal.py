@@ -31,6 +31,11 @@ class Journal:
             self._file.close()
             raise
 
+    @property
+    def answered(self) -> set[int | str]:
+        """The ids of the rows that have no error."""
+        return set(self._lies) - self.failed
+
     def __contains__(self, row_id: object) -> bool:
         return row_id in self._lies
 

@@ -164,7 +164,7 @@ def _begin(
     now = Manifest(where, models, config.to_dict(), calibration, hashes(lines))
     if before is not None:
         with Journal(folder / RESULTS) as results:
-            told = before.differences(now, {row["custom_id"] for row in results} - results.failed)
+            told = before.differences(now, results.answered)
         if told:
             shown = "".join(f"\n  {line}" for line in told[:20]) + ("\n  ..." if len(told) > 20 else "")
             raise ValueError(f"{folder} holds another run; expected the same one, another folder, or overwrite:{shown}")

@@ -101,24 +101,33 @@ class Alone:
         return self.known[key]
 
 
+def any_config(rng):
+    return StarsConfig(
+        rule=rng.choice(RULES),
+        max_new_tokens=DEPTH,
+        batch_size=rng.randint(1, 5),
+        width=rng.choice([1, 2, 4, "auto"]),
+        wave=rng.choice([1, 2, "auto"]),
+        top_k=None,
+    )
+
+
+def faulty_sides(world, faults):
+    """A proposer and a scorer of one table, all of whose steps may fail."""
+    table = Places(world)
+    scorer = faults.into(scorer_of(table), ("reserve", "admit", "open", "score", "commit"))
+    return faults.into(table, ("reserve", "admit", "propose", "commit")), scorer
+
+
 def test_any_slots_and_any_faults(world):
     rng, alone, seen = random.Random(0), Alone(world), {"short": 0, "broken": 0, "fewer": 0, "overtaken": 0}
     for case in range(CASES):
-        config = StarsConfig(
-            rule=rng.choice(RULES),
-            max_new_tokens=DEPTH,
-            batch_size=rng.randint(1, 5),
-            width=rng.choice([1, 2, 4, "auto"]),
-            wave=rng.choice([1, 2, "auto"]),
-            top_k=None,
-        )
+        config = any_config(rng)
         ids = rng.sample(range(16), rng.randint(1, 12))
         requests = [(i, rng.randint(1, 9), rng.randint(1, DEPTH)) for i in ids]
         expected = [alone(config.rule, request) for request in requests]
         faults = Faults(rng, *rng.choice([(0, 0), (0.1, 0), (0.3, 0), (0, 0.03), (0.1, 0.03)]))
-        table = Places(world)
-        scorer = faults.into(scorer_of(table), ("reserve", "admit", "open", "score", "commit"))
-        proposer = faults.into(table, ("reserve", "admit", "propose", "commit"))
+        proposer, scorer = faulty_sides(world, faults)
         answers = answers_of(requests)
         run = run_of(proposer, scorer, config, answers, eos=(EOS,))
         order = []
@@ -151,19 +160,10 @@ def test_arrivals_and_drops_at_random(world):
     """In an open run, requests come at any time and some are dropped, while memory runs out and models fail."""
     rng, alone, seen = random.Random(3), Alone(world), {"short": 0, "broken": 0, "dropped": 0, "begun and dropped": 0}
     for case in range(CASES):
-        config = StarsConfig(
-            rule=rng.choice(RULES),
-            max_new_tokens=DEPTH,
-            batch_size=rng.randint(1, 5),
-            width=rng.choice([1, 2, 4, "auto"]),
-            wave=rng.choice([1, 2, "auto"]),
-            top_k=None,
-        )
+        config = any_config(rng)
         requests = [(i, rng.randint(1, 9), rng.randint(1, DEPTH)) for i in rng.sample(range(16), rng.randint(1, 12))]
         faults = Faults(rng, *rng.choice([(0, 0), (0.1, 0), (0.2, 0), (0, 0.03), (0.1, 0.03)]))
-        table = Places(world)
-        scorer = faults.into(scorer_of(table), ("reserve", "admit", "open", "score", "commit"))
-        proposer = faults.into(table, ("reserve", "admit", "propose", "commit"))
+        proposer, scorer = faulty_sides(world, faults)
         answers = answers_of(requests)
         run, coming, dropped = run_of(proposer, scorer, config, [], eos=(EOS,)), list(answers), set()
         run.open = True
