@@ -172,7 +172,8 @@ def test_the_document_is_what_is_found():
 def test_the_texts_count_the_families_that_are_equal_to_the_bit():
     (equal,) = re.findall(r"equal to the bit in fp32: (\d+)", DOCUMENT.read_text())
     for name in ("README.md", "docs/exactness.md"):
-        assert f"{equal} of the {len(WORKING)}" in (DOCUMENT.parents[1] / name).read_text(), name
+        text = " ".join((DOCUMENT.parents[1] / name).read_text().split())  # wherever the line breaks
+        assert f"{equal} of the {len(WORKING)}" in text, name
 
 
 if __name__ == "__main__":
