@@ -16,8 +16,8 @@ LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|env|families)\b.*)$", re.MULTI
 
 def commands():
     documents = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-    helps = (ROOT / "stars_kernels" / "cli" / "app.py").read_text()
-    return [command for text in [*documents, helps] for command in LINE.findall(text)]
+    helps = [path.read_text() for path in sorted((ROOT / "stars_kernels" / "cli").glob("*.py"))]
+    return [command for text in [*documents, *helps] for command in LINE.findall(text)]
 
 
 def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):

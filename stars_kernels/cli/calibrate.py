@@ -1,0 +1,73 @@
+"""`stars calibrate`: find r* and beta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
+from stars_kernels.cli.common import (
+    OF_MODELS,
+    Device,
+    DType,
+    ModelName,
+    Options,
+    RewardModels,
+    engine_of,
+    stderr,
+    told_errors,
+)
+from stars_kernels.data import BadLine, PromptLine, read_prompts
+
+OF_CALIBRATE = OF_MODELS | {"input", "output", "limit"}
+"""Options of `stars calibrate` that are no settings of a call."""
+
+
+def calibrate(
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="File of prompts like those that are to be answered.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON for --calibration.")] = None,
+    model: ModelName = None,
+    reward_model: RewardModels = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Plain continuations, in all; 64 if not given.")] = None,
+    quantile: Annotated[float | None, typer.Option(help="r* is this quantile of their rewards; 0.9.")] = None,
+    acceptance: Annotated[float | None, typer.Option(help="Share of them to be accepted at r*; 0.25.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random number; 0.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of StarsConfig: NAME=VALUE.")] = None,
+    config: Options = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of the file to sample from.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Find r* and beta from plain continuations of a file's prompts, for `stars run --calibration`.
+
+    [bold]Example[/]
+
+      stars calibrate -m MODEL -r RM -i prompts.jsonl -o calibration.json
+    """
+    with told_errors():
+        names = ("model", "reward_model", "input", "output", "limit", "device", "dtype", "seed")
+        flags = {name: value for name, value in locals().items() if name in names}
+        own = {"samples": samples, "quantile": quantile, "acceptance": acceptance}
+        flags |= {f"calibration_{name}": value for name, value in own.items()}
+        options = {"calibration_samples": 64, "seed": 0} | merged(config, flags) | parsed(set_ or [])
+        source, target = options.get("input"), options.get("output")
+        if source is None or target is None:
+            raise UsageError(f"--{'input' if source is None else 'output'} is missing, expected a file")
+        lines = read_prompts(Path(source), options.get("limit"))
+        bad = next((line for line in lines if isinstance(line, BadLine)), None)
+        if bad is not None or not lines:
+            raise UsageError(bad.error if bad is not None else f"{source} has no prompts, expected one at least")
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        prompts = [line.prompt for line in lines if isinstance(line, PromptLine)]
+        with engine_of(options, settings_of(options, OF_CALIBRATE)) as engine:
+            found = engine.calibrate(prompts[: options["calibration_samples"]])
+        found.save(target)
+        stderr.print(
+            f"r* {found.reward_threshold:.4f}, beta {found.beta:.4f}, from {len(found.rewards)} continuations: "
+            f"{escape(str(target))}", soft_wrap=True,
+        )  # fmt: skip

@@ -1,0 +1,145 @@
+"""`stars run`: answer a prompt, or a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from stars_kernels.cli.arguments import UsageError, merged, parsed, rule_names, settings_of
+from stars_kernels.cli.common import (
+    OF_MODELS,
+    Device,
+    DType,
+    ModelName,
+    Options,
+    RewardModels,
+    Seed,
+    engine_of,
+    stderr,
+    switch,
+    told_errors,
+)
+from stars_kernels.data import Summary, read_prompts, run_file
+from stars_kernels.decoder.output import Calibration, StarsEvent
+from stars_kernels.hf.engine import Engine
+
+OF_RUN = OF_MODELS | {"rule", "input", "output", "limit", "stream", "overwrite", "retry", "calibration"}
+"""Options of `stars run` that are no settings of a call."""
+
+
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="One prompt, in place of a file.", show_default=False)] = None,
+    model: ModelName = None,
+    reward_model: RewardModels = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="File of prompts: .jsonl (text, chats, batch rows) or .txt.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; the same run goes on there.")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help=f"What decides: {', '.join(rule_names())}.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Attempts of best-of and the like.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer, at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    reward_threshold: Annotated[
+        float | None, typer.Option(help="r*; without it and beta, they are calibrated.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Acceptance temperature, in the reward's units.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="r* and beta from a file that was saved.")] = None,
+    seed: Seed = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts side by side.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting of StarsConfig or the rule: NAME=VALUE.")
+    ] = None,
+    config: Options = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of the file to answer.")] = None,
+    stream: Annotated[bool | None, typer.Option("--stream", help="Print answers as they grow.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Begin anew in the folder.")] = None,
+    retry: Annotated[bool | None, typer.Option("--retry", help="Try the prompts again that failed.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Answer one prompt, or a file of prompts into a folder.
+
+    The folder gets results.jsonl, a line per prompt as soon as it is answered, and manifest.json, what the answers
+    follow from. The same command again goes on where it stopped.
+
+    [bold]Examples[/]
+
+      stars run --model MODEL --reward-model RM "Name a colour."
+
+      stars run -m MODEL -r RM -i prompts.jsonl -o out --seed 0
+
+      stars run -m MODEL -r rewards:politeness@0.5 -r RM@1 -i prompts.jsonl -o both --rule best-of --n 8
+
+    [bold]Exit codes[/]: 0 = all are answered, 1 = some are not, 2 = it could not begin, 130 = stopped.
+    """
+    with told_errors():
+        flags = {name: value for name, value in locals().items() if name not in ("prompt", "set_", "config")}
+        options = merged(config, flags) | parsed(set_ or [])
+        source, folder = options.get("input"), options.get("output")
+        if (prompt is None) == (source is None):
+            given = "a prompt and --input are given" if prompt else "neither a prompt nor --input is given"
+            raise UsageError(f"{given}, expected one of them")
+        if (folder is None) != (source is None):
+            raise UsageError("--input and --output go together: the answers to a file go to a folder")
+        settings = settings_of(options, OF_RUN)
+        target = options.get("calibration")
+        known = None if target is None else Calibration.load(target)
+        flag = {name: switch(name, options.get(name)) for name in ("stream", "overwrite", "retry")}
+        show = _print_piece if flag["stream"] else None
+        if source is not None:
+            read_prompts(Path(source))  # says what is wrong with it before models are loaded
+        with engine_of(options, settings) as engine:
+            if source is None or folder is None:
+                _answer(engine, prompt, known, show)
+                return
+            summary = run_file(
+                engine, source, folder, calibration=known, limit=options.get("limit"), on_event=show,
+                overwrite=flag["overwrite"], retry=flag["retry"],
+            )  # fmt: skip
+            _sum_up(summary)
+
+
+def _answer(engine: Engine, prompt: Any, known: Calibration | None, show: Any) -> None:
+    """Decode one prompt; the answer goes to stdout."""
+    for event in engine.stream(prompt, calibration=known):
+        if isinstance(event.output, Exception):
+            raise event.output
+        if show is not None:
+            show(event)
+        if (output := event.output) is not None:
+            if show is None:
+                print(output.text, flush=True)
+            stderr.print(
+                f"reward {output.reward:.4f} (of the empty answer {output.prompt_reward:.4f}), "
+                f"{len(output.token_ids)} tokens, {output.counts.attempts} attempts, seed {output.config.seed}",
+                soft_wrap=True,
+            )
+
+
+def _print_piece(event: StarsEvent) -> None:
+    """Print what an answer grew by, as a line of JSON."""
+    if event.text:
+        print(json.dumps({"custom_id": event.request_id, "text": event.text}, ensure_ascii=False), flush=True)
+
+
+def _sum_up(summary: Summary) -> None:
+    """Tell what a run has come to; where some prompts have no answer, the exit code is 1."""
+    left = summary.prompts - summary.answers - summary.errors
+    speed = f", {summary.tokens / summary.seconds:.1f} tokens/s" if summary.tokens else ""
+    stderr.print(
+        f"{summary.answers} of {summary.prompts} prompts answered, {summary.errors} failed, {left} left{speed}: "
+        f"{escape(str(summary.folder))}",
+        soft_wrap=True,
+    )
+    if left:
+        stderr.print("the same command goes on")
+    if summary.errors:
+        stderr.print("--retry tries those again that failed")
+    if left or summary.errors:
+        raise typer.Exit(1)
