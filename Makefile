@@ -93,6 +93,6 @@ $(VENV)/ready: constraints.txt
 $(BUILT): $(VENV)/ready pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/* python/*.cpp)
 	@echo "== dependencies and extension (STARS_BUILD_EXT=$(STARS_BUILD_EXT))"
 	@rm -f $(VENV)/built-*
-	@$(PIP) --no-build-isolation -e '.[cli,test,dev,demo]'
+	@$(PIP) --no-build-isolation -e '.[cli,eval,ray,serve,test,dev,demo]'
 	@cat stars_kernels/_build_info.json
 	@touch $@
