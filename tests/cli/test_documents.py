@@ -11,7 +11,11 @@ from stars_kernels.cli.app import app
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|env|families)\b.*)$", re.MULTILINE)
+LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|check|demo|env|families)\b.*)$", re.MULTILINE)
+
+FEW = {name: ["--set", "max_new_tokens=9"] for name in ("run", "calibrate")}
+FEW |= {"demo": ["-m", "MODEL", "--max-new-tokens", "9"]}
+"""Options that make a command short."""
 
 
 def commands():
@@ -31,10 +35,10 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
         "model: MODEL\nreward-model: RM\ninput: prompts.jsonl\noutput: yaml\nmax-new-tokens: 9\n"
     )
     found = commands()
-    assert len(found) >= 9 and {command.split()[1] for command in found} == {"run", "calibrate", "env", "families"}
+    assert len(found) >= 9 and {command.split()[1] for command in found} == {*FEW, "check", "env", "families"}
     for command in found:
         words = shlex.split(command)[1:]
-        few = ["--set", "max_new_tokens=9"] if words[0] in ("run", "calibrate") and "--config" not in words else []
+        few = [] if "--config" in words else FEW.get(words[0], [])
         result = CliRunner().invoke(app, [*words, *few])
         assert result.exit_code == 0, (command, result.output, result.exception)
         assert result.stdout or result.stderr, command

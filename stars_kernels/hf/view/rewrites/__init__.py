@@ -31,6 +31,7 @@ PACKED = (
     Rewrite(is_elementwise, lambda activation, _: Elementwise(activation)),
 )
 """Where weights are packed; activations go with them, as torch's round an element by its place in memory."""
+REPLACEMENTS = (RMSNorm, PackedMLP, PackedLinear, Elementwise)
 
 
 def rewrite(view: nn.Module) -> None:
@@ -73,3 +74,8 @@ def _with_original(linear: nn.Module, packed: PackedLinear) -> PackedLinear:
     """Keep the original weight, for code that reads it and not the layer's output."""
     packed.weight = linear.weight
     return packed
+
+
+def rewritten(view: nn.Module) -> list[nn.Module]:
+    """Return the modules of `view` that stand for others."""
+    return [module for module in view.modules() if isinstance(module, REPLACEMENTS)]
