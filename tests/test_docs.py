@@ -28,6 +28,7 @@ SMALL = {  # command: a smaller run of the same entry point; TMP is an empty fol
         *PYTHON,
         *"demo.compare --prompts 2 --tokens 8 --rules stars --out TMP/out --write TMP/comparison.md".split(),
     ],
+    "python -m demo.save out/demo": [*PYTHON, "demo.save", "--help"],
     "python -m demo.equality": [
         *PYTHON,
         "demo.equality",
@@ -41,7 +42,11 @@ SMALL = {  # command: a smaller run of the same entry point; TMP is an empty fol
     "python -m bench decode --quick": [*PYTHON, *"bench decode --quick --model tiny --prompts 2".split()],
     "python -m bench decode --rewards real": [*PYTHON, *"bench decode --rewards real --quick --model tiny".split()],
     "python -m bench calls": [*PYTHON, *"bench calls --model tiny --calls 1".split()],
-    "python -m bench decode --json out.json": [*PYTHON, *"bench decode --model tiny --json".split(), os.devnull],
+    "python -m bench decode --json out.json": [
+        *PYTHON,
+        *"bench decode --quick --model tiny --json".split(),
+        os.devnull,
+    ],
     "python -m bench first": [*PYTHON, *"bench first --device cpu --model tiny --out build/first-test".split()],
     "python -m bench.travel": [*PYTHON, "bench.travel"],
     "python -m bench.travel --with transformers-5.23.0-py3-none-any.whl": [*PYTHON, "bench.travel", "--help"],
