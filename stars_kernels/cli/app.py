@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from stars_kernels.cli.calibrate import calibrate
+from stars_kernels.cli.compare import compare
 from stars_kernels.cli.environment import env, families
 from stars_kernels.cli.run import run
 
@@ -16,5 +17,5 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-for command in (run, calibrate, env, families):
+for command in (run, compare, calibrate, env, families):
     app.command()(command)
