@@ -204,16 +204,16 @@ def judge_of(given: Mapping[str, Any], loaded: Loaded, options: Mapping[str, Any
 def _show(found: Comparison) -> None:
     """Print a table; where some prompts or verdicts are missing, the exit code is 1."""
     judged = any(one.duel is not None for one in found.figures)
-    heads = ["reward", "gain (95 %)", *(["win rate (95 %)"] if judged else []), "tokens", "seconds", "errors"]
-    table = Table(title=f"{found.prompts} prompts, against plain sampling", box=SIMPLE, padding=(0, 1))
-    table.add_column("rule", overflow="fold")
-    for head in heads:
+    base = next(one for one in found.figures if one.gain is None)
+    told_base = f"; plain sampling's mean reward is {base.reward.mean:.3f}" if base.reward else ""
+    table = Table(title=f"{found.prompts} prompts{told_base}", box=SIMPLE, padding=(0, 1))
+    table.add_column("rule", overflow="fold", min_width=10)
+    for head in ("gain (95 %)", *(["win rate (95 %)"] if judged else []), "tokens", "seconds"):
         table.add_column(head, justify="right", no_wrap=True)
     for one in found.figures:
         wins = [told(one.duel.win_rate if one.duel else None, kind=".0%")] if judged else []
-        reward = number(one.reward.mean if one.reward else None, ".3f")
-        costs = [number(one.sampled, ".0f"), number(one.seconds, ".3g"), str(one.errors)]
-        table.add_row(escape(one.rule), reward, told(one.gain, "+"), *wins, *costs)
+        costs = [number(one.sampled, ".0f"), number(one.seconds, ".3g")]
+        table.add_row(escape(one.rule), told(one.gain, "+"), *wins, *costs)
     Console().print(table)
     stderr.print(f"tables and pictures: {escape(str(found.folder / 'comparison.md'))}", soft_wrap=True)
     if found.left:

@@ -74,9 +74,9 @@ left out of that rule's gain. Length: tokens of an answer."""
 DUELS_TOLD = """\
 Each answer against plain sampling's to the same prompt. The win rate counts a tie as half a win; its interval is as
 above. A judge of pairs is asked in both orders: where these disagree, it is a tie, and counts in the flip rate. Equal
-texts are a tie that is not asked about. Longer answers are often preferred for their length alone, so there are two more
-win rates: of the answers that are not longer than plain sampling's, and the one that a logistic regression of the wins
-on the difference of lengths expects at equal lengths. Unreadable and failed verdicts count nowhere else."""
+texts are a tie that is not asked about. Longer answers are often preferred for their length alone, so there are two
+more win rates: of the answers that are not longer than plain sampling's, and the one that a logistic regression of
+the wins on the difference of lengths expects at equal lengths. Unreadable and failed verdicts count nowhere else."""
 COSTS_TOLD = """\
 Means over a rule's answers. Judged tokens are those of the attempts that were judged, as a loop by hand would have
 sampled them; sampled tokens are those of all rows, those beyond included; reward-model tokens are those that it read,
