@@ -85,6 +85,10 @@ def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
     given = {
         key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
     }
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    for key in needed:
+        if key not in given:
+            raise UsageError(f"{name} has no {key}, expected one")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 

@@ -140,7 +140,7 @@ class EndpointJudge:
                 model=self.model, temperature=0, messages=[{"role": "user", "content": content}], **limit
             )
         except self._errors.APIStatusError as error:
-            told = self._without_key(f"HTTP {error.status_code}: {message_of(error)}")
+            told = self._without_key(f"HTTP {error.status_code}: {error.response.text[:500]}")
             if error.status_code in (401, 403, 404):
                 raise JudgeError(f"the judge, {self.model} at {self._client.base_url}, refused: {told}") from None
             return {"verdict": UNREADABLE, "reply": told} if error.status_code in OF_THE_REQUEST else {"error": told}
