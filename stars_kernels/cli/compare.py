@@ -203,7 +203,7 @@ def judge_of(given: Mapping[str, Any], loaded: Loaded, options: Mapping[str, Any
 
 def _show(found: Comparison) -> None:
     """Print a table; where some prompts or verdicts are missing, the exit code is 1."""
-    judged = any(one.duel is not None for one in found.figures)
+    judged = any(one.against_plain is not None for one in found.figures)
     base = next(one for one in found.figures if one.gain is None)
     told_base = f"; plain sampling's mean reward is {base.reward.mean:.3f}" if base.reward else ""
     table = Table(title=f"{found.prompts} prompts{told_base}", box=SIMPLE, padding=(0, 1))
@@ -211,7 +211,7 @@ def _show(found: Comparison) -> None:
     for head in ("gain (95 %)", *(["win rate (95 %)"] if judged else []), "tokens", "seconds"):
         table.add_column(head, justify="right", no_wrap=True)
     for one in found.figures:
-        wins = [told(one.duel.win_rate if one.duel else None, kind=".0%")] if judged else []
+        wins = [told(one.against_plain.win_rate if one.against_plain else None, kind=".0%")] if judged else []
         costs = [number(one.sampled, ".0f"), number(one.seconds, ".3g")]
         table.add_row(escape(one.rule), told(one.gain, "+"), *wins, *costs)
     Console().print(table)

@@ -84,8 +84,7 @@ def run_file(
         OSError: a file cannot be read or written; what was written is whole.
     """
     began, folder = time.monotonic(), Path(folder)
-    if limit is not None and not (is_int(limit) and limit >= 1):
-        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
+    check_limit(limit)
     lines = load_prompts(prompts)
     if not lines:
         raise ValueError(f"{prompts} has no prompts, expected one at least")
@@ -123,6 +122,11 @@ def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
         for line in file:
             if line.endswith("\n"):  # else it is being written
                 yield json.loads(line)
+
+
+def check_limit(limit: Any) -> None:
+    if limit is not None and not (is_int(limit) and limit >= 1):
+        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
 
 
 @contextmanager

@@ -28,7 +28,10 @@ class Answer:
 
 
 def read_answers(folder: Path) -> tuple[dict[int | str, Answer], dict[int | str, str]]:
-    """Read a run's answers, and why the other prompts have none, by the prompts' ids in the file's order."""
+    """Read a run's answers, and why the other prompts have none, by the prompts' ids in the file's order.
+
+    Raises ValueError where the two files of the run do not belong together.
+    """
     answers, errors = dict[int | str, Answer](), dict[int | str, str]()
     with Journal(folder / COSTS) as journal:
         costs = {row["custom_id"]: {**row["counts"], "seconds": row.get("elapsed")} for row in journal}
@@ -39,6 +42,8 @@ def read_answers(folder: Path) -> tuple[dict[int | str, Answer], dict[int | str,
                 errors[name] = row["error"]
             elif not math.isfinite(reward := float(row["reward"])):
                 errors[name] = f"its reward is {reward}, expected a number"
+            elif name not in costs:
+                raise ValueError(f"{folder} has an answer to {name!r} in {RESULTS} and no row of it in {COSTS}")
             else:
                 answers[name] = Answer(row["text"], row["token_ids"], reward, row["counts"], costs[name])
     return answers, errors

@@ -12,7 +12,7 @@ from typing import Any
 from stars_kernels.data.datasets import load_prompts
 from stars_kernels.data.journal import write_whole
 from stars_kernels.data.prompts import PromptLine
-from stars_kernels.data.run import RESULTS, Line, Summary, locked, read_results, readable_prompts, run_file
+from stars_kernels.data.run import RESULTS, Line, Summary, check_limit, locked, read_results, readable_prompts, run_file
 from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.output import Calibration
@@ -93,6 +93,9 @@ def compare(
         OSError: a file cannot be read or written; what was written is whole.
     """
     require("matplotlib", "eval")
+    check_limit(limit)
+    if judge is not None and judge.pairwise and engine.models.tokenizer is None:
+        raise ValueError("the engine has no tokenizer, expected one: a judge of pairs reads texts")
     if engine.prefix_cache:
         raise ValueError(
             f"the engine has prefix_cache={engine.prefix_cache}, expected 0: else a rule would gain from what earlier "
@@ -117,7 +120,9 @@ def compare(
             )  # fmt: skip
         figures, pairs = _judged(engine, lines, folder, configs, judge, retry, tell)
         _write(engine, prompts, folder, configs, figures, pairs, judge, known)
-    failed = sum(one.errors for one in summaries.values()) + sum(one.duel.failed for one in figures if one.duel)
+    failed = sum(one.errors for one in summaries.values()) + sum(
+        one.against_plain.failed for one in figures if one.against_plain
+    )
     left = sum(one.prompts - one.answers - one.errors for one in summaries.values())
     return Comparison(figures, len(lines[:limit]), failed, left, folder)
 

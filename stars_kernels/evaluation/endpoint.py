@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
+from urllib.parse import urlsplit
 
 from stars_kernels.decoder.checks import is_int
 from stars_kernels.decoder.errors import message_of
@@ -78,6 +79,10 @@ class EndpointJudge:
         openai = require("openai", "eval")
         if not re.match(r"https?://.", str(endpoint)):
             raise ValueError(f"the judge's endpoint is {endpoint!r}, expected a URL such as http://localhost:8000/v1")
+        if "@" in urlsplit(endpoint).netloc:  # it would be kept with the verdicts
+            raise ValueError(
+                "the judge's endpoint has a name or password in it, expected a URL without: use api-key-env"
+            )
         if not (isinstance(model, str) and model):
             raise ValueError(f"the judge's model is {model!r}, expected its name at the endpoint")
         missing = {"prompt", "first", "second"} - set(PLACES.findall(str(template)))

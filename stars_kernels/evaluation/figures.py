@@ -14,7 +14,7 @@ HALF = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
 @dataclass(frozen=True)
-class Duel:
+class AgainstPlain:
     """A rule's answers against plain sampling's, as a judge sees them.
 
     wins, ties, losses: pairs. unreadable, failed: pairs on which a verdict cannot be read, or is missing; they count
@@ -43,7 +43,7 @@ class Figures:
     answers, errors: prompts. paired: prompts that plain sampling has answered too. left_out: prompts that were tried
     and are not paired, as they failed under this rule or are missing or failed under plain sampling.
     reward: mean. gain: mean difference from plain sampling's reward, over the paired prompts; None for plain sampling.
-    duel: None without a judge, and for plain sampling.
+    against_plain: None without a judge, and for plain sampling.
     length: mean tokens of an answer. judged, sampled, rm_scored: mean tokens of a prompt, as `Counts` explains them.
     waste_per_rejection: tokens of a rejected attempt. acceptance_rate: of the attempts; None for rules without a test.
     seconds: wall time of a prompt: that of all starts, shared among the answers. tokens_per_second: tokens of answers.
@@ -57,7 +57,7 @@ class Figures:
     left_out: int
     reward: Estimate | None
     gain: Estimate | None
-    duel: Duel | None
+    against_plain: AgainstPlain | None
     length: float | None
     judged: float | None
     sampled: float | None
@@ -103,7 +103,7 @@ def figures_of(
         left_out=len(found) + errors - len(paired),
         reward=estimate([answer.reward for answer in found]),
         gain=None if is_base else estimate([answers[i].reward - base[i].reward for i in paired]),
-        duel=None if is_base or outcomes is None else _duel(paired, answers, base, outcomes),
+        against_plain=None if is_base or outcomes is None else _against(paired, answers, base, outcomes),
         length=_mean([len(answer.token_ids) for answer in found]),
         judged=_mean([answer.counts["judged"] for answer in found]),
         sampled=_mean([answer.cost["sampled"] for answer in found]),
@@ -115,19 +115,19 @@ def figures_of(
     )
 
 
-def _duel(
+def _against(
     paired: Sequence[int | str],
     answers: Mapping[int | str, Answer],
     base: Mapping[int | str, Answer],
     outcomes: Mapping[int | str, Outcome],
-) -> Duel:
+) -> AgainstPlain:
     results = [outcomes[i].result for i in paired]
     judged = [i for i in paired if outcomes[i].result in HALF]
     wins = [HALF[outcomes[i].result] for i in judged]
     longer = [len(answers[i].token_ids) - len(base[i].token_ids) for i in judged]
     not_longer = [win for win, difference in zip(wins, longer, strict=True) if difference <= 0]
     flips = [flipped for i in paired if (flipped := outcomes[i].flipped) is not None]
-    return Duel(
+    return AgainstPlain(
         wins=results.count("win"),
         ties=results.count("tie"),
         losses=results.count("loss"),

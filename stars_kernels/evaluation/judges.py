@@ -117,7 +117,8 @@ class FunctionJudge:
         """Judge by a function.
 
         Args:
-            name: in the identity, beside a hash of the source of its module: an edit there asks anew.
+            name: in the identity, beside a hash of the source of its module: an edit there asks anew. None = that of
+                the function, if it has one at the top of its module.
             at_once: pairs of one call, at most.
         """
         if not callable(function):
@@ -125,7 +126,10 @@ class FunctionJudge:
         self.at_once = check_at_once(at_once)
         self.function = function
         module = inspect.getmodule(function)
-        name = name or f"{getattr(module, '__name__', '?')}:{getattr(function, '__qualname__', repr(function))}"
+        own = getattr(function, "__qualname__", "<no name>")
+        if name is None and "<" in own:  # a lambda, or made by a function: another one may be called so too
+            raise ValueError(f"the judge is {own}, which is not at the top of a module: expected name= for it")
+        name = name or f"{getattr(module, '__name__', '?')}:{own}"
         self.name = self.identity = f"function {name}{_source_hash(module)}"
 
     @staticmethod

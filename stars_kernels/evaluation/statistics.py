@@ -45,7 +45,7 @@ def estimate(values: Any) -> Estimate | None:
     rows = max(1, BLOCK // len(values))
     for start in range(0, RESAMPLES, rows):
         some = means[start : start + rows]  # a view, [rows]
-        some[:] = values[rng.integers(0, len(values), (len(some), len(values)))].mean(axis=1)
+        some[:] = values[rng.integers(0, len(values), (len(some), len(values)), dtype=np.int32)].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(values.mean()), float(low), float(high))
 

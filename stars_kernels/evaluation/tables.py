@@ -16,14 +16,14 @@ COLUMNS = (
     "length_controlled", "not_longer", "win_rate_not_longer", "flip_rate", "length", "judged", "sampled", "rm_scored",
     "waste_per_rejection", "acceptance_rate", "seconds", "tokens_per_second",
 )  # fmt: skip
-"""Of the CSV file; `Figures` and `Duel` explain them. Those of time stand last."""
+"""Of the CSV file; `Figures` and `AgainstPlain` explain them. Those of time stand last."""
 OF_TIME = ("seconds", "tokens_per_second")
 
 
 def flat(one: Figures) -> dict[str, object]:
     """Return a rule's figures by the columns' names; None where there is none."""
     found: dict[str, object] = {}
-    for name, value in {**vars(one), **({} if one.duel is None else vars(one.duel))}.items():
+    for name, value in {**vars(one), **({} if one.against_plain is None else vars(one.against_plain))}.items():
         if isinstance(value, Estimate):
             found |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
         else:
@@ -49,7 +49,7 @@ def to_markdown(rules: Sequence[Figures], facts: Sequence[str], settings: Mappin
         facts: sentences on the models, the prompts and the judge.
         settings: of each rule, as text.
     """
-    duels = [one for one in rules if one.duel is not None]
+    judged = [one for one in rules if one.against_plain is not None]
     parts = [
         "# Decoding rules compared",
         _filled(" ".join(facts)),
@@ -57,8 +57,8 @@ def to_markdown(rules: Sequence[Figures], facts: Sequence[str], settings: Mappin
         _table(_answers(rules)),
         _filled(ANSWERS_TOLD),
     ]
-    if duels:
-        parts += ["## Against plain sampling", _table(_duels(duels)), _filled(DUELS_TOLD)]
+    if judged:
+        parts += ["## Against plain sampling", _table(_against(judged)), _filled(AGAINST_TOLD)]
     parts += ["## Cost of a prompt", _table(_costs(rules)), _filled(COSTS_TOLD)]
     parts += [f"![Mean reward of each rule against {what}]({file})" for what, file in PICTURES.items()]
     parts += ["## Settings", "\n".join(f"- {name}: `{text}`" for name, text in settings.items())]
@@ -71,7 +71,7 @@ ANSWERS_TOLD = f"""\
 In brackets: {METHOD}. The gain is the mean difference from plain sampling's reward on the same prompt, over the prompts
 that both have answered (paired). Prompts that failed, or have no answer yet, under a rule or under plain sampling are
 left out of that rule's gain. Length: tokens of an answer."""
-DUELS_TOLD = """\
+AGAINST_TOLD = """\
 Each answer against plain sampling's to the same prompt. The win rate counts a tie as half a win; its interval is as
 above. A judge of pairs is asked in both orders: where these disagree, it is a tie, and counts in the flip rate. Equal
 texts are a tie that is not asked about. Longer answers are often preferred for their length alone, so there are two
@@ -93,17 +93,17 @@ def _answers(rules: Sequence[Figures]) -> list[list[str]]:
     return rows
 
 
-def _duels(rules: Sequence[Figures]) -> list[list[str]]:
+def _against(rules: Sequence[Figures]) -> list[list[str]]:
     rows = [["rule", "win / tie / loss", "win rate", "not longer", "at equal length", "flips", "unreadable", "failed"]]
     for one in rules:
-        assert one.duel is not None
-        duel = one.duel
-        not_longer = f"{number(duel.win_rate_not_longer, '.0%') or 'none'} of {duel.not_longer}"
+        assert one.against_plain is not None
+        against = one.against_plain
+        not_longer = f"{number(against.win_rate_not_longer, '.0%') or 'none'} of {against.not_longer}"
         rows.append(
             [
-                one.rule, f"{duel.wins} / {duel.ties} / {duel.losses}", told(duel.win_rate, kind=".1%"), not_longer,
-                number(duel.length_controlled, ".1%") or "not enough pairs", number(duel.flip_rate, ".0%"),
-                str(duel.unreadable), str(duel.failed),
+                one.rule, f"{against.wins} / {against.ties} / {against.losses}", told(against.win_rate, kind=".1%"),
+                not_longer, number(against.length_controlled, ".1%") or "not enough pairs",
+                number(against.flip_rate, ".0%"), str(against.unreadable), str(against.failed),
             ]
         )  # fmt: skip
     return rows

@@ -71,15 +71,19 @@ def test_figures_are_those_of_the_answers(done):
         assert one.seconds == pytest.approx(np.mean([cost["elapsed"] for cost in costs])) and one.seconds > 0
         rejections = sum(row["counts"]["rejections"] for row in own.values())
         if one.rule == "plain":
-            assert one.gain is None and one.duel is None and one.waste_per_rejection is None
+            assert one.gain is None and one.against_plain is None and one.waste_per_rejection is None
             continue
         assert one.waste_per_rejection == sum(row["counts"]["rejected"] for row in own.values()) / rejections
         gains = [own[i]["reward"] - plain[i]["reward"] for i in plain]
         assert one.gain.mean == pytest.approx(np.mean(gains)) and one.gain.low <= one.gain.mean <= one.gain.high
         texts = [(own[i]["text"], plain[i]["text"]) for i in plain]
-        assert one.duel.wins == sum(a > b for a, b in texts) and one.duel.losses == sum(a < b for a, b in texts)
-        assert one.duel.ties == sum(a == b for a, b in texts) and one.duel.flip_rate == 0
-        assert one.duel.win_rate.mean == pytest.approx((one.duel.wins + one.duel.ties / 2) / 11)
+        assert one.against_plain.wins == sum(a > b for a, b in texts) and one.against_plain.losses == sum(
+            a < b for a, b in texts
+        )
+        assert one.against_plain.ties == sum(a == b for a, b in texts) and one.against_plain.flip_rate == 0
+        assert one.against_plain.win_rate.mean == pytest.approx(
+            (one.against_plain.wins + one.against_plain.ties / 2) / 11
+        )
     stars, best = found.figures[1:]
     assert 0 < stars.acceptance_rate <= 1 and best.acceptance_rate is None and best.gain.mean > 0
 
@@ -134,8 +138,13 @@ def test_a_judge_that_likes_a_place_gets_ties_alone(engine, prompts, rules, tmp_
     for one in found.figures[1:]:
         texts = [answers(tmp_path / "out", rule) for rule in ("plain", one.rule)]
         equal = sum(texts[0][i]["text"] == texts[1][i]["text"] for i in texts[0])
-        assert (one.duel.wins, one.duel.ties, one.duel.losses, one.duel.flip_rate) == (0, 7, 0, 1.0) and equal < 7
-        assert one.duel.win_rate.mean == 0.5
+        assert (
+            one.against_plain.wins,
+            one.against_plain.ties,
+            one.against_plain.losses,
+            one.against_plain.flip_rate,
+        ) == (0, 7, 0, 1.0) and equal < 7
+        assert one.against_plain.win_rate.mean == 0.5
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -150,12 +159,17 @@ def test_a_reward_model_judges(engine, prompts, rules, tmp_path):
         for one in found.figures[1:]:
             own = answers(tmp_path / "out", one.rule)
             scores = [other.score(texts, [rows[i]["token_ids"] for i in ids]) for rows in (plain, own)]
-            assert one.duel.wins == sum(b > a for a, b in zip(*scores, strict=True)) and one.duel.flip_rate is None
-            assert one.duel.losses == sum(b < a for a, b in zip(*scores, strict=True))
+            assert (
+                one.against_plain.wins == sum(b > a for a, b in zip(*scores, strict=True))
+                and one.against_plain.flip_rate is None
+            )
+            assert one.against_plain.losses == sum(b < a for a, b in zip(*scores, strict=True))
     keys = [json.loads(line)["custom_id"] for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
     assert len(keys) == len(set(keys))
     own = compare(engine, prompts, tmp_path / "own", rules, judge=RewardJudge(engine))
-    assert own.figures[2].duel.losses == 0  # the best of three by this very reward, among them plain sampling's
+    assert (
+        own.figures[2].against_plain.losses == 0
+    )  # the best of three by this very reward, among them plain sampling's
     assert "are no evidence of their own" in " ".join((tmp_path / "own" / "comparison.md").read_text().split())
 
 
@@ -170,7 +184,7 @@ def test_what_a_reward_model_cannot_score_is_an_error(engine, prompts, rules, tm
 
     with Engine(engine.models.lm, reward, tokenizer=byte_tokenizer(), prefix_cache=0, **SET) as other:
         found = compare(engine, prompts, tmp_path / "out", rules, judge=RewardJudge(other))
-        assert [one.duel.failed for one in found.figures[1:]] == [1, 1] and found.errors == 3 + 2
+        assert [one.against_plain.failed for one in found.figures[1:]] == [1, 1] and found.errors == 3 + 2
         away = False
         assert compare(engine, prompts, tmp_path / "out", rules, judge=RewardJudge(other)).errors == 5
         assert compare(engine, prompts, tmp_path / "out", rules, judge=RewardJudge(other), retry=True).errors == 3
@@ -245,9 +259,9 @@ def test_a_judge_that_breaks_keeps_what_it_said(engine, prompts, rules, tmp_path
         return later(texts, firsts, seconds)
 
     with pytest.raises(JudgeError, match=r"breaks.* raised OSError: away"):
-        compare(engine, prompts, tmp_path / "out", rules, judge=FunctionJudge(breaks, at_once=2))
+        compare(engine, prompts, tmp_path / "out", rules, judge=FunctionJudge(breaks, "breaks", at_once=2))
     assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 4
-    compare(engine, prompts, tmp_path / "out", rules, judge=FunctionJudge(breaks, at_once=2))
+    compare(engine, prompts, tmp_path / "out", rules, judge=FunctionJudge(breaks, "breaks", at_once=2))
     verdicts = len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines())
     assert sum(calls) - 2 == verdicts  # but for the call that failed
 
@@ -264,7 +278,9 @@ def test_a_judge_that_breaks_keeps_what_it_said(engine, prompts, rules, tmp_path
 )
 def test_a_verdict_that_is_none_is_refused(engine, prompts, tmp_path, function, why):
     with pytest.raises(JudgeError, match=why):
-        compare(engine, prompts, tmp_path / "out", {"b": {"rule": BestOf(3)}}, judge=FunctionJudge(function), limit=3)
+        compare(
+            engine, prompts, tmp_path / "out", {"b": {"rule": BestOf(3)}}, judge=FunctionJudge(function, "f"), limit=3
+        )
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -287,7 +303,7 @@ def logging_judge(log):
                 file.write(key_of(judge.identity, prompt, [first, second]) + "\n")
         return later(prompts, firsts, seconds)
 
-    judge = FunctionJudge(ask, at_once=1)
+    judge = FunctionJudge(ask, "ask", at_once=1)
     return judge
 
 
@@ -386,5 +402,7 @@ def test_judges_by_name():
     for wrong in ("json", "json:nothing", "nothing:here"):
         with pytest.raises(ValueError, match=f"the judge's function is '{wrong}', expected module:function"):
             FunctionJudge.named(wrong)
+    with pytest.raises(ValueError, match=r"the judge is .*<lambda>, which is not at the top of a module: expected na"):
+        FunctionJudge(lambda p, a, b: [0.0])
     with pytest.raises(ValueError, match="at-once is 0, expected 1 or more"):
         FunctionJudge(later, at_once=0)

@@ -110,8 +110,8 @@ def test_a_comparison_judged_by_an_endpoint(engine, prompts, rules, tmp_path, mo
         assert all(one["temperature"] == 0 and one["model"] == "m" for one in server.asked)
         assert set(server.headers) == {f"Bearer {KEY}"} and server.most <= 4
     for one in first.figures[1:]:
-        duel = one.duel
-        assert duel.wins + duel.ties + duel.losses == 7 and duel.flip_rate == 0 and duel.unreadable == 0
+        against = one.against_plain
+        assert against.wins + against.ties + against.losses == 7 and against.flip_rate == 0 and against.unreadable == 0
     assert not any(KEY in path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
@@ -120,8 +120,8 @@ def test_a_judge_that_always_says_a_gets_ties_and_flips_alone(engine, prompts, t
     with serving(lambda text: says("A")) as server:
         judge = EndpointJudge(server.url, "m", **QUICK)
         figures = compare(engine, prompts, tmp_path / "out", {"b": {"rule": BestOf(6)}}, judge=judge).figures
-    duel = figures[1].duel
-    assert (duel.wins, duel.ties, duel.losses, duel.flip_rate, duel.win_rate.mean) == (0, 7, 0, 1.0, 0.5)
+    against = figures[1].against_plain
+    assert (against.wins, against.ties, against.losses, against.flip_rate, against.win_rate.mean) == (0, 7, 0, 1.0, 0.5)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -134,8 +134,8 @@ def test_unreadable_replies_are_counted_apart(engine, prompts, tmp_path):
         count = len(server.asked)
         assert compare(engine, prompts, tmp_path / "out", rules, judge=judge).figures == figures
         assert len(server.asked) == count
-    duel, verdicts = figures[1].duel, (tmp_path / "out" / "verdicts.jsonl").read_text()
-    assert duel.unreadable == 2 and duel.wins + duel.ties + duel.losses == 5 and duel.flip_rate == 1.0
+    against, verdicts = figures[1].against_plain, (tmp_path / "out" / "verdicts.jsonl").read_text()
+    assert against.unreadable == 2 and against.wins + against.ties + against.losses == 5 and against.flip_rate == 1.0
     assert '"verdict": "unreadable", "reply": "The first."' in verdicts
     assert "| 2 | 0 |" in (tmp_path / "out" / "comparison.md").read_text()
 
@@ -186,10 +186,12 @@ def test_failed_verdicts_are_asked_again_on_demand(engine, prompts, tmp_path):
     with serving(lambda text: next(replies, says("C"))) as server:
         judge = EndpointJudge(server.url, "m", **(QUICK | {"at_once": 1}))
         first = compare(engine, prompts, tmp_path / "out", rules, judge=judge)
-        assert first.figures[1].duel.failed == 1 and first.errors == 2 + 1  # and the empty prompt, under both rules
+        assert (
+            first.figures[1].against_plain.failed == 1 and first.errors == 2 + 1
+        )  # and the empty prompt, under both rules
         assert compare(engine, prompts, tmp_path / "out", rules, judge=judge) == first
         again = compare(engine, prompts, tmp_path / "out", rules, judge=judge, retry=True)
-        assert again.figures[1].duel.failed == 0 and again.figures[1].duel.ties == 7
+        assert again.figures[1].against_plain.failed == 0 and again.figures[1].against_plain.ties == 7
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -228,6 +230,7 @@ def test_a_template_of_one_s_own_and_braces_in_answers():
     ("changes", "why"),
     [
         ({"endpoint": "localhost:8000"}, "the judge's endpoint is 'localhost:8000', expected a URL"),
+        ({"endpoint": "http://me:secret@localhost/v1"}, "the judge's endpoint has a name or password in it"),
         ({"model": None}, "the judge's model is None, expected its name"),
         ({"template": "{prompt} {first}"}, r"the judge's template has no \{second\}"),
         ({"at_once": 0}, "at-once is 0"),
