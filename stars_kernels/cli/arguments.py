@@ -44,7 +44,7 @@ def _part(name: str, device: str, dtype: torch.dtype | None) -> RewardModel:
     if weighted and _number(weighted[2]) is not None and not Path(name).exists():
         name, weight = weighted[1], float(weighted[2])
     if FUNCTION.fullmatch(name) and not Path(name).exists():
-        return RewardModel(_function(name), weight=weight)
+        return RewardModel(function_of("--reward-model", name), weight=weight)
     check_path("--reward-model", name)
     loaded = load_reward_model(name, None, trust_remote_code=False)
     return RewardModel(moved(loaded.model, device, dtype), loaded.tokenizer, weight=weight)
@@ -55,15 +55,17 @@ def moved(model: Any, device: str, dtype: torch.dtype | None) -> Any:
     return model.to(device=device, dtype=dtype)
 
 
-def _function(name: str) -> Any:
-    """Import `module:function`; the module may lie where the command is given."""
+def function_of(option: str, name: str) -> Any:
+    """Import `module:function`, which an option names; the module may lie where the command is given."""
+    if not FUNCTION.fullmatch(str(name)):
+        raise UsageError(f"{option} is {name!r}, expected module:function")
     module, function = name.split(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"--reward-model {name}: {error}") from error
+        raise UsageError(f"{option} {name}: {error}") from error
 
 
 def rule_names() -> dict[str, type[Any]]:
@@ -77,12 +79,16 @@ def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
     if name is None or names.get(name) is Stars:
         return None
     if name not in names:
-        raise UsageError(f"--rule is {name!r}, expected one of {', '.join(names)}{_near(name, names)}")
+        raise UsageError(f"--rule is {name!r}, expected one of {', '.join(names)}{near(name, names)}")
     kind = names[name]
     own = {field.name for field in dataclasses.fields(kind)}
     given = {
         key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
     }
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    for key in needed:
+        if key not in given:
+            raise UsageError(f"{name} has no {key}, expected one")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
@@ -109,13 +115,24 @@ def _number(text: str) -> float | None:
         return None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Reads YAML as `safe_load` does, but refuses a key that comes twice, of which that would drop the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {twice!r} is there twice, expected it once")
+        return super().construct_mapping(node, deep)
+
+
 def merged(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a YAML file, and over them those that were given: those that are not None."""
     options = dict[str, Any]()
     if file is not None:
         try:
-            data = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
+            data = yaml.load(file.read_text(encoding="utf-8"), _OnceLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} is not YAML: {error}") from None
         if not isinstance(data, Mapping):
             raise UsageError(
@@ -132,13 +149,14 @@ def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]
     rule = rule_of(options.get("rule"), settings)
     for name in settings:
         if name not in SETTINGS:
-            near = _near(name, [*SETTINGS, *known])
+            close = near(name, [*SETTINGS, *known])
             raise UsageError(
-                f"unknown option {name.replace('_', '-')!r}{near or f', expected one of {sorted(known)} or a setting'}"
+                f"unknown option {name.replace('_', '-')!r}{close or f', expected one of {sorted(known)} or a setting'}"
             )
     return settings if rule is None else {**settings, "rule": rule}
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a hint at the name that was meant, if one is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0].replace('_', '-')!r}?" if close else ""

@@ -20,9 +20,12 @@ from stars_kernels.cli.common import (
     stderr,
     told_errors,
 )
-from stars_kernels.data import BadLine, PromptLine, read_prompts
+from stars_kernels.data import BadLine, PromptLine, load_prompts
+from stars_kernels.decoder.calibration import accepted_share
+from stars_kernels.evaluation.plots import plot_calibration
+from stars_kernels.extras import require
 
-OF_CALIBRATE = OF_MODELS | {"input", "output", "limit"}
+OF_CALIBRATE = OF_MODELS | {"input", "output", "limit", "plot"}
 """Options of `stars calibrate` that are no settings of a call."""
 
 
@@ -31,6 +34,7 @@ def calibrate(
         Path | None, typer.Option("--input", "-i", help="File of prompts like those that are to be answered.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON for --calibration.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG of the rewards, r* and who would be accepted.")] = None,
     model: ModelName = None,
     reward_model: RewardModels = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Plain continuations, in all; 64 if not given.")] = None,
@@ -48,9 +52,11 @@ def calibrate(
     [bold]Example[/]
 
       stars calibrate -m MODEL -r RM -i prompts.jsonl -o calibration.json
+
+      stars calibrate -m MODEL -r RM -i prompts.jsonl -o calibration.json --plot calibration.svg
     """
     with told_errors():
-        names = ("model", "reward_model", "input", "output", "limit", "device", "dtype", "seed")
+        names = ("model", "reward_model", "input", "output", "limit", "device", "dtype", "seed", "plot")
         flags = {name: value for name, value in locals().items() if name in names}
         own = {"samples": samples, "quantile": quantile, "acceptance": acceptance}
         flags |= {f"calibration_{name}": value for name, value in own.items()}
@@ -58,16 +64,23 @@ def calibrate(
         source, target = options.get("input"), options.get("output")
         if source is None or target is None:
             raise UsageError(f"--{'input' if source is None else 'output'} is missing, expected a file")
-        lines = read_prompts(Path(source), options.get("limit"))
+        lines = load_prompts(source, options.get("limit"))
         bad = next((line for line in lines if isinstance(line, BadLine)), None)
         if bad is not None or not lines:
             raise UsageError(bad.error if bad is not None else f"{source} has no prompts, expected one at least")
+        picture = options.get("plot")
+        if picture is not None:
+            require("matplotlib", "eval")
+            Path(picture).parent.mkdir(parents=True, exist_ok=True)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         prompts = [line.prompt for line in lines if isinstance(line, PromptLine)]
         with engine_of(options, settings_of(options, OF_CALIBRATE)) as engine:
             found = engine.calibrate(prompts[: options["calibration_samples"]])
         found.save(target)
+        share = accepted_share(found.rewards, found.reward_threshold, found.beta)
         stderr.print(
-            f"r* {found.reward_threshold:.4f}, beta {found.beta:.4f}, from {len(found.rewards)} continuations: "
-            f"{escape(str(target))}", soft_wrap=True,
+            f"r* {found.reward_threshold:.4f}, beta {found.beta:.4f}, from {len(found.rewards)} continuations; "
+            f"{share:.1%} of such are expected to be accepted at r*: {escape(str(target))}", soft_wrap=True,
         )  # fmt: skip
+        if picture is not None:
+            plot_calibration(Path(picture), found)

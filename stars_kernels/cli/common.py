@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,10 @@ from rich.markup import escape
 from stars_kernels.cli.arguments import UsageError, moved, reward_of
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import DecodeError, StarsError, message_of
+from stars_kernels.evaluation import JudgeError
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.loading.language_model import check_path, load_language_model
+from stars_kernels.hf.scoring.reward_model import Reward
 
 stderr = Console(stderr=True)
 """For people; what a command gives goes to stdout."""
@@ -46,27 +49,48 @@ def told_errors() -> Iterator[None]:
     except BrokenPipeError:  # who read stdout has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except (StarsError, DecodeError, OSError) as error:
-        code = 2 if isinstance(error, FileNotFoundError | FileExistsError) else 1
+    except (StarsError, DecodeError, JudgeError, OSError) as error:
+        code = 2 if isinstance(error, FileNotFoundError | FileExistsError | ConnectionError) else 1
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(code) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
-def engine_of(options: dict[str, Any], settings: dict[str, Any]) -> Engine:
+@dataclass(frozen=True)
+class Loaded:
+    """The models that options name, on their device."""
+
+    model: Any
+    tokenizer: Any
+    reward: Reward
+
+
+def load_models(options: dict[str, Any], settings: dict[str, Any]) -> Loaded:
     """Check the settings, then load the models onto a device."""
     StarsConfig(**settings)
-    name, rewards = options.get("model"), options.get("reward_model") or []
+    name = options.get("model")
     if name is None:
         raise UsageError("--model is missing, expected a hub name, a folder, or a .gguf file")
     check_path("--model", name)
-    device, dtype = device_of(options.get("device")), _dtype_of(options.get("dtype"))
+    device, dtype = device_of(options.get("device")), dtype_of(options.get("dtype"))
     with stderr.status("loading"):
-        reward = reward_of([rewards] if isinstance(rewards, str) else rewards, device, dtype)
+        reward = reward_of(as_list(options.get("reward_model")), device, dtype)
         model, tokenizer = load_language_model(name, None, trust_remote_code=False)
-        return Engine(moved(model, device, dtype), reward, tokenizer=tokenizer, **settings)
+        return Loaded(moved(model, device, dtype), tokenizer, reward)
+
+
+def engine_of(options: dict[str, Any], settings: dict[str, Any]) -> Engine:
+    """Check the settings, then load the models into an engine."""
+    loaded = load_models(options, settings)
+    with stderr.status("loading"):
+        return Engine(loaded.model, loaded.reward, tokenizer=loaded.tokenizer, **settings)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return an option of one or several values as a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def switch(name: str, value: Any) -> bool:
@@ -85,7 +109,7 @@ def device_of(name: str | None) -> str:
     return name
 
 
-def _dtype_of(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
     kinds = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
     if name is not None and name not in kinds:
         raise UsageError(f"--dtype is {name!r}, expected one of {', '.join(kinds)}")

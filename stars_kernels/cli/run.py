@@ -23,7 +23,7 @@ from stars_kernels.cli.common import (
     switch,
     told_errors,
 )
-from stars_kernels.data import Summary, read_prompts, run_file
+from stars_kernels.data import Summary, load_prompts, run_file
 from stars_kernels.decoder.output import Calibration, StarsEvent
 from stars_kernels.hf.engine import Engine
 
@@ -36,7 +36,8 @@ def run(
     model: ModelName = None,
     reward_model: RewardModels = None,
     input: Annotated[
-        Path | None, typer.Option("--input", "-i", help="File of prompts: .jsonl (text, chats, batch rows) or .txt.")
+        Path | None,
+        typer.Option("--input", "-i", help="File of prompts: .jsonl (text, chats, batch rows) or .txt; or: builtin."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; the same run goes on there.")
@@ -93,7 +94,7 @@ def run(
         flag = {name: switch(name, options.get(name)) for name in ("stream", "overwrite", "retry")}
         show = _print_piece if flag["stream"] else None
         if source is not None:
-            read_prompts(Path(source))  # says what is wrong with it before models are loaded
+            load_prompts(source)  # says what is wrong with it before models are loaded
         with engine_of(options, settings) as engine:
             if source is None or folder is None:
                 _answer(engine, prompt, known, show)

@@ -113,10 +113,14 @@ def to_line(row: dict[str, Any]) -> bytes:
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step; where that fails, as on a full disk, it is as it was."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None

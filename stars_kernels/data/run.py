@@ -14,9 +14,10 @@ from typing import Any, Unpack
 
 from tqdm.auto import tqdm
 
+from stars_kernels.data.datasets import load_prompts
 from stars_kernels.data.journal import Journal
 from stars_kernels.data.manifest import Manifest, hashes, tokenizer_fingerprint, versions
-from stars_kernels.data.prompts import BadLine, PromptLine, read_prompts
+from stars_kernels.data.prompts import BadLine, PromptLine
 from stars_kernels.decoder.calibration import is_calibrated, with_target
 from stars_kernels.decoder.checks import is_int
 from stars_kernels.decoder.config import Settings, StarsConfig
@@ -66,12 +67,12 @@ def run_file(
 
     The folder gets `manifest.json` (what the answers follow from), `results.jsonl` (a row per prompt, in the file's
     order once all are there: its answer or its error) and `costs.jsonl` (seconds and tokens, which depend on what was
-    decoded beside it). The same call again goes on where the first one stopped, whatever stopped it, and ends with the
-    same results. Without r* and beta, they are calibrated once, on the first `calibration_samples` prompts of the file
-    that can be read.
+    decoded beside it; `elapsed` is the wall time since the answer before it). The same call again goes on where the
+    first one stopped, whatever stopped it, and ends with the same results. Without r* and beta, they are calibrated
+    once, on the first `calibration_samples` prompts of the file that can be read.
 
     Args:
-        prompts: see `read_prompts`.
+        prompts: a file, or the name of a data set; see `load_prompts`.
         limit: answer the file's first ones alone, so many; a later call may answer more.
         overwrite: begin anew, in place of what the folder holds.
         retry: try the prompts again that failed.
@@ -83,9 +84,8 @@ def run_file(
         OSError: a file cannot be read or written; what was written is whole.
     """
     began, folder = time.monotonic(), Path(folder)
-    if limit is not None and not (is_int(limit) and limit >= 1):
-        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
-    lines = read_prompts(Path(prompts))
+    check_limit(limit)
+    lines = load_prompts(prompts)
     if not lines:
         raise ValueError(f"{prompts} has no prompts, expected one at least")
     resolved = engine.resolve(config, settings)
@@ -93,16 +93,21 @@ def run_file(
         resolved = engine.with_calibration(resolved, calibration)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        held.enter_context(_locked(folder))
+        held.enter_context(locked(folder))
         resolved = _begin(engine, lines, folder, resolved, calibration, overwrite)
         results, costs = (held.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
         wanted, tokens = lines[:limit], 0
         left = [line for line in wanted if line.id not in results or (retry and line.id in results.failed)]
         bar = held.enter_context(_Progress(len(wanted), len(wanted) - len(left), resolved))
         answers = held.enter_context(closing(_answers(engine, left, resolved, bar, on_event)))
+        last = time.monotonic()
         for line_id, answer, cost in answers:
             if cost is not None:
-                costs.append({"custom_id": line_id, **cost})  # first: an answer that is there has its cost
+                now = time.monotonic()
+                elapsed, last = now - last, now  # of all answers, their sum is the wall time of all starts
+                costs.append(
+                    {"custom_id": line_id, "elapsed": elapsed, **cost}
+                )  # first: an answer that is there has it
                 tokens += len(answer["token_ids"])
             results.append({"custom_id": line_id, **answer})
         results.sort([line.id for line in lines])
@@ -119,8 +124,13 @@ def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
                 yield json.loads(line)
 
 
+def check_limit(limit: Any) -> None:
+    if limit is not None and not (is_int(limit) and limit >= 1):
+        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Let no other process write to the folder meanwhile."""
     with (folder / ".lock").open("w") as file:
         try:
@@ -151,7 +161,7 @@ def _begin(
     if before is not None:
         calibration = before.calibration if calibration is None else calibration
     elif calibration is None and not is_calibrated(config):
-        calibration = engine.calibrate(_readable(engine, lines, config), config=config)
+        calibration = engine.calibrate(readable_prompts(engine, lines, config), config=config)
     if calibration is not None and not is_calibrated(config):
         config = with_target(config, calibration.reward_threshold, calibration.beta)
     where = versions(engine.models.lm.device.type)
@@ -175,8 +185,11 @@ def _begin(
     return config
 
 
-def _readable(engine: Engine, lines: Sequence[Line], config: StarsConfig) -> list[Any]:
-    """Return the first prompts that can be read, as many as are calibrated on."""
+def readable_prompts(engine: Engine, lines: Sequence[Line], config: StarsConfig) -> list[Any]:
+    """Return the first prompts that can be read, as many as are calibrated on.
+
+    Raises ValueError where none can be read.
+    """
     found: list[Any] = []
     for line in lines:
         if len(found) == config.calibration_samples:

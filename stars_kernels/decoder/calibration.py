@@ -45,6 +45,12 @@ def calibrate_target(rewards: Sequence[float], quantile: float) -> float:
     return torch.tensor(rewards, dtype=torch.float64).quantile(quantile).item()
 
 
+def accepted_share(rewards: Sequence[float], target: float, beta: float) -> float:
+    """Return mean(min(1, exp((r - r*) / beta))): the share of these rewards that is expected to be accepted at r*."""
+    gaps = torch.tensor(rewards, dtype=torch.float64) - target
+    return (gaps / beta).exp().clamp(max=1.0).mean().item()
+
+
 def calibrate_beta(rewards: Sequence[float], target: float, acceptance: float) -> float:
     """beta such that mean(min(1, exp((r - r*) / beta))), the share of these rewards accepted at r*, is `acceptance`.
 
@@ -54,11 +60,9 @@ def calibrate_beta(rewards: Sequence[float], target: float, acceptance: float) -
     gaps = torch.tensor(rewards, dtype=torch.float64) - target
     scale = max(float(gaps.abs().max()), 1e-6)
 
-    def share(log_beta: float) -> float:
-        return (gaps / (scale * math.exp(log_beta))).exp().clamp(max=1.0).mean().item()
-
     low, high = math.log(1e-3), math.log(1e3)  # in units of the largest gap
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) < acceptance else (low, middle)
+        share = accepted_share(rewards, target, scale * math.exp(middle))
+        low, high = (middle, high) if share < acceptance else (low, middle)
     return scale * math.exp((low + high) / 2)

@@ -11,11 +11,17 @@ from stars_kernels.cli.app import app
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|check|demo|env|families)\b.*)$", re.MULTILINE)
-
-FEW = {name: ["--set", "max_new_tokens=9"] for name in ("run", "calibrate")}
-FEW |= {"demo": ["-m", "MODEL", "--max-new-tokens", "9"]}
-"""Options that make a command short."""
+NAMES = [command.name or command.callback.__name__ for command in app.registered_commands]
+LINE = re.compile(rf"^ {{4,}}(stars (?:{'|'.join(NAMES)})\b.*)$", re.MULTILINE)
+SMALL = ["--set", "max_new_tokens=9"]
+FEW = {
+    "run": SMALL,
+    "compare": SMALL,
+    "calibrate": SMALL,
+    "serve": [*SMALL, "--port", "0"],
+    "demo": ["-m", "MODEL", "--max-new-tokens", "9"],
+}
+"""What is added to a command, so that it is quick and in nobody's way."""
 
 
 def commands():
@@ -26,7 +32,8 @@ def commands():
 
 def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, model in (("MODEL", tiny_language_model()), ("RM", tiny_reward_model())):
+    named = {"MODEL": tiny_language_model(), "RM": tiny_reward_model(), "OTHER": tiny_reward_model(seed=5)}
+    for name, model in named.items():
         model.save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
     Path("prompts.jsonl").write_text('"Name a colour."\n{"prompt": "Name an animal.", "custom_id": "animal"}\n')
@@ -34,14 +41,18 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     Path("run.yaml").write_text(
         "model: MODEL\nreward-model: RM\ninput: prompts.jsonl\noutput: yaml\nmax-new-tokens: 9\n"
     )
+    Path("comparison.yaml").write_text((ROOT / "docs" / "compare.md").read_text().split("```yaml\n")[1].split("```")[0])
     found = commands()
-    assert len(found) >= 9 and {command.split()[1] for command in found} == {*FEW, "check", "env", "families"}
+    assert len(found) >= 9 and {command.split()[1] for command in found} == set(NAMES)
     for command in found:
         words = shlex.split(command)[1:]
         few = [] if "--config" in words else FEW.get(words[0], [])
         result = CliRunner().invoke(app, [*words, *few])
         assert result.exit_code == 0, (command, result.output, result.exception)
         assert result.stdout or result.stderr, command
+    for folder in ("comparison", "quick"):
+        rules = [line.split(",")[0] for line in Path(folder, "comparison.csv").read_text().splitlines()]
+        assert rules == ["rule", "plain", "stars", "stars-hard", "best-of-8"]
     for folder in ("out", "best-of-8", "polite", "yaml"):
         rows = [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
         assert [row["custom_id"] for row in rows] == [1, "animal"] and not any("error" in row for row in rows)
