@@ -24,6 +24,21 @@ def cards(run: Run, digits: int) -> list[dict[str, str]]:
     return found
 
 
+def headline(run: Run) -> list[str]:
+    """Return what a run was, in a few words each."""
+    settings, told = run.rule_settings, [run.rule]
+    if "n" in settings:
+        told.append(f"n = {_plain(settings['n'])}")
+    if "segment_size" in settings:
+        told.append(f"segments of {_count(settings['segment_size'], 'token')}")
+    if "max_attempts" in settings:
+        told.append(f"up to {_count(settings['max_attempts'], 'attempt')}")
+    if settings.get("accept") == "hard":
+        told.append("hard")
+    told.append(f"answers of up to {_count(run.config['max_new_tokens'], 'token')}")
+    return [*told, f"seed {run.config['seed']}"]
+
+
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return what else is told of a run: groups of names and values."""
     settings = {name: value for name, value in {**run.config, **run.rule_settings}.items() if name not in NOT_SHOWN}
@@ -53,12 +68,12 @@ def phases(run: Run) -> dict[str, float]:
 
 
 def reward_digits(runs: Iterable[Run]) -> int:
-    """Return how many digits behind the point tell rewards apart: about four of their spread."""
+    """Return how many digits behind the point tell rewards apart: three where they spread over 0.2 to 2."""
     rewards = [float(row.answer["reward"]) for run in runs for row in run.rows if row.answer is not None]
     rewards = [reward for reward in rewards if math.isfinite(reward)]
     spread = max(rewards) - min(rewards) if rewards else 0.0
     size = spread or max(map(abs, rewards), default=1.0) or 1.0
-    return min(8, max(0, 3 - math.floor(math.log10(size))))
+    return min(8, max(0, math.ceil(2.3 - math.log10(size))))
 
 
 def fixed(value: float, digits: int) -> str:
@@ -73,7 +88,7 @@ def _answers(run: Run, answered: int) -> dict[str, str]:
     failed = sum(row.error is not None for row in run.rows)
     left = run.prompts - len(run.rows)
     note = ", ".join(part for part in (f"{failed:,} failed" if failed else "", f"{left:,} left" if left else "") if part)
-    return _card("Answers", f"{answered:,}", note or f"to {_count(run.prompts, 'prompt')}")
+    return _card("Answers", f"{answered:,}", note or f"of {_count(run.prompts, 'prompt')}")
 
 
 def _rewards(rows: list[Row], digits: int) -> dict[str, str]:
@@ -123,10 +138,10 @@ def _work(rows: list[Row]) -> list[dict[str, str]]:
         return []
     tokens = sum(len(row.answer["token_ids"]) for row in known if row.answer) or 1
     sampled, scored, shared = (sum(row.cost["counts"][name] for row in known) for name in ("sampled", "rm_scored", "shared"))
-    read = f"{scored / tokens:,.1f} for a token of an answer" if scored else "its reward reads no tokens"
+    read = f"{scored / tokens:,.1f} per answer token" if scored else "the reward reads none"
     more = f", {shared:,} shared" if shared else ""
     return [
-        _card("Sampled tokens", f"{sampled:,}", f"{sampled / tokens:,.1f} for a token of an answer{more}"),
+        _card("Sampled tokens", f"{sampled:,}", f"{sampled / tokens:,.1f} per answer token{more}"),
         _card("Reward-model tokens", f"{scored:,}", read),
     ]
 

@@ -7,6 +7,7 @@ const both = data.runs.length === 2;
 const OUTCOMES = { a: "accepted", f: "fallback", b: "best", u: "undecided" };
 const ROWS = 100; // of a page of the grid, and of a table of attempts at first
 const CELLS = 24; // of a strip of segments, at most
+const OPEN = 40; // attempts at an answer, at most, whose tables lie open at first
 const PREVIEW = 240; // characters of a prompt or an answer in the grid
 
 /* --- elements and texts ------------------------------------------------------------------------------------------ */
@@ -101,7 +102,8 @@ function probability(value) {
   if (Number.isNaN(value)) return "–";
   if (value === 0 || value === 1) return String(value);
   if (value >= 0.995) return "0.99+";
-  return value >= 0.01 ? value.toFixed(2) : value.toExponential(0).replace("-", "−");
+  if (value >= 0.001) return value.toFixed(value >= 0.01 ? 2 : 3);
+  return value.toExponential(0).replace("-", "−");
 }
 
 /* The probability with which a rule that tests accepts an attempt: min(1, exp((r - tau) / beta)). */
@@ -146,6 +148,15 @@ function ticks(low, high, count) {
   return found;
 }
 
+/* Lines across a plot with their numbers at the left. */
+const levels = (values, y, word) => values.map((value) => [
+  s("line", { class: "grid", x1: 0, x2: "100%", y1: y(value), y2: y(value) }),
+  s("text", { x: 0, dx: -9, y: y(value), dy: 4, "text-anchor": "end" }, word(value))]);
+
+/* Numbers under a plot. */
+const below = (x, word) => s("text", { x: percent(x), y: "100%", dy: 18, "text-anchor": "middle" }, word);
+const frame = (plot) => h("div", { class: "frame" }, plot);
+
 const shortTick = (value) => String(Number(value.toPrecision(6))).replace("-", "−");
 
 /* The ends of an axis for some values, with room around them. */
@@ -173,7 +184,8 @@ function histogram(series, target) {
     return counts.map((count) => count / (finite.length || 1));
   });
   const top = Math.max(...heights.flat(), 1e-9);
-  const plot = s("svg", { class: "plot", height: 170, role: "img", "aria-label": toldOf(series, target) });
+  const plot = s("svg", { class: "plot", role: "img", "aria-label": toldOf(series, target) },
+    levels(ticks(0, top, 3), (value) => percent(1 - value / top), (value) => `${shortTick(100 * value)}%`));
   heights.forEach((shares, i) =>
     shares.forEach((share, bin) => {
       if (!share) return;
@@ -185,18 +197,15 @@ function histogram(series, target) {
     }));
   plot.append(s("line", { class: "axis", x1: 0, x2: "100%", y1: "100%", y2: "100%" }));
   for (const tick of ticks(low, high, 5))
-    plot.append(s("text", { x: percent((tick - low) / (high - low)), y: "100%", dy: 17, "text-anchor": "middle" },
-      shortTick(tick)));
+    plot.append(below((tick - low) / (high - low), shortTick(tick)));
   if (Number.isFinite(target)) {
     const x = (target - low) / (high - low);
     plot.append(
       s("line", { class: "target", x1: percent(x), x2: percent(x), y1: -6, y2: "100%" }),
-      s("text", { class: "target", x: percent(x), y: 4, dx: x > 0.8 ? -6 : 6, "text-anchor": x > 0.8 ? "end" : "start" },
-        `r* ${reward(target)}`));
+      s("text", { class: "target", x: percent(x), y: -10, "text-anchor": x > 0.9 ? "end" : "middle" }, `r* ${reward(target)}`));
   }
   return h("figure", {},
-    legend(series.map((one) => [chip(one.style), `${one.name} (${fixed(one.values.length)})`])),
-    h("div", { class: "indent low" }, plot));
+    frame(plot), legend(series.map((one) => [chip(one.style), `${one.name} (${fixed(one.values.length)})`])));
 }
 
 function toldOf(series, target) {
@@ -225,35 +234,32 @@ function attemptsHistogram() {
   const top = Math.max(...bars, fallbacks, 1);
   const all = [...bars.map((count, i) => [count, i, "bar-A"]), ...(fallbacks ? [[fallbacks, bars.length + 0.6, "bar-fallback"]] : [])];
   const names = bars.map((_, i) => (per === 1 ? `${i + 1}` : `${i * per + 1}–${(i + 1) * per}`));
-  const plot = s("svg", { class: "plot", height: 170, role: "img",
+  const plot = s("svg", { class: "plot", role: "img",
     "aria-label": `Segments by attempts: ${names.map((name, i) => `${name}: ${bars[i]}`).join(", ")}; fallbacks: ${fallbacks}.` });
-  for (const [count, place, style] of all)
+  const whole = (value) => Number.isInteger(value);
+  plot.append(...levels(ticks(0, top, 3).filter(whole), (value) => percent(1 - value / top), shortTick).flat());
+  for (const [count, place, style] of all.filter(([count]) => count))
     plot.append(s("rect", { class: style, x: percent((place + 0.1) / columns), width: percent(0.8 / columns), rx: 1.5,
-      y: percent(1 - count / top), height: percent(count / top) },
+      y: percent(1 - Math.max(count / top, 0.015)), height: percent(Math.max(count / top, 0.015)) },
       s("title", {}, `${style === "bar-A" ? `after ${names[place]}` : "fallback"}: ${plural(count, "segment")}`)));
   plot.append(s("line", { class: "axis", x1: 0, x2: "100%", y1: "100%", y2: "100%" }));
   const every = Math.ceil(names.length / 6);
   names.forEach((name, i) => {
-    if (i % every === 0)
-      plot.append(s("text", { x: percent((i + 0.5) / columns), y: "100%", dy: 17, "text-anchor": "middle" }, name));
+    if (i % every === 0) plot.append(below((i + 0.5) / columns, name));
   });
-  return h("figure", {}, legend([[chip("bar-A"), "accepted"], ...(fallbacks ? [[chip("bar-fallback"), "fallback"]] : [])]),
-    h("div", { class: "indent low" }, plot));
+  const told = [[chip("bar-A"), "accepted"], ...(fallbacks ? [[chip("bar-fallback"), `fallback (${fixed(fallbacks)})`]] : [])];
+  return h("figure", {}, frame(plot), legend(told));
 }
 
 /* Every attempt's reward as a mark, segment by segment, against tau and r*. */
-function rewardChart(run, segments) {
-  const values = segments.flatMap((segment) => [...segment.rewards, ...(segment.thresholds ?? [])].map(number));
-  const [low, high] = ends([...values, number(run.target)]);
+function rewardChart(run, segments, [low, high]) {
   const y = (value) => percent(Math.min(1, Math.max(0, 1 - (value - low) / (high - low))));
   const width = 1 / segments.length;
-  const plot = s("svg", { class: "plot", height: 250, role: "img", "aria-label": toldOfSegments(segments) });
+  const plot = s("svg", { class: "plot", role: "img", "aria-label": toldOfSegments(segments) });
   segments.forEach((_, i) => {
     if (i % 2) plot.append(s("rect", { class: "band", x: percent(i * width), width: percent(width), height: "100%" }));
   });
-  for (const tick of ticks(low, high, 5))
-    plot.append(s("line", { class: "grid", x1: 0, x2: "100%", y1: y(tick), y2: y(tick) }),
-      s("text", { x: 0, dx: -9, y: y(tick), dy: 4, "text-anchor": "end" }, shortTick(tick)));
+  plot.append(...levels(ticks(low, high, 6), y, shortTick).flat());
   const target = number(run.target);
   if (Number.isFinite(target)) plot.append(s("line", { class: "target", x1: 0, x2: "100%", y1: y(target), y2: y(target) }));
   thresholdLine(plot, segments, y);
@@ -265,13 +271,19 @@ function rewardChart(run, segments) {
       const title = `segment ${i + 1}, attempt ${nameOfAttempt(segment, j)}: ${kinds[j]}, reward ${reward(value)}`;
       if (!Number.isNaN(number(value))) plot.append(mark(kinds[j], x, y(number(value)), title));
     });
-    if (i % every === 0)
-      plot.append(s("text", { x: percent((i + 0.5) * width), y: "100%", dy: 18, "text-anchor": "middle" }, i + 1));
+    if (i % every === 0) plot.append(below((i + 0.5) * width, i + 1));
   });
-  plot.style.minWidth = `${segments.length * 16}px`;
-  return h("figure", {}, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Chart of rewards" },
-    h("div", { class: "indent" }, plot)), legendOf(segments, target));
+  const framed = frame(plot);
+  framed.style.minWidth = `${44 + segments.length * 16}px`;
+  return h("figure", { class: "tall" }, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Chart of rewards" },
+    framed), legendOf(segments, target));
 }
+
+/* The ends of the axis of rewards for what some runs made of a prompt, so that their charts can be compared. */
+const endsOf = (traces) => ends([
+  ...data.runs.map((run) => number(run.target)),
+  ...traces.flatMap((trace) => trace?.segments ?? []).flatMap((segment) => [...segment.rewards, ...(segment.thresholds ?? [])].map(number)),
+]);
 
 /* tau of each segment, of the length that its taken attempt has, as a stair. */
 function thresholdLine(plot, segments, y) {
@@ -305,11 +317,9 @@ function toldOfSegments(segments) {
 const letter = (i) => both && h("span", { class: `of ${"AB"[i]}` }, "AB"[i]);
 
 function head() {
-  const rules = data.runs.map((run) => run.rule);
   return h("div", { class: "head" },
     h("h1", { tabindex: -1 }, data.names.map((name, i) => [i ? h("span", { class: "quiet" }, " beside ") : null, h("bdi", {}, name)])),
-    h("p", {}, data.names.map((name, i) => [i ? " \u00a0 " : null, letter(i), both ? `${name}: ${rules[i]}` : rules[i]]),
-      ` · ${plural(data.rows.length, "prompt")}`));
+    data.runs.map((run, i) => h("p", {}, letter(i), run.headline.join(" · "))));
 }
 
 function cards() {
@@ -585,7 +595,7 @@ function promptView(place) {
   return [
     navigation(place),
     h("div", { class: "head" }, h("h1", { tabindex: -1 }, h("bdi", {}, row.id)), both && comparison(row)),
-    h("div", { class: "panels" }, promptPanel(row), row.sides.map((side, i) => sidePanels(row, side, i, found[i]))),
+    h("div", { class: "panels" }, promptPanel(row), row.sides.map((side, i) => sidePanels(row, side, i, found[i], endsOf(found)))),
   ];
 }
 
@@ -616,15 +626,14 @@ function promptPanel(row) {
 }
 
 /* What one run made of a prompt: its answer, the chart, the segments. */
-function sidePanels(row, side, i, trace) {
+function sidePanels(row, side, i, trace, axis) {
   const size = both ? "wide" : "five";
   if (!side) return h("section", { class: `panel ${size}` }, h("h2", {}, letter(i), "Answer"), h("p", { class: "quiet" }, "This run has no such prompt."));
   if (side.error) return h("section", { class: `panel ${size}` }, h("h2", {}, letter(i), "Error"), h("p", { class: "text error", dir: "auto" }, side.error));
   const answer = h("section", { class: `panel ${size}` }, h("h2", {}, letter(i), "Answer"), answerText(row, side, trace, i), figures(side, trace));
   if (!trace) return [answer, h("section", { class: "panel seven" }, h("p", { class: "quiet" }, "The attempts were left out to keep the page small."))];
-  const chart = trace.segments.length > 0 && panel([letter(i), "Reward of every attempt"], both ? "" : "seven", rewardChart(data.runs[i], trace.segments));
-  const list = h("section", { class: "panel" }, h("h2", {}, letter(i), "Segments and their attempts"),
-    trace.segments.map((segment, j) => segmentBlock(data.runs[i], segment, j, trace.segments.length, i)));
+  const chart = trace.segments.length > 0 && panel([letter(i), "Reward of every attempt"], both ? "" : "seven", rewardChart(data.runs[i], trace.segments, axis));
+  const list = segmentList(data.runs[i], trace.segments, i);
   return both ? h("div", { class: "wide side" }, answer, chart, list) : [answer, chart, list];
 }
 
@@ -663,21 +672,38 @@ function kindOf(segment, j) {
 
 const nameOfAttempt = (segment, j) => (segment.numbers ? (segment.numbers[j] ?? -1) + 1 || "?" : j + 1);
 
-function segmentBlock(run, segment, j, of, side) {
+/* The segments with their tables; they lie open where that is not much to look at. */
+function segmentList(run, segments, side) {
+  const blocks = segments.map((segment, j) => segmentBlock(run, segment, j, side));
+  const toggle = () => { const open = blocks.some((block) => !block.open); blocks.forEach((block) => show(block, open)); };
+  const button = h("button", { type: "button", class: "button", onclick: toggle }, "Open or close all");
+  if (segments.reduce((sum, segment) => sum + segment.rewards.length, 0) <= OPEN) blocks.forEach((block) => show(block, true));
+  return h("section", { class: "panel" }, h("div", { class: "segments-head" },
+    h("h2", {}, letter(side), "Segments and their attempts"), segments.length > 1 && button), blocks,
+    segments.some((segment) => segment.thresholds) && (run.hard || run.beta !== null) && h("p", { class: "told-p" },
+      run.hard ? "p: an attempt is accepted if its reward is tau or more." :
+        "p: the probability with which an attempt is accepted, min(1, exp((reward − tau) / beta)); tau rises to r* with the answer."));
+}
+
+function show(block, open) {
+  if (open) block.build?.();
+  block.open = open;
+}
+
+function segmentBlock(run, segment, j, side) {
   const tries = segment.rewards.length;
   const taken = `${segment.outcome}${segment.kept ? "" : `, attempt ${segment.chosen + 1} of ${tries}`}`;
   const tau = number(segment.thresholds?.[segment.chosen]);
   const rest = segment.lengths.reduce((sum, length) => sum + length, 0) - segment.lengths[segment.chosen];
   const block = h("details", { class: "segment", id: `segment-${side}-${j + 1}` },
     h("summary", {}, h("span", { class: `cell ${segment.outcome}` }, j + 1), h("span", { class: "what" }, taken),
-      h("span", {}, h("span", { class: "quiet" }, "reward "), reward(segment.rewards[segment.chosen])),
-      Number.isFinite(tau) && h("span", {}, h("span", { class: "quiet" }, "tau "), reward(tau)),
+      h("span", { class: "even" }, h("span", { class: "quiet" }, "reward "), reward(segment.rewards[segment.chosen])),
+      Number.isFinite(tau) && h("span", { class: "even" }, h("span", { class: "quiet" }, "tau "), reward(tau)),
       h("span", {}, plural(segment.lengths[segment.chosen], "token")),
-      !segment.kept && rest > 0 && h("span", { class: "quiet" }, `${fixed(rest)} rejected`),
+      !segment.kept && h("span", { class: "quiet even" }, `${fixed(rest)} rejected`),
       segment.widths && h("span", { class: "quiet" }, `${segment.widths.length === 1 ? "a round" : "rounds"} of ${segment.widths.slice(0, 12).join(", ")}${segment.widths.length > 12 ? ", …" : ""}`)));
   block.build = () => { if (block.children.length === 1) block.append(attemptsTable(run, segment)); };
   block.addEventListener("toggle", () => block.open && block.build());
-  if (of <= 4) { block.open = true; block.build(); }
   return block;
 }
 
@@ -771,8 +797,7 @@ function showPrompt(place, segment, side) {
   }
   const block = segment && byId(`segment-${side === "B" ? 1 : 0}-${segment}`);
   if (!block) return;
-  block.build();
-  block.open = true;
+  show(block, true);
   block.scrollIntoView();
   block.querySelector("summary").focus({ preventScroll: true });
 }
@@ -794,7 +819,6 @@ function pressed(event) {
   else if (event.key === "/" && here === null) { event.preventDefault(); parts.search.focus(); }
   else if (here !== null && !event.target.closest?.(".scroll") && (event.key === "ArrowLeft" || event.key === "ArrowRight"))
     byId("main").querySelector(`.nav a[rel=${event.key === "ArrowLeft" ? "previous" : "next"}]`)?.click();
-  else if (here === null && event.target === document.body && (event.key === "j" || event.key === "ArrowDown") && scrollY > 0) return;
 }
 
 /* The bar: what the page is, and a switch between light and dark. */
@@ -814,9 +838,9 @@ function bar() {
 let folded = [];
 addEventListener("beforeprint", () => {
   folded = [...document.querySelectorAll("details:not([open])")];
-  for (const block of folded) { block.build?.(); block.open = true; }
+  folded.forEach((block) => show(block, true));
 });
-addEventListener("afterprint", () => { for (const block of folded) block.open = false; });
+addEventListener("afterprint", () => folded.forEach((block) => show(block, false)));
 
 byId("bar").append(...bar());
 document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); byId("main").focus(); });

@@ -157,7 +157,7 @@ def _missing_texts(runs: Sequence[Run]) -> list[str]:
 def _of_run(run: Run, digits: int) -> dict[str, Any]:
     settings = run.rule_settings
     return {
-        "rule": run.rule,
+        "headline": figures.headline(run),
         "target": _optional(settings.get("reward_threshold")),
         "beta": _optional(settings.get("beta")),
         "hard": settings.get("accept") == "hard",
