@@ -69,7 +69,8 @@ def phases(run: Run) -> dict[str, float]:
 
 def reward_digits(runs: Iterable[Run]) -> int:
     """Return how many digits behind the point tell rewards apart: three where they spread over 0.2 to 2."""
-    rewards = [float(row.answer["reward"]) for run in runs for row in run.rows if row.answer is not None]
+    answers = [row.answer for run in runs for row in run.rows if row.answer is not None]
+    rewards = [float(answer[name]) for answer in answers for name in ("reward", "prompt_reward")]
     rewards = [reward for reward in rewards if math.isfinite(reward)]
     spread = max(rewards) - min(rewards) if rewards else 0.0
     size = spread or max(map(abs, rewards), default=1.0) or 1.0
