@@ -9,6 +9,7 @@ from stars_kernels.cli.check import check
 from stars_kernels.cli.compare import compare
 from stars_kernels.cli.demo import show_demo
 from stars_kernels.cli.environment import env, families
+from stars_kernels.cli.report import report
 from stars_kernels.cli.run import run
 
 app = typer.Typer(
@@ -19,6 +20,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-for command in (run, calibrate, compare, check, env, families):
+for command in (run, calibrate, compare, report, check, env, families):
     app.command()(command)
 app.command("demo")(show_demo)

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.data.datasets import load_prompts
 from stars_kernels.data.journal import Journal
 from stars_kernels.data.manifest import Manifest, hashes, tokenizer_fingerprint, versions
 from stars_kernels.data.prompts import BadLine, PromptLine
+from stars_kernels.data.texts import attempt_texts
 from stars_kernels.decoder.calibration import is_calibrated, with_target
 from stars_kernels.decoder.checks import is_int
 from stars_kernels.decoder.config import Settings, StarsConfig
@@ -67,9 +70,10 @@ def run_file(
 
     The folder gets `manifest.json` (what the answers follow from), `results.jsonl` (a row per prompt, in the file's
     order once all are there: its answer or its error) and `costs.jsonl` (seconds and tokens, which depend on what was
-    decoded beside it; `elapsed` is the wall time since the answer before it). The same call again goes on where the
-    first one stopped, whatever stopped it, and ends with the same results. Without r* and beta, they are calibrated
-    once, on the first `calibration_samples` prompts of the file that can be read.
+    decoded beside it; `elapsed` is the wall time since the answer before it). With trace="full" the segments of a row
+    have the `texts` of all judged attempts beside their tokens. The same call again goes on where the first one
+    stopped, whatever stopped it, and ends with the same results. Without r* and beta, they are calibrated once, on the
+    first `calibration_samples` prompts of the file that can be read.
 
     Args:
         prompts: a file, or the name of a data set; see `load_prompts`.
@@ -102,12 +106,10 @@ def run_file(
         answers = held.enter_context(closing(_answers(engine, left, resolved, bar, on_event)))
         last = time.monotonic()
         for line_id, answer, cost in answers:
-            if cost is not None:
+            if cost is not None:  # first: an answer that is there has its cost
                 now = time.monotonic()
                 elapsed, last = now - last, now  # of all answers, their sum is the wall time of all starts
-                costs.append(
-                    {"custom_id": line_id, "elapsed": elapsed, **cost}
-                )  # first: an answer that is there has it
+                costs.append({"custom_id": line_id, "elapsed": elapsed, **cost})
                 tokens += len(answer["token_ids"])
             results.append({"custom_id": line_id, **answer})
         results.sort([line.id for line in lines])
@@ -224,7 +226,7 @@ def _answers(
                     told = message_of(output).replace(f"prompt {event.index}", f"line {line.line}", 1)
                     yield line.id, {"error": told}, None
                 elif output is not None and output.finish_reason in WHOLE:
-                    yield line.id, *_kept(output)
+                    yield line.id, *_kept(output, line.prompt, engine.models.tokenizer)
                 cut = cut or (isinstance(output, StarsOutput) and output.finish_reason not in WHOLE)
                 bar.grow(event)
                 if on_event is not None:
@@ -233,15 +235,22 @@ def _answers(
             return
 
 
-def _kept(output: StarsOutput) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part an output in what is a function of its prompt, and what is not."""
+def _kept(
+    output: StarsOutput, prompt: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part an output in what is a function of its prompt, beside the prompt, and what is not."""
     whole = output.to_dict()
+    if tokenizer is not None and all(segment["tokens"] is not None for segment in whole["segments"]):
+        texts = attempt_texts(partial(tokenizer.decode, skip_special_tokens=True), whole["segments"])
+        for segment, of_attempts in zip(whole["segments"], texts, strict=True):
+            segment["texts"] = of_attempts
     widths = [segment.pop("widths") for segment in whole["segments"]]
     counts = whole["counts"]
     judged = {name: counts[name] for name in ("judged", "rejected", "attempts", "accepted", "rejections")}
     names = ("text", "token_ids", "reward", "prompt_reward", "finish_reason", "segments")
     cost = {name: whole[name] for name in ("seconds", "backends", "memory_limits")}
-    return {name: whole[name] for name in names} | {"counts": judged}, {"counts": counts, "widths": widths, **cost}
+    answer = {"prompt": prompt, **{name: whole[name] for name in names}, "counts": judged}
+    return answer, {"counts": counts, "widths": widths, **cost}
 
 
 class _Progress:

@@ -1,0 +1,64 @@
+"""A browser without a network, and reports of made-up runs."""
+
+import os
+
+import pytest
+
+from stars_kernels.report import write_report
+from tests.report.example import write_run
+from tests.report.screenshot import browser
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with browser() as found:
+        if found is None:
+            assert not os.environ.get("STARS_EXPECT_BROWSER"), "no browser on PATH"
+            pytest.skip("no chromium and no google-chrome is on PATH")
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "stars", prompts=12)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "other", prompts=14, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pages(run, other, tmp_path_factory):
+    """Addresses of a report of one run, and of two side by side."""
+    folder = tmp_path_factory.mktemp("pages")
+    single = write_report(run, folder / "single.html")
+    return {"single": single.as_uri(), "beside": write_report(run, folder / "beside.html", other).as_uri()}
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open an address; whatever the page asks for, logs as an error or shows as a dialog fails the test."""
+    opened, wrong = [], []
+
+    def visit(address, width=1280, height=900, **settings):
+        page = chromium.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce", **settings)
+        opened.append(page)
+        page.route("**/*", lambda route: route.continue_() if ours(route, address) else refused(route))
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.goto(address)
+        return page
+
+    def ours(route, address):
+        return route.request.url.split("#")[0] == address.split("#")[0]
+
+    def refused(route):
+        wrong.append(f"asked for {route.request.url}")
+        route.abort()
+
+    yield visit
+    for page in opened:
+        page.close()
+    assert not wrong
