@@ -52,6 +52,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.limit
+        self.counts.prompt = len(self.prompt)
 
     @property
     def active(self) -> bool:
