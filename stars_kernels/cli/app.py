@@ -7,6 +7,7 @@ import typer
 from stars_kernels.cli.calibrate import calibrate
 from stars_kernels.cli.environment import env, families
 from stars_kernels.cli.run import run
+from stars_kernels.cli.serve import serve
 
 app = typer.Typer(
     name="stars",
@@ -16,5 +17,5 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-for command in (run, calibrate, env, families):
+for command in (run, calibrate, serve, env, families):
     app.command()(command)

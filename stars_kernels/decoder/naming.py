@@ -47,4 +47,3 @@ def near(name: str, names: Iterable[str]) -> str:
     """Return a hint at the one of `names` that was perhaps meant; empty where none is near."""
     found = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
-

@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import signal
+import threading
+import urllib.request
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -11,7 +14,11 @@ from stars_kernels.cli.app import app
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|env|families)\b.*)$", re.MULTILINE)
+LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|serve|env|families)\b.*)$", re.MULTILINE)
+
+SMALL = ["--set", "max_new_tokens=9"]
+FEW = {"run": SMALL, "calibrate": SMALL, "serve": [*SMALL, "--port", "0"]}
+"""What is added to a command, so that it is quick and in nobody's way."""
 
 
 def commands():
@@ -20,8 +27,20 @@ def commands():
     return [command for text in [*documents, *helps] for command in LINE.findall(text)]
 
 
+def ask_and_stop(url):
+    """Ask a server, and stop it as a terminal would: in place of telling people where it is."""
+
+    def visit():
+        with urllib.request.urlopen(f"{url}/health") as response:
+            assert json.load(response) == {"status": "ok"}
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=visit).start()
+
+
 def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stars_kernels.cli.serve.announce", ask_and_stop)
     for name, model in (("MODEL", tiny_language_model()), ("RM", tiny_reward_model())):
         model.save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
@@ -31,10 +50,16 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
         "model: MODEL\nreward-model: RM\ninput: prompts.jsonl\noutput: yaml\nmax-new-tokens: 9\n"
     )
     found = commands()
-    assert len(found) >= 9 and {command.split()[1] for command in found} == {"run", "calibrate", "env", "families"}
+    assert len(found) >= 9 and {command.split()[1] for command in found} == {
+        "run",
+        "calibrate",
+        "serve",
+        "env",
+        "families",
+    }
     for command in found:
         words = shlex.split(command)[1:]
-        few = ["--set", "max_new_tokens=9"] if words[0] in ("run", "calibrate") and "--config" not in words else []
+        few = [*FEW.get(words[0], [])] if "--config" not in words else []
         result = CliRunner().invoke(app, [*words, *few])
         assert result.exit_code == 0, (command, result.output, result.exception)
         assert result.stdout or result.stderr, command
