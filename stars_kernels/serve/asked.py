@@ -69,8 +69,8 @@ def target_of(engine: Engine, calibration: Calibration | None) -> Target | None:
         target = own.reward_threshold, own.beta
     if not is_calibrated(_with(engine.config, target)):
         raise ValueError(
-            "r* and beta are not known, which the server's rule needs; expected --calibration FILE, made by "
-            "`stars calibrate -m MODEL -r RM -i prompts.jsonl -o FILE`, --reward-threshold and --beta, or another --rule"
+            "the server's rule needs r* and beta, which are not known; expected --calibration FILE, made by `stars "
+            "calibrate -m MODEL -r RM -i prompts.jsonl -o FILE`, or --reward-threshold and --beta, or another --rule"
         )
     return target
 
