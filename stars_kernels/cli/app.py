@@ -11,6 +11,7 @@ from stars_kernels.cli.demo import show_demo
 from stars_kernels.cli.environment import env, families
 from stars_kernels.cli.report import report
 from stars_kernels.cli.run import run
+from stars_kernels.cli.serve import serve
 
 app = typer.Typer(
     name="stars",
@@ -20,6 +21,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-for command in (run, calibrate, compare, report, check, env, families):
+for command in (run, calibrate, compare, report, serve, check, env, families):
     app.command()(command)
 app.command("demo")(show_demo)

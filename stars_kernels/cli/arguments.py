@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib
 import re
 import sys
@@ -14,8 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from stars_kernels.decoder.config import RULE_SETTINGS, StarsConfig
-from stars_kernels.decoder.rules import RULES, Rule, Stars
+from stars_kernels.decoder.naming import SETTINGS, near, rule_of
 from stars_kernels.hf.loading.language_model import check_path
 from stars_kernels.hf.loading.reward_model import load_reward_model
 from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
@@ -24,7 +21,6 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """`module:function`, as of a reward function."""
 WEIGHTED = re.compile(r"(.+)@([^@]+)")
 """`NAME@WEIGHT`, of a reward model among several."""
-SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
 
 
 class UsageError(ValueError):
@@ -66,30 +62,6 @@ def function_of(option: str, name: str) -> Any:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{option} {name}: {error}") from error
-
-
-def rule_names() -> dict[str, type[Any]]:
-    """Return the rules by the names that they have on a command line."""
-    return {re.sub(r"(?<!^)(?=[A-Z])", "-", rule.__name__).lower(): rule for rule in RULES}
-
-
-def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
-    """Make the rule of this name, and take its settings out of `settings`; None = STARS, whose are `StarsConfig`'s."""
-    names = rule_names()
-    if name is None or names.get(name) is Stars:
-        return None
-    if name not in names:
-        raise UsageError(f"--rule is {name!r}, expected one of {', '.join(names)}{near(name, names)}")
-    kind = names[name]
-    own = {field.name for field in dataclasses.fields(kind)}
-    given = {
-        key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
-    }
-    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    for key in needed:
-        if key not in given:
-            raise UsageError(f"{name} has no {key}, expected one")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def parsed(pairs: Iterable[str]) -> dict[str, Any]:
@@ -146,17 +118,10 @@ def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]
     """Take the settings of a call out of options, and refuse what is neither a setting nor `known` to the command."""
     known = set(known)
     settings = {name: value for name, value in options.items() if name not in known}
-    rule = rule_of(options.get("rule"), settings)
+    rule = rule_of(options.get("rule"), settings, "--rule")
     for name in settings:
         if name not in SETTINGS:
-            close = near(name, [*SETTINGS, *known])
-            raise UsageError(
-                f"unknown option {name.replace('_', '-')!r}{close or f', expected one of {sorted(known)} or a setting'}"
-            )
+            flags = [other.replace("_", "-") for other in (*SETTINGS, *known)]
+            hint = near(name.replace("_", "-"), flags) or f", expected one of {sorted(known)} or a setting"
+            raise UsageError(f"unknown option {name.replace('_', '-')!r}{hint}")
     return settings if rule is None else {**settings, "rule": rule}
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """Return a hint at the name that was meant, if one is close."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0].replace('_', '-')!r}?" if close else ""

@@ -53,7 +53,7 @@ def told_errors() -> Iterator[None]:
         code = 2 if isinstance(error, FileNotFoundError | FileExistsError | ConnectionError) else 1
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(code) from None
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:  # ImportError: of an extra that is not installed
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
 

@@ -14,17 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stars_kernels.cli.arguments import (
-    SETTINGS,
-    UsageError,
-    function_of,
-    merged,
-    near,
-    parsed,
-    reward_of,
-    rule_names,
-    settings_of,
-)
+from stars_kernels.cli.arguments import UsageError, function_of, merged, parsed, reward_of, settings_of
 from stars_kernels.cli.common import (
     OF_MODELS,
     Device,
@@ -43,6 +33,7 @@ from stars_kernels.cli.common import (
 )
 from stars_kernels.data import load_prompts
 from stars_kernels.decoder.config import RULE_SETTINGS
+from stars_kernels.decoder.naming import SETTINGS, near, rule_names
 from stars_kernels.decoder.output import Calibration
 from stars_kernels.evaluation import Comparison, EndpointJudge, FunctionJudge, RewardJudge
 from stars_kernels.evaluation import compare as compare_rules

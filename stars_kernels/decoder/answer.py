@@ -49,9 +49,12 @@ class Answer:
     """Whether the tokens of all judged attempts are kept ("full")."""
     began: Mapping[str, float] | None = None
     """Seconds by phase that its run had taken before it was admitted; None = it was not."""
+    passed: int = 0
+    """Rounds on end that were not for it, while it had a slot."""
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.limit
+        self.counts.prompt = len(self.prompt)
 
     @property
     def active(self) -> bool:

@@ -29,7 +29,7 @@ def calibrate(config: StarsConfig, rewards: Sequence[float]) -> tuple[float, flo
     return target, calibrate_beta(rewards, target, config.calibration_acceptance) if beta is None else beta
 
 
-def with_target(config: StarsConfig, target: float, beta: float) -> StarsConfig:
+def with_target(config: StarsConfig, target: float, beta: float | None) -> StarsConfig:
     """Return the config with r* and beta, where it has none of its own."""
     rule = config.resolved_rule
     assert isinstance(rule, Stars)

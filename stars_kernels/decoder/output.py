@@ -66,6 +66,7 @@ class Segment:
 class Counts:
     """Work done for one prompt, in tokens or attempts.
 
+    prompt: the prompt's tokens.
     sampled: tokens sampled in all rows, those past a candidate's end included.
     judged: tokens of the attempts that were judged: what the sequential algorithm would have sampled.
     rejected: tokens of judged attempts that were not taken.
@@ -81,6 +82,7 @@ class Counts:
     wasted_per_rejection: rejected / rejections. acceptance_rate: accepted / attempts.
     """
 
+    prompt: int = 0
     sampled: int = 0
     judged: int = 0
     rejected: int = 0

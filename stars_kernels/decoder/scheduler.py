@@ -22,6 +22,9 @@ from stars_kernels.decoder.width import AcceptanceHistory, Cost, CpuCost, best_s
 MAX_OPEN_SLOTS = 1024
 """Of a run that is open, whose memory is taken for all slots at once."""
 
+MAX_PASSED = 4
+"""Rounds on end that an answer of an open run is passed over in: then one is for those like it, however short."""
+
 
 class KeptMemory(Protocol):
     """Memory that earlier runs have left to the sides of a round, whether they need it or not."""
@@ -231,15 +234,23 @@ class Run:
     def _alike(self, active: Sequence[int]) -> list[int]:
         """Choose a round's slots: attempts of one kind and size, or shorter ones that fill the answer's room.
 
-        What follows a row (logits, states) is kept after the round's last step alone.
+        What follows a row (logits, states) is kept after the round's last step alone. The largest size leads; in an
+        open run, where more of that size may come without end, so does an answer that was passed over for long.
         """
         answers = self.active
         plans = {slot: self.round.rule.plan(answers[slot]) for slot in active}
         sizes = {slot: answers[slot].size(plan) for slot, plan in plans.items()}
-        largest = max(active, key=lambda slot: sizes[slot])
+        lead = max(active, key=lambda slot: sizes[slot])
+        longest = max(active, key=lambda slot: answers[slot].passed)
+        if self.open and answers[longest].passed >= MAX_PASSED:
+            lead = longest
         kinds = {slot: (plan.draw, plan.entropy, plan.race, answers[slot].held) for slot, plan in plans.items()}
-        alike = [slot for slot in active if kinds[slot] == kinds[largest]]
-        return [s for s in alike if sizes[s] in (sizes[largest], answers[s].room)][: self.allowed]
+        alike = [slot for slot in active if kinds[slot] == kinds[lead]]
+        size = sizes[lead]
+        chosen = [s for s in alike if sizes[s] == size or sizes[s] == answers[s].room < size][: self.allowed]
+        for slot in active:
+            answers[slot].passed = 0 if slot in chosen else answers[slot].passed + 1
+        return chosen
 
     def _shape(self, slots: Sequence[int]) -> tuple[list[int], int]:
         """How many attempts of each slot to decode side by side, and how many of them are a wave."""

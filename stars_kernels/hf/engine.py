@@ -255,6 +255,10 @@ class Engine:
         finally:
             cancelled.set()
 
+    def load(self) -> tuple[int, int]:
+        """Count the requests of `adecode` and `astream` that wait for a slot, and those that have one."""
+        return (0, 0) if self._live is None else self._live.load()
+
     def calibrate(
         self, prompts: OnePrompt | SeveralPrompts, *, config: Config = None, **settings: Unpack[Settings]
     ) -> Calibration:

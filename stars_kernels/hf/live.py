@@ -18,6 +18,8 @@ from stars_kernels.hf.requests import Request, Told, failure
 
 TURN = 2e-4
 """Seconds that others have to take the engine's lock, between two rounds: it is given to no one in turn."""
+MAX_TABLES = 4
+"""Runs at once. Each has memory of its own for all its slots, so other settings wait until one of them has ended."""
 Context = Callable[[], AbstractContextManager[None]]
 
 
@@ -94,7 +96,9 @@ class Table:
 class Live:
     """Decodes the tickets of one engine, in a thread that lives while there are any.
 
-    Tickets of equal settings share a run and its slots; runs of other settings take turns with it, a round each.
+    Tickets of equal settings share a run and its slots; runs of other settings take turns with it, a round each. At
+    most `MAX_TABLES` are open. A ticket that needs one more waits, and those that came after it wait behind it, also
+    for runs that are open: so one of these comes to its end, and no ticket waits for ever.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Live:
         self._engine, self._exclusive, self._workspace = engine, exclusive, workspace
         self._lock = threading.Lock()
         self._arrived: list[Ticket] = []
+        self._tables: dict[object, Table] = {}
         self._named: dict[int | str, Ticket] = {}
         self._thread: threading.Thread | None = None
 
@@ -137,20 +142,26 @@ class Live:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def load(self) -> tuple[int, int]:
+        """Count the tickets that wait for a slot, and those that have one."""
+        with self._lock:
+            arrived = len(self._arrived)
+        seated = [ticket for table in list(self._tables.values()) for ticket in table.tickets if not ticket.ended]
+        active = sum(ticket.answer.began is not None for ticket in seated)
+        return arrived + len(seated) - active, active
+
     def _work(self) -> None:
-        tables: dict[object, Table] = {}
+        tables = self._tables
         while True:
             with self._lock:
-                arrived, self._arrived = self._arrived, []
+                arrived = list(self._arrived)
                 if not arrived and not tables:
                     self._thread = None
                     self._named.clear()
                     return
-            for ticket in arrived:
-                try:
-                    self._seat(ticket, tables)
-                except BaseException as error:  # of a model, in calibration; the engine was closed; SystemExit
-                    ticket.fail(_told(error))
+            left = self._seat_all(arrived)
+            with self._lock:
+                self._arrived[: len(arrived)] = left
             for key, table in list(tables.items()):
                 try:
                     with self._exclusive(), torch.inference_mode():
@@ -166,8 +177,23 @@ class Live:
                         warnings.warn(f"a run's memory could not be given back: {error}", stacklevel=2)
             time.sleep(TURN)
 
-    def _seat(self, ticket: Ticket, tables: dict[object, Table]) -> None:
-        call = ticket.call
+    def _seat_all(self, arrived: list[Ticket]) -> list[Ticket]:
+        """Seat tickets in the order in which they came; returns those that have to wait for a run to end."""
+        left: list[Ticket] = []
+        for ticket in arrived:
+            try:
+                if (reason := ticket.call.stop()) is not None:
+                    ticket.answer.finish_reason = reason
+                    ticket.tell({})
+                elif left or not self._seat(ticket):
+                    left.append(ticket)
+            except BaseException as error:  # of a model, in calibration; the engine was closed; SystemExit
+                ticket.fail(_told(error))
+        return left
+
+    def _seat(self, ticket: Ticket) -> bool:
+        """Let a ticket join the run of its settings; says whether there is one, or room for one more."""
+        call, tables = ticket.call, self._tables
         with self._exclusive(), torch.inference_mode():
             if not is_calibrated(call.config):
                 with self._workspace() as call.workspace:
@@ -176,11 +202,14 @@ class Live:
                     except Abandoned:
                         ticket.answer.finish_reason = call.stop()
                         ticket.tell({})
-                        return
+                        return True
             key = call.config.replace(seed=None, max_time=None), call.mode.key
             if key not in tables:
+                if len(tables) >= MAX_TABLES:
+                    return False
                 tables[key] = Table(ticket, self._workspace())
             tables[key].seat(ticket)
+        return True
 
 
 def _told(error: BaseException) -> Exception:

@@ -66,7 +66,9 @@ def write_report(
         others = read_runs(Path(beside))
         for path, found in ((source, runs), (beside, others)):
             if len(found) > 1:
-                raise ValueError(f"{path} has several runs, expected one beside another: name one, as {path}/rules/NAME")
+                raise ValueError(
+                    f"{path} has several runs, expected one beside another: name one, as {path}/rules/NAME"
+                )
         runs += others
     if decode is not None:
         runs = [with_texts(run, decode) for run in runs]
@@ -89,7 +91,9 @@ def page_of(runs: Sequence[Run], max_mb: float) -> bytes:
 
 def to_script(data: Any) -> str:
     """Return JSON that may stand in a script element, on one line: whatever it holds, the element ends behind it."""
-    return ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    return ESCAPED.sub(
+        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    )
 
 
 def _assembled(overview: dict[str, Any], details: Sequence[str]) -> bytes:

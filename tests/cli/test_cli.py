@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import stars_kernels
 from stars_kernels import Calibration
 from stars_kernels.cli.app import app
-from stars_kernels.cli.arguments import UsageError, merged, parsed, reward_of, rule_names, settings_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, reward_of, settings_of
+from stars_kernels.decoder.naming import rule_names
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 FEW = ["--max-new-tokens", "8", "--set", "segment_size=4", "--set", "max_attempts=3", "--seed", "3"]

@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import signal
+import threading
+import urllib.request
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -30,8 +33,20 @@ def commands():
     return [command for text in [*documents, *helps] for command in LINE.findall(text)]
 
 
+def ask_and_stop(url):
+    """Ask a server, and stop it as a terminal would: in place of telling people where it is."""
+
+    def visit():
+        with urllib.request.urlopen(f"{url}/health") as response:
+            assert json.load(response) == {"status": "ok"}
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=visit).start()
+
+
 def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stars_kernels.cli.serve.announce", ask_and_stop)
     named = {"MODEL": tiny_language_model(), "RM": tiny_reward_model(), "OTHER": tiny_reward_model(seed=5)}
     for name, model in named.items():
         model.save_pretrained(name)

@@ -9,7 +9,8 @@ import warnings
 import pytest
 
 import stars_kernels
-from stars_kernels import BestOf, DecodeError, Engine
+from stars_kernels import BestOf, DecodeError, Engine, SpeculativeRejection
+from stars_kernels.hf.live import MAX_TABLES
 from tests.hf.test_time_and_cancel import Watched
 from tests.tiny import byte_tokenizer
 
@@ -111,6 +112,81 @@ def test_other_settings_and_calls_of_other_threads_side_by_side(lm, rm):
         assert told(output) == told(expected) and output.config == expected.config
     expected = stars_kernels.decode(lm, rm, PROMPTS[:3], request_ids=range(3), **SET)
     assert list(map(told, listed)) == list(map(told, expected))
+
+
+def test_more_kinds_of_settings_than_have_memory_at_once(lm, rm):
+    """They wait for one another in the order in which they came: none for ever, however many more of others come."""
+    order = []
+
+    async def ask(engine, name, temperature):
+        output = await engine.adecode([1, 2], request_id=name, temperature=temperature)
+        order.append(name)
+        return output
+
+    async def main(engine):
+        tasks = [asyncio.create_task(ask(engine, f"kind {i}", 1 + i / 10)) for i in range(MAX_TABLES)]
+        await asyncio.sleep(0.02)
+        tasks.append(asyncio.create_task(ask(engine, "other", 9.0)))
+        gone = asyncio.create_task(ask(engine, "gone", 10.0))
+        late = asyncio.create_task(engine.adecode([1, 2], temperature=11.0, max_time=0.01))
+        for i in range(60):  # all the while others come, of settings that are under way
+            await asyncio.sleep(0.002)
+            tasks.append(asyncio.create_task(ask(engine, i, 1 + i % MAX_TABLES / 10)))
+            if i == 5:
+                gone.cancel()
+            assert len(engine._live._tables) <= MAX_TABLES
+        return await asyncio.gather(*tasks), await late
+
+    with Engine(lm, rm, batch_size=2, **SET) as engine:
+        outputs, late = asyncio.run(main(engine))
+        assert is_empty(engine) and engine.load() == (0, 0)
+    other = next(output for output in outputs if output.request_id == "other")
+    assert told(other) == told(stars_kernels.decode(lm, rm, [1, 2], request_ids="other", **SET, temperature=9.0))
+    assert late.finish_reason == "time" and "gone" not in order
+    assert order.index("other") < 30
+
+
+def test_a_short_last_turn_is_not_passed_over_for_ever(lm, rm):
+    """In a race, others have longer turns; more of them come without end."""
+    rule = SpeculativeRejection(2, segment_size=10)  # and a last turn of 2 tokens
+
+    async def main(engine):
+        first, behind = asyncio.create_task(engine.adecode([7, 7], request_id="first")), []
+        while not first.done():
+            behind.append(asyncio.create_task(engine.adecode([1 + len(behind) % 200], request_id=len(behind))))
+            while engine.load()[1] < min(len(behind), 40) and not first.done():
+                await asyncio.sleep(0)
+        return await first, len(behind), await asyncio.gather(*behind)
+
+    plain = {name: SET[name] for name in ("seed", "max_new_tokens", "eos_token_id", "progress")}
+    with Engine(lm, rm, batch_size=40, rule=rule, **plain) as engine:
+        output, came, _ = asyncio.run(main(engine))
+    assert told(output) == told(stars_kernels.decode(lm, rm, [7, 7], request_ids="first", rule=rule, **plain))
+    assert came < 30
+
+
+def test_load_counts_who_waits_and_who_has_a_slot(lm):
+    asked, free = threading.Event(), threading.Event()
+
+    def reward(prompts, answers):
+        if any(answers):
+            asked.set()
+            assert free.wait(60)
+        return [0.0] * len(answers)
+
+    async def main(engine):
+        tasks = [asyncio.create_task(engine.adecode(text)) for text in ("ab", "cd")]
+        await asyncio.to_thread(asked.wait, 60)
+        found = engine.load()
+        free.set()
+        await asyncio.gather(*tasks)
+        return found
+
+    with Engine(lm, reward, tokenizer=byte_tokenizer(), batch_size=1, **SET) as engine:
+        assert engine.load() == (0, 0)
+        waiting, active = asyncio.run(main(engine))
+        assert active == 1 and waiting <= 1  # the second may be on its way to the engine
+        assert is_empty(engine) and engine.load() == (0, 0)
 
 
 def test_a_larger_one_waits_until_there_is_room(lm, rm):

@@ -52,7 +52,9 @@ def test_nobody_is_shut_out_and_nothing_sticks_out(visit, pages, kind, scheme, w
     for hash in ("#/", "#/p3", "#/p3/2"):
         page.evaluate(f"location.hash = '{hash}'")
         page.wait_for_function("hash => (hash === '#/') === !document.querySelector('.segment')", arg=hash)
-        page.evaluate("document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })")
+        page.evaluate(
+            "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
+        )
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -144,7 +146,9 @@ def test_a_prompt_and_links_into_it(visit, pages, run):
         cells = page.locator("#segment-0-6 tbody tr").nth(i).locator("td")
         assert cells.nth(6).locator("bdi").text_content() == text
         r, tau = row["segments"][5]["rewards"][i], row["segments"][5]["thresholds"][i]
-        assert cells.nth(1).inner_text() == f"{r:.3f}".replace("-", "\u2212") and cells.nth(2).inner_text() == f"{tau:.3f}"
+        assert (
+            cells.nth(1).inner_text() == f"{r:.3f}".replace("-", "\u2212") and cells.nth(2).inner_text() == f"{tau:.3f}"
+        )
     page.go_back()
     page = visit(pages["single"] + "#/p5/2")
     assert page.locator("#segment-0-2").get_attribute("open") is not None
@@ -195,7 +199,9 @@ def test_hostile_texts_are_texts(visit, run, tmp_path):
             assert seen[i] == text
             if i:
                 assert page.locator(".answer-text").text_content() == text * 8
-        page.evaluate("document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })")
+        page.evaluate(
+            "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
+        )
         page.keyboard.press("Escape")
         page.wait_for_selector(".prompts")
     assert "U+2028" in seen[5] and "␀" in seen[5] and "␛" in seen[5] and "U+0085" in seen[5]
