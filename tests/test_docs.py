@@ -100,6 +100,8 @@ NOT_RUN = {
     "pip install .",
     "pip install '.[gguf]'",
     "pip install 'stars-kernels[cli]'",
+    "pip install 'stars-kernels[eval]'",
+    "pip install 'stars-kernels[cli,eval]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
 }

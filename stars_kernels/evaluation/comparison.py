@@ -113,7 +113,7 @@ def compare(
         summaries = dict[str, Summary]()
         for number, (name, config) in enumerate(configs.items(), 1):
             tell(f"rule {number} of {len(configs)}: {name}")
-            config, own = _calibrated(config, known)
+            config, own = _calibrated(engine, config, known)
             summaries[name] = run_file(
                 engine, prompts, folder / RULES / name, config=config, calibration=own, limit=limit,
                 overwrite=overwrite, retry=retry,
@@ -137,7 +137,7 @@ def _configs(engine: Engine, rules: Mapping[str, Config]) -> dict[str, StarsConf
         try:
             config = engine.resolve(given, {})
         except (ValueError, TypeError) as error:
-            raise type(error)(f"rule {name!r}: {error}") from None
+            raise ValueError(f"rule {name!r}: {error}") from None
         configs[str(name)] = config.replace(seed=0) if config.seed is None else config
     if type(configs[BASE].resolved_rule) is not Plain:
         raise ValueError(
@@ -160,8 +160,11 @@ def _calibration(
     path = folder / CALIBRATION
     if all(map(is_calibrated, configs)):
         return None
-    if given is None and path.exists() and not overwrite:
-        given = Calibration.load(path)
+    if path.exists() and not overwrite:
+        kept = Calibration.load(path)
+        if given not in (None, kept):
+            raise ValueError(f"{path} is another calibration than the one given, expected the same, or overwrite")
+        given = kept
     base = engine.config.replace(rule=None, seed=configs[0].seed)
     if given is None:
         tell("calibrating r* and beta")
@@ -171,16 +174,22 @@ def _calibration(
     return given
 
 
-def _calibrated(config: StarsConfig, known: Calibration | None) -> tuple[StarsConfig, Calibration | None]:
-    """Return a rule's settings with r* and beta, and the calibration that they are from, if it has none of its own."""
-    if known is None or is_calibrated(config):
+def _calibrated(
+    engine: Engine, config: StarsConfig, known: Calibration | None
+) -> tuple[StarsConfig, Calibration | None]:
+    """Return a rule's settings with r* and beta, and the calibration that they are from, if it has none of its own.
+
+    Where a rule has an r*, a quantile or an acceptance of its own, the rest is found anew from the same rewards.
+    """
+    rule = config.resolved_rule
+    if known is None or not isinstance(rule, Stars) or is_calibrated(config):
         return config, None
-    target, beta = calibrate(config, known.rewards)
-    own = replace(
-        known, reward_threshold=target, beta=beta, quantile=config.calibration_quantile,
-        acceptance=config.calibration_acceptance,
-    )  # fmt: skip
-    return with_target(config, target, beta), own
+    quantile, acceptance = config.calibration_quantile, config.calibration_acceptance
+    shared = (engine.config.calibration_quantile, engine.config.calibration_acceptance)
+    if rule.reward_threshold is not None or (quantile, acceptance) != shared:
+        target, beta = calibrate(config, known.rewards)
+        known = replace(known, reward_threshold=target, beta=beta, quantile=quantile, acceptance=acceptance)
+    return with_target(config, known.reward_threshold, known.beta), known
 
 
 def _warm_up(
@@ -253,7 +262,7 @@ def _write(
     known: Calibration | None,
 ) -> None:
     """Write tables and pictures, each in one step."""
-    settings = {name: _calibrated(config, known)[0] for name, config in configs.items()}
+    settings = {name: _calibrated(engine, config, known)[0] for name, config in configs.items()}
     data = {
         "version": VERSION,
         "prompts": str(prompts),

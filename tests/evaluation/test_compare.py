@@ -1,6 +1,7 @@
 """A comparison's figures are those of the answers in its folder, whatever stopped it on the way."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from stars_kernels import BestOf, Cards, Engine, Plain
+from stars_kernels import BestOf, Calibration, Cards, Engine, Plain
 from stars_kernels.data import journal as journal_module
 from stars_kernels.data.run import COSTS, RESULTS, read_results
 from stars_kernels.evaluation import FunctionJudge, JudgeError, RewardJudge, compare
@@ -210,6 +211,15 @@ def test_calibration_is_made_once_for_all(engine, prompts, tmp_path, monkeypatch
     assert (cards["reward_threshold"], cards["beta"]) == target and config["own"]["reward_threshold"] == 0.5
     assert config["half"]["reward_threshold"] == pytest.approx(np.quantile(known["rewards"], 0.5))
     assert config["hard"]["reward_threshold"] == target[0]
+    given = dataclasses.replace(Calibration.from_dict(known), reward_threshold=7.0, beta=3.0)
+    found = compare(engine, prompts, tmp_path / "given", rules, limit=1, calibration=given)
+    used = json.loads((found.folder / "comparison.json").read_text())["rules"]
+    assert used["stars"]["settings"]["reward_threshold"] == 7.0 and used["stars"]["settings"]["beta"] == 3.0
+    assert used["half"]["settings"]["reward_threshold"] == config["half"]["reward_threshold"]
+    with pytest.raises(ValueError, match=r"calibration\.json is another calibration than the one given"):
+        compare(engine, prompts, tmp_path / "given", rules, limit=1, calibration=Calibration.from_dict(known))
+    compare(engine, prompts, tmp_path / "given", rules, limit=1)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
