@@ -71,4 +71,3 @@ def shortened(value: Any) -> float | str:
     """Round a number to 7 digits, as no reader sees more; JSON has no NaN and no infinity, which become strings."""
     number = float(value)
     return float(f"{number:.7g}") if math.isfinite(number) else str(number)
-
