@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +37,9 @@ def report(
       stars report out --beside best-of-8 -o both.html
     """
     with told_errors():
-        decode = None
+        known = None
         if tokenizer is not None:
             check_path("--tokenizer", tokenizer)
-            decode = partial(AutoTokenizer.from_pretrained(tokenizer).decode, skip_special_tokens=True)
+            known = AutoTokenizer.from_pretrained(tokenizer)
         target = output or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
-        print(write_report(source, target, beside, decode=decode, max_mb=max_mb))
+        print(write_report(source, target, beside, tokenizer=known, max_mb=max_mb))

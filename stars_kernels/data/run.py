@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -241,7 +240,7 @@ def _kept(
     """Part an output in what is a function of its prompt, beside the prompt, and what is not."""
     whole = output.to_dict()
     if tokenizer is not None and all(segment["tokens"] is not None for segment in whole["segments"]):
-        texts = attempt_texts(partial(tokenizer.decode, skip_special_tokens=True), whole["segments"])
+        texts = attempt_texts(tokenizer, whole["segments"])
         for segment, of_attempts in zip(whole["segments"], texts, strict=True):
             segment["texts"] = of_attempts
     widths = [segment.pop("widths") for segment in whole["segments"]]

@@ -88,16 +88,13 @@ def fixed(value: float, digits: int) -> str:
 def _answers(run: Run, answered: int) -> dict[str, str]:
     failed = sum(row.error is not None for row in run.rows)
     left = run.prompts - len(run.rows)
-    note = ", ".join(
-        part for part in (f"{failed:,} failed" if failed else "", f"{left:,} left" if left else "") if part
-    )
-    return _card("Answers", f"{answered:,}", note or f"of {_count(run.prompts, 'prompt')}")
+    others = [f"{count:,} {what}" for count, what in ((failed, "failed"), (left, "left")) if count]
+    return _card("Answers", f"{answered:,}", ", ".join(others) or f"of {_count(run.prompts, 'prompt')}")
 
 
 def _rewards(rows: list[Row], digits: int) -> dict[str, str]:
-    reward, empty = (
-        _mean(float(row.answer[name]) for row in rows if row.answer) for name in ("reward", "prompt_reward")
-    )
+    names = ("reward", "prompt_reward")
+    reward, empty = (_mean(float(row.answer[name]) for row in rows if row.answer) for name in names)
     gain = fixed(reward - empty, digits)
     sign = "" if gain.startswith("\u2212") or not math.isfinite(reward - empty) else "+"
     return _card("Mean reward", fixed(reward, digits), f"{sign}{gain} over the empty answer's {fixed(empty, digits)}")
@@ -142,9 +139,8 @@ def _work(rows: list[Row]) -> list[dict[str, str]]:
     if not known:
         return []
     tokens = sum(len(row.answer["token_ids"]) for row in known if row.answer) or 1
-    sampled, scored, shared = (
-        sum(row.cost["counts"][name] for row in known) for name in ("sampled", "rm_scored", "shared")
-    )
+    names = ("sampled", "rm_scored", "shared")
+    sampled, scored, shared = (sum(row.cost["counts"][name] for row in known) for name in names)
     read = f"{scored / tokens:,.1f} per answer token" if scored else "the reward reads none"
     more = f", {shared:,} shared" if shared else ""
     return [

@@ -252,7 +252,7 @@ function attemptsHistogram() {
 }
 
 /* Every attempt's reward as a mark, segment by segment, against tau and r*. */
-function rewardChart(run, segments, [low, high]) {
+function rewardChart(run, name, segments, [low, high]) {
   const y = (value) => percent(Math.min(1, Math.max(0, 1 - (value - low) / (high - low))));
   const width = 1 / segments.length;
   const plot = s("svg", { class: "plot", role: "img", "aria-label": toldOfSegments(segments) });
@@ -275,7 +275,7 @@ function rewardChart(run, segments, [low, high]) {
   });
   const framed = frame(plot);
   framed.style.minWidth = `${44 + segments.length * 16}px`;
-  return h("figure", { class: "tall" }, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Chart of rewards" },
+  return h("figure", { class: "tall" }, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Chart of rewards ${name}` },
     framed), legendOf(segments, target));
 }
 
@@ -632,7 +632,7 @@ function sidePanels(row, side, i, trace, axis) {
   if (side.error) return h("section", { class: `panel ${size}` }, h("h2", {}, letter(i), "Error"), h("p", { class: "text error", dir: "auto" }, side.error));
   const answer = h("section", { class: `panel ${size}` }, h("h2", {}, letter(i), "Answer"), answerText(row, side, trace, i), figures(side, trace));
   if (!trace) return [answer, h("section", { class: "panel seven" }, h("p", { class: "quiet" }, "The attempts were left out to keep the page small."))];
-  const chart = trace.segments.length > 0 && panel([letter(i), "Reward of every attempt"], both ? "" : "seven", rewardChart(data.runs[i], trace.segments, axis));
+  const chart = trace.segments.length > 0 && panel([letter(i), "Reward of every attempt"], both ? "" : "seven", rewardChart(data.runs[i], both ? "AB"[i] : "", trace.segments, axis));
   const list = segmentList(data.runs[i], trace.segments, i);
   return both ? h("div", { class: "wide side" }, answer, chart, list) : [answer, chart, list];
 }

@@ -10,12 +10,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.data.journal import write_whole
 from stars_kernels.report import figures
@@ -29,8 +30,9 @@ ESCAPED = re.compile("[<>&\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u
 """What stands in the file as an escape: ends of scripts, what no UTF-8 has, and what would hide or turn text around."""
 LEFT_OUT = (
     "the texts of rejected attempts are left out",
-    "all attempts are left out",
+    "the texts of rejected attempts are left out, and all attempts",
 )
+"""What a page that would be too large goes without, step by step."""
 
 
 def write_report(
@@ -38,7 +40,7 @@ def write_report(
     target: Path | str,
     beside: Path | str | None = None,
     *,
-    decode: Callable[[list[int]], str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     max_mb: float = 20.0,
 ) -> Path:
     """Write a page that shows what a run did: its figures, its prompts, and every attempt at every segment.
@@ -48,7 +50,7 @@ def write_report(
             of `StarsOutput.to_dict`: one, a list, or one a line.
         target: the HTML file.
         beside: another run to be shown side by side with the first one, prompt by prompt.
-        decode: token ids to text, where the source has tokens of attempts but no texts: a tokenizer's `decode`.
+        tokenizer: the language model's, where the source has tokens of attempts but no texts.
         max_mb: what the page may weigh, in 10**6 bytes. Texts of rejected attempts are left out where it would be more,
             of the last prompts first, then their attempts; the page says so.
 
@@ -66,12 +68,10 @@ def write_report(
         others = read_runs(Path(beside))
         for path, found in ((source, runs), (beside, others)):
             if len(found) > 1:
-                raise ValueError(
-                    f"{path} has several runs, expected one beside another: name one, as {path}/rules/NAME"
-                )
+                raise ValueError(f"{path} has several runs, expected one beside another: as {path}/rules/NAME")
         runs += others
-    if decode is not None:
-        runs = [with_texts(run, decode) for run in runs]
+    if tokenizer is not None:
+        runs = [with_texts(run, tokenizer) for run in runs]
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, [page_of(runs, max_mb)])
@@ -91,9 +91,8 @@ def page_of(runs: Sequence[Run], max_mb: float) -> bytes:
 
 def to_script(data: Any) -> str:
     """Return JSON that may stand in a script element, on one line: whatever it holds, the element ends behind it."""
-    return ESCAPED.sub(
-        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    )
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _assembled(overview: dict[str, Any], details: Sequence[str]) -> bytes:
@@ -224,11 +223,12 @@ def _fitted(
     for level, what in enumerate(LEFT_OUT, 1):
         leaner = _lines(matched, runs, level)
         if (kept := _kept(fuller, leaner, room)) is not None:
-            of = f"from prompt {kept + 1:,} of {len(fuller):,} on" if kept else "of all prompts"
-            return fuller[:kept] + leaner[kept:], f"To keep this page below {max_mb:g} MB, {what}, {of}; see --max-mb."
+            where = f"from prompt {kept + 1:,} of {len(fuller):,} on" if kept else "of all prompts"
+            note = f"To keep this page below {max_mb:.3g} MB, {what} {where}; --max-mb lets it be larger."
+            return fuller[:kept] + leaner[kept:], note
         fuller = leaner
-    least = math.ceil((round(max_mb * MB) - room + sum(map(_size, fuller))) / MB)
-    raise ValueError(f"without any attempts the page has {least} MB, expected at most {max_mb:g}: give a larger max-mb")
+    least = max_mb + (sum(map(_size, fuller)) - room) / MB
+    raise ValueError(f"without any attempts the page has {least:.3g} MB, expected at most {max_mb:g}: raise max_mb")
 
 
 def _lines(matched: Sequence[Sequence[Row | None]], runs: Sequence[Run], level: int) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.data import read_results
 from stars_kernels.data.manifest import Manifest
@@ -92,18 +94,18 @@ def read_runs(source: Path) -> list[Run]:
     return runs
 
 
-def with_texts(run: Run, decode: Callable[[list[int]], str]) -> Run:
-    """Return the run with the texts of attempts whose tokens it has, made by `decode` of token ids."""
-    return _changed(run, rows=[_row_with_texts(row, decode) for row in run.rows])
+def with_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> Run:
+    """Return the run with the texts of attempts whose tokens it has."""
+    return replace(run, rows=[_row_with_texts(row, tokenizer) for row in run.rows])
 
 
-def _row_with_texts(row: Row, decode: Callable[[list[int]], str]) -> Row:
+def _row_with_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     segments = [] if row.answer is None else row.answer["segments"]
     if row.answer is None or any(segment.get("tokens") is None or "texts" in segment for segment in segments):
         return row
-    texts = attempt_texts(decode, segments)
+    texts = attempt_texts(tokenizer, segments)
     told = [{**segment, "texts": some} for segment, some in zip(segments, texts, strict=True)]
-    return Row(row.id, row.prompt, {**row.answer, "segments": told}, row.error, row.cost)
+    return replace(row, answer={**row.answer, "segments": told})
 
 
 def _of_folder(folder: Path) -> Run:
@@ -171,10 +173,10 @@ def _parsed(path: Path) -> list[Any]:
     try:
         whole = json.loads(text)
         return whole if isinstance(whole, list) else [whole]
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         try:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is neither JSON nor JSON lines ({error}), expected {EXPECTED}") from None
 
 
@@ -185,8 +187,4 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _noted(run: Run, note: str) -> Run:
-    return _changed(run, notes=[*run.notes, note])
-
-
-def _changed(run: Run, **changes: Any) -> Run:
-    return Run(**{**{name: getattr(run, name) for name in run.__dataclass_fields__}, **changes})
+    return replace(run, notes=[*run.notes, note])

@@ -29,7 +29,7 @@ def segment(rng, most, before, empty):
     outcome, rewards = "fallback", found["rewards"]
     for _ in range(most):
         length = SIZE if rng.random() < 0.95 else rng.randint(4, SIZE - 1)
-        rewards.append(max(-1, min(1, rng.gauss(0.45 + before / 400, 0.3))))
+        rewards.append(max(-1.0, min(1.0, rng.gauss(0.45 + before / 400, 0.3))))
         found["thresholds"].append(min(TARGET, start + (before + length) * (TARGET - start) / BUDGET))
         found["lengths"].append(length)
         found["texts"].append(text(rng, length))

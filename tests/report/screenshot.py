@@ -1,6 +1,8 @@
 """Take a picture of a report, as for the README.
 
-python -m tests.report.screenshot out/report.html docs/report.png
+    python -m tests.report.screenshot out/report.html docs/report.png
+
+It needs playwright and a browser.
 """
 
 import argparse

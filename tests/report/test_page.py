@@ -8,6 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 from stars_kernels.report import write_report
 from tests.report.example import write_rows, write_run
 
+UNFOLD = "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><script>alert(2)</script>",
@@ -17,7 +18,7 @@ HOSTILE = [
     "a\u2028b\u2029c\0d\x1b[31me\x85f",
     "\u202egnp.exe\u202c \u2066x\u2069 \u200b \ufeff",
     "lone \ud800 half",
-    "שלום עולם and العربية",
+    "\u05e9\u05dc\u05d5\u05dd and \u0627\u0644\u0639",
     "\U000e0041\U000e0042 tags, 👩‍👩‍👧 family",
     "__proto__",
     "constructor",
@@ -35,7 +36,9 @@ def ids(page):
 def test_overview(visit, pages):
     page = visit(pages["single"])
     assert page.title() == "stars · STARS report" and rows(page).count() == 12
-    cards = dict(zip(page.locator(".card dt").all_inner_texts(), page.locator(".card .value").all_inner_texts()))
+    cards = dict(
+        zip(page.locator(".card dt").all_inner_texts(), page.locator(".card .value").all_inner_texts(), strict=True)
+    )
     assert cards["Answers"] == "12" and cards["Target r*"] == "0.800" and cards["Accepted"].endswith("%")
     assert page.locator("svg[role=img]").count() == 2
     assert "r* 0.800" in page.locator("figure svg").first.text_content()
@@ -44,20 +47,18 @@ def test_overview(visit, pages):
     assert page.locator(".strip[role=img]").first.get_attribute("aria-label").startswith("8 segments: ")
 
 
+@pytest.mark.parametrize("hash", ["#/", "#/p3/2"])
 @pytest.mark.parametrize("kind", ["single", "beside"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_nobody_is_shut_out_and_nothing_sticks_out(visit, pages, kind, scheme, width):
-    page = visit(pages[kind], width=width, color_scheme=scheme)
-    for hash in ("#/", "#/p3", "#/p3/2"):
-        page.evaluate(f"location.hash = '{hash}'")
-        page.wait_for_function("hash => (hash === '#/') === !document.querySelector('.segment')", arg=hash)
-        page.evaluate(
-            "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
-        )
-        found = Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
+def test_nobody_is_shut_out_and_nothing_sticks_out(visit, few, kind, hash):
+    page = visit(few[kind] + hash)
+    page.evaluate(UNFOLD)
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):  # others are as in light
+            page.emulate_media(color_scheme=scheme)
+            found = Axe().run(page, options=rules)
+            assert found.violations_count == 0, (width, scheme, found.generate_report())
 
 
 def test_sort(visit, pages):
@@ -92,7 +93,7 @@ def test_search_and_filter(visit, tmp_path):
     page = visit(write_report(folder, tmp_path / "page.html").as_uri())
     search = page.get_by_label("Search prompts and answers")
     search.fill("needle")
-    assert ids(page) == ["p1", "p2", "p3"] and page.get_by_role("status").inner_text() == "1–3 of 3 prompts"
+    assert ids(page) == ["p1", "p2", "p3"] and page.get_by_role("status").inner_text() == "1\u20133 of 3 prompts"
     search.fill("nothing like it")
     assert page.get_by_text("No prompt is like that.").is_visible()
     search.fill("")
@@ -146,9 +147,8 @@ def test_a_prompt_and_links_into_it(visit, pages, run):
         cells = page.locator("#segment-0-6 tbody tr").nth(i).locator("td")
         assert cells.nth(6).locator("bdi").text_content() == text
         r, tau = row["segments"][5]["rewards"][i], row["segments"][5]["thresholds"][i]
-        assert (
-            cells.nth(1).inner_text() == f"{r:.3f}".replace("-", "\u2212") and cells.nth(2).inner_text() == f"{tau:.3f}"
-        )
+        assert cells.nth(1).inner_text() == f"{r:.3f}".replace("-", "\u2212")
+        assert cells.nth(2).inner_text() == f"{tau:.3f}"
     page.go_back()
     page = visit(pages["single"] + "#/p5/2")
     assert page.locator("#segment-0-2").get_attribute("open") is not None
@@ -161,10 +161,10 @@ def test_a_prompt_and_links_into_it(visit, pages, run):
 def test_two_runs_side_by_side(visit, pages):
     page = visit(pages["beside"])
     assert rows(page).count() == 14 and page.locator("th button").all_inner_texts()[:4] == [
-        "Prompt", "Reward A", "Reward B", "A − B",
+        "Prompt", "Reward A", "Reward B", "A \u2212 B",
     ]  # fmt: skip
     assert "only in B" in rows(page).nth(13).inner_text() and "missing" in rows(page).nth(13).inner_text()
-    page.get_by_role("button", name="A − B").click()
+    page.get_by_role("button", name="A \u2212 B").click()
     found = [text for text in rows(page).locator("td:nth-child(4)").all_inner_texts() if "only" not in text]
     numbers = [float(text.replace("\u2212", "-")) for text in found]
     assert len(numbers) == 12 and numbers == sorted(numbers, reverse=True)
@@ -185,12 +185,12 @@ def test_hostile_texts_are_texts(visit, run, tmp_path):
         for segment in line["segments"]:
             segment["texts"] = [text] * len(segment["rewards"])
     lines[0] = {"custom_id": HOSTILE[0], "error": HOSTILE[1]}
-    folder = write_rows(tmp_path / "<b>run & </script>", lines, costs)
+    folder = write_rows(tmp_path / "<b>run & <!-- <script>", lines, costs)
     target = write_report(folder, tmp_path / "page.html")
     raw = target.read_text(encoding="utf-8")
     assert raw.count("</script>") == 3 and raw.count("<script") == 3 and "\u202e" not in raw and "\u2028" not in raw
     page = visit(target.as_uri())
-    assert page.locator("h1").inner_text() == "<b>run & </script>" and rows(page).count() == 12
+    assert page.locator("h1").inner_text() == "<b>run & <!-- <script>" and rows(page).count() == 12
     seen = ids(page)
     for i, text in enumerate(HOSTILE):
         page.locator("a.id").nth(i).click()
@@ -199,9 +199,7 @@ def test_hostile_texts_are_texts(visit, run, tmp_path):
             assert seen[i] == text
             if i:
                 assert page.locator(".answer-text").text_content() == text * 8
-        page.evaluate(
-            "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
-        )
+        page.evaluate(UNFOLD)
         page.keyboard.press("Escape")
         page.wait_for_selector(".prompts")
     assert "U+2028" in seen[5] and "␀" in seen[5] and "␛" in seen[5] and "U+0085" in seen[5]
@@ -212,7 +210,7 @@ def test_hostile_texts_are_texts(visit, run, tmp_path):
 
 def test_nothing_but_its_own_script_runs(visit, pages):
     """The policy is at work: what was written into the page afterwards is not run."""
-    page = visit(pages["single"])
+    page = visit(pages["single"], told="Content Security Policy")
     violated = page.evaluate(
         """() => new Promise((done) => {
             document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
@@ -264,19 +262,20 @@ def test_a_full_page_is_small_and_quick(visit, tmp_path):
 def test_ten_thousand_prompts(visit, run, tmp_path):
     lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     for line in lines:
+        line["segments"] = line["segments"][:3]
         for segment in line["segments"]:
             del segment["texts"], segment["tokens"]
     many = [{**lines[i % 12], "custom_id": i, "token_ids": []} for i in range(10_000)]
     target = write_report(write_rows(tmp_path / "many", many, []), tmp_path / "page.html")
     page = visit(target.as_uri())
     assert page.evaluate("performance.getEntriesByName('interactive')[0].startTime") < 5000
-    assert rows(page).count() == 100 and page.get_by_role("status").inner_text() == "1–100 of 10,000 prompts"
+    assert rows(page).count() == 100 and page.get_by_role("status").inner_text() == "1\u2013100 of 10,000 prompts"
     page.get_by_role("button", name="Next").click()
     assert ids(page)[0] == "100"
     page.get_by_role("button", name="Prompt", exact=True).click()
     page.get_by_role("button", name="Prompt", exact=True).click()
     assert ids(page)[:2] == ["9999", "9998"]
     page.get_by_label("Search prompts and answers").fill("777")
-    assert page.get_by_role("status").inner_text() == "1–19 of 19 prompts"
+    assert page.get_by_role("status").inner_text() == "1\u201319 of 19 prompts"
     page.locator("a.id").first.click()
     assert page.locator("h1").inner_text() == "9777" and page.locator("figure .mark").count() > 0
