@@ -95,6 +95,7 @@ NOT_RUN = {
     "pip install .",
     "pip install '.[gguf]'",
     "pip install 'stars-kernels[cli]'",
+    "pip install 'stars-kernels[cli,serve]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
 }
