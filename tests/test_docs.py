@@ -102,6 +102,7 @@ NOT_RUN = {
     "pip install 'stars-kernels[cli]'",
     "pip install 'stars-kernels[eval]'",
     "pip install 'stars-kernels[cli,eval]'",
+    "pip install 'stars-kernels[cli,serve]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
 }

@@ -12,7 +12,8 @@ from stars_kernels.decoder.arenas import WORTH_COPYING, Arenas
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.protocols import Room, Scores
 from stars_kernels.decoder.round import Round
-from stars_kernels.decoder.rules import BestOf, BlockBestOf, Stars
+from stars_kernels.decoder.rules import BestOf, BlockBestOf, SpeculativeRejection, Stars
+from stars_kernels.decoder.scheduler import MAX_PASSED
 from stars_kernels.decoder.slots import Slots
 from stars_kernels.ops.philox import request_key
 from tests.decoder.enumerable import DEPTH, EOS, Scorer, Table, make_world
@@ -356,3 +357,21 @@ def test_a_larger_answer_has_its_turn_in_an_open_run(world):
     run.run()
     assert [room.tokens for room in rooms] == [2 * (2 + DEPTH), 2 * (40 + DEPTH)] or rooms[0].tokens == 2 * (40 + DEPTH)
     assert [answer.error for answer in answers] == [None] * 5
+
+
+def test_a_short_turn_is_not_passed_over_for_ever(world):
+    """In a race, whose last turn is shorter, while others come without end to an open run for the turn before it."""
+    rule = SpeculativeRejection(2, segment_size=3, keep=0.9)  # a turn of 3 tokens, and one of 1
+    config = StarsConfig(rule=rule, max_new_tokens=DEPTH, batch_size=50, width=2, top_k=None)
+    answers, table = answers_of([(i, 1, DEPTH) for i in range(40)]), Places(world)
+    run, passed = run_of(table, scorer_of(table), config, [], eos=(EOS,)), []
+    run.open, run.slots = True, 50
+    for answer in answers:
+        run.add(answer)
+        run.step()  # which admits it
+        run.step()
+        passed += [other.passed for other in run.active.values()]
+    assert max(passed) == MAX_PASSED and sum(not answer.active for answer in answers) > 30
+    run.run()
+    alone = Alone(world)
+    assert list(map(told, answers)) == [alone(rule, (i, 1, DEPTH)) for i in range(40)]

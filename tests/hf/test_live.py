@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 import stars_kernels
-from stars_kernels import BestOf, DecodeError, Engine, SpeculativeRejection
+from stars_kernels import BestOf, DecodeError, Engine
 from stars_kernels.hf.live import MAX_TABLES
 from tests.hf.test_time_and_cancel import Watched
 from tests.tiny import byte_tokenizer
@@ -144,25 +144,6 @@ def test_more_kinds_of_settings_than_have_memory_at_once(lm, rm):
     assert told(other) == told(stars_kernels.decode(lm, rm, [1, 2], request_ids="other", **SET, temperature=9.0))
     assert late.finish_reason == "time" and "gone" not in order
     assert order.index("other") < 30
-
-
-def test_a_short_last_turn_is_not_passed_over_for_ever(lm, rm):
-    """In a race, others have longer turns; more of them come without end."""
-    rule = SpeculativeRejection(2, segment_size=10)  # and a last turn of 2 tokens
-
-    async def main(engine):
-        first, behind = asyncio.create_task(engine.adecode([7, 7], request_id="first")), []
-        while not first.done():
-            behind.append(asyncio.create_task(engine.adecode([1 + len(behind) % 200], request_id=len(behind))))
-            while engine.load()[1] < min(len(behind), 40) and not first.done():
-                await asyncio.sleep(0)
-        return await first, len(behind), await asyncio.gather(*behind)
-
-    plain = {name: SET[name] for name in ("seed", "max_new_tokens", "eos_token_id", "progress")}
-    with Engine(lm, rm, batch_size=40, rule=rule, **plain) as engine:
-        output, came, _ = asyncio.run(main(engine))
-    assert told(output) == told(stars_kernels.decode(lm, rm, [7, 7], request_ids="first", rule=rule, **plain))
-    assert came < 30
 
 
 def test_load_counts_who_waits_and_who_has_a_slot(lm):

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import socket
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -134,19 +135,23 @@ def mutated(rng):
     return json.dumps(body).encode(), False
 
 
-def test_a_thousand_broken_bodies(http, engine):
+def test_a_thousand_broken_bodies(url, http, engine):
     rng, refused, count = random.Random(7), 0, 0
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)  # quicker than httpx
     while refused < 1000:
         data, hopeless = mutated(rng)
         path = "/v1/completions" if b'"prompt"' in data else "/v1/chat/completions"
-        response = http.post(path, content=data, headers={"Content-Type": "application/json"})
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            told = response.read()
         count += 1
-        if response.status_code == 200:  # what was changed is of no matter, or is right
+        if response.status == 200:  # what was changed is of no matter, or is right
             assert not hopeless, data[:300]
             continue
-        assert 400 <= response.status_code < 500, (response.status_code, response.text, data[:300])
-        error_of(response, response.status_code)
+        assert 400 <= response.status < 500, (response.status, told, data[:300])
+        error_of(httpx.Response(response.status, content=told), response.status)
         refused += 1
+    connection.close()
     assert count < 1200
     assert post(http, chat()).json()["choices"][0]["message"]["content"] == engine.decode(CHAT, seed=3).text
     assert engine.load() == (0, 0)
