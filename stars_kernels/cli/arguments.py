@@ -1,69 +1,25 @@
-"""What the words of a command line mean: models, reward models, rules and settings."""
+"""What the words of a command line mean: rules and settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from stars_kernels.decoder.config import RULE_SETTINGS, StarsConfig
 from stars_kernels.decoder.rules import RULES, Rule, Stars
-from stars_kernels.hf.loading.language_model import check_path
-from stars_kernels.hf.loading.reward_model import load_reward_model
-from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
+from stars_kernels.hf.by_name import number_of
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""`module:function`, as of a reward function."""
-WEIGHTED = re.compile(r"(.+)@([^@]+)")
-"""`NAME@WEIGHT`, of a reward model among several."""
 SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
 
 
 class UsageError(ValueError):
     """What a command was given cannot be meant."""
-
-
-def reward_of(names: Iterable[str], device: str, dtype: torch.dtype | None) -> Reward:
-    """Load the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
-    parts = [_part(name, device, dtype) for name in names]
-    if not parts:
-        raise UsageError("--reward-model is missing, expected a hub name, a folder, or module:function")
-    return parts
-
-
-def _part(name: str, device: str, dtype: torch.dtype | None) -> RewardModel:
-    weighted, weight = WEIGHTED.fullmatch(name), 1.0
-    if weighted and _number(weighted[2]) is not None and not Path(name).exists():
-        name, weight = weighted[1], float(weighted[2])
-    if FUNCTION.fullmatch(name) and not Path(name).exists():
-        return RewardModel(_function(name), weight=weight)
-    check_path("--reward-model", name)
-    loaded = load_reward_model(name, None, trust_remote_code=False)
-    return RewardModel(moved(loaded.model, device, dtype), loaded.tokenizer, weight=weight)
-
-
-def moved(model: Any, device: str, dtype: torch.dtype | None) -> Any:
-    """Move a model to a device; dtype: None = as it is."""
-    return model.to(device=device, dtype=dtype)
-
-
-def _function(name: str) -> Any:
-    """Import `module:function`; the module may lie where the command is given."""
-    module, function = name.split(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--reward-model {name}: {error}") from error
 
 
 def rule_names() -> dict[str, type[Any]]:
@@ -97,16 +53,9 @@ def parsed(pairs: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {pair!r}: the value is not YAML: {error}") from None
-        number = _number(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
+        number = number_of(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
         found[name.replace("-", "_")] = value if number is None else number
     return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def merged(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:

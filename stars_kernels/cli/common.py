@@ -9,16 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from stars_kernels.cli.arguments import UsageError, moved, reward_of
+from stars_kernels.cli.arguments import UsageError
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import DecodeError, StarsError, message_of
+from stars_kernels.hf.by_name import engine_by_name
 from stars_kernels.hf.engine import Engine
-from stars_kernels.hf.loading.language_model import check_path, load_language_model
 
 stderr = Console(stderr=True)
 """For people; what a command gives goes to stdout."""
@@ -50,7 +49,7 @@ def told_errors() -> Iterator[None]:
         code = 2 if isinstance(error, FileNotFoundError | FileExistsError) else 1
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(code) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
@@ -58,35 +57,22 @@ def told_errors() -> Iterator[None]:
 def engine_of(options: dict[str, Any], settings: dict[str, Any]) -> Engine:
     """Check the settings, then load the models onto a device."""
     StarsConfig(**settings)
+    names = models_of(options)
+    with stderr.status("loading"):
+        return engine_by_name(**names, **settings)
+
+
+def models_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the models, as `engine_by_name` takes them."""
     name, rewards = options.get("model"), options.get("reward_model") or []
     if name is None:
         raise UsageError("--model is missing, expected a hub name, a folder, or a .gguf file")
-    check_path("--model", name)
-    device, dtype = device_of(options.get("device")), _dtype_of(options.get("dtype"))
-    with stderr.status("loading"):
-        reward = reward_of([rewards] if isinstance(rewards, str) else rewards, device, dtype)
-        model, tokenizer = load_language_model(name, None, trust_remote_code=False)
-        return Engine(moved(model, device, dtype), reward, tokenizer=tokenizer, **settings)
+    if not rewards:
+        raise UsageError("--reward-model is missing, expected a hub name, a folder, or module:function")
+    return {"model": name, "reward_model": rewards, "device": options.get("device"), "dtype": options.get("dtype")}
 
 
 def switch(name: str, value: Any) -> bool:
     if value not in (None, True, False):
         raise UsageError(f"{name} is {value!r}, expected true or false")
     return bool(value)
-
-
-def device_of(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device is {name!r}, which is not here: {message_of(error)}") from None
-    return name
-
-
-def _dtype_of(name: str | None) -> torch.dtype | None:
-    kinds = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
-    if name is not None and name not in kinds:
-        raise UsageError(f"--dtype is {name!r}, expected one of {', '.join(kinds)}")
-    return None if name is None else kinds[name]

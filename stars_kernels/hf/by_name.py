@@ -1,0 +1,116 @@
+"""Models by the words of a command line: a hub name, a folder, a .gguf file, or `module:function` for a reward."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from stars_kernels.decoder.config import Settings, resolve_config
+from stars_kernels.decoder.errors import message_of
+from stars_kernels.hf.engine import Config, Engine
+from stars_kernels.hf.loading.language_model import check_path, load_language_model
+from stars_kernels.hf.loading.reward_model import load_reward_model
+from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""`module:function`, as of a reward function."""
+WEIGHTED = re.compile(r"(.+)@([^@]+)")
+"""`NAME@WEIGHT`, of a reward model among several."""
+DTYPES = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
+"""What models may be turned to, by name."""
+
+
+def engine_by_name(
+    model: str,
+    reward_model: str | Iterable[str],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    config: Config = None,
+    **settings: Unpack[Settings],
+) -> Engine:
+    """Load the models that are named onto a device, and make their engine.
+
+    Args:
+        model: hub name, folder, or .gguf file.
+        reward_model: hub name, folder, or `module:function`; of several, each as NAME@WEIGHT, the weighted sum.
+        device: None = cuda where there is one, else cpu.
+        dtype: float32, bfloat16 or float16; None = as saved.
+
+    Raises:
+        ValueError, TypeError: a name, the device, the dtype or a setting is not usable, as `Engine` says.
+        OSError: there is no such model.
+    """
+    resolved = resolve_config(config, settings)  # before anything is loaded
+    check_path("model", model)
+    place, kind = device_of(device), dtype_of(dtype)
+    reward = reward_of([reward_model] if isinstance(reward_model, str) else reward_model, place, kind)
+    loaded, tokenizer = load_language_model(model, None, trust_remote_code=False)
+    return Engine(moved(loaded, place, kind), reward, tokenizer=tokenizer, config=resolved)
+
+
+def reward_of(names: Iterable[str], device: str, dtype: torch.dtype | None) -> Reward:
+    """Load the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
+    parts = [_part(name, device, dtype) for name in names]
+    if not parts:
+        raise ValueError("no reward model is given, expected a hub name, a folder, or module:function")
+    return parts
+
+
+def _part(name: str, device: str, dtype: torch.dtype | None) -> RewardModel:
+    weighted, weight = WEIGHTED.fullmatch(name), 1.0
+    if weighted and (number := number_of(weighted[2])) is not None and not Path(name).exists():
+        name, weight = weighted[1], number
+    if FUNCTION.fullmatch(name) and not Path(name).exists():
+        return RewardModel(_function(name), weight=weight)
+    check_path("reward_model", name)
+    loaded = load_reward_model(name, None, trust_remote_code=False)
+    return RewardModel(moved(loaded.model, device, dtype), loaded.tokenizer, weight=weight)
+
+
+def moved(model: Any, device: str, dtype: torch.dtype | None) -> Any:
+    """Move a model to a device; dtype: None = as it is."""
+    return model.to(device=device, dtype=dtype)
+
+
+def _function(name: str) -> Any:
+    """Import `module:function`; the module may lie where the command is given."""
+    module, function = name.split(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_model {name}: {error}") from error
+
+
+def number_of(text: str) -> float | None:
+    """Return the number that a text writes; None = it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def device_of(name: str | None) -> str:
+    """Return the device of this name, which must be here; None = cuda where there is one, else cpu."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which is not here: {message_of(error)}") from None
+    return name
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return the dtype of this name; None = as saved."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
