@@ -87,7 +87,7 @@ def run(
 
       stars run -m MODEL -r rewards:politeness@0.5 -r RM@1 -i prompts.jsonl -o both --rule best-of --n 8
 
-      stars run -m MODEL -r RM -i prompts.jsonl -o many --ray --actors 2
+      stars run -m MODEL -r RM -i prompts.jsonl -o many --seed 0 --ray --actors 3
 
     [bold]Exit codes[/]: 0 = all are answered, 1 = some are not, 2 = it could not begin, 130 = stopped.
     """

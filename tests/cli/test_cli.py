@@ -141,6 +141,8 @@ def test_calibrate_then_run(models, tmp_path):
         (["-m", "m", "-r", "r", "--temperature", "0"], "temperature is 0"),
         (["-m", "m", "-r", "r", "--device", "cuda:9"], "device is 'cuda:9', which is not here"),
         (["-m", "m", "-r", "r", "--dtype", "int3"], "dtype is 'int3', expected one of float32, bfloat16, float16"),
+        (["--actors", "2"], "--actors is given without --ray, expected both"),
+        (["--ray"], "--ray is given without --input, expected a file of prompts"),
         (["-m", "m", "--set", "overwrite='no'"], "overwrite is 'no', expected true or false"),
     ],
 )

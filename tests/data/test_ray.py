@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from stars_kernels.cli.app import app
 from stars_kernels.data import StarsPredictor, read_results, run_file, run_file_ray
 from stars_kernels.data import ray as ray_module
 from stars_kernels.data.ray import is_fatal
@@ -20,6 +24,7 @@ from stars_kernels.data.run import MANIFEST, RESULTS
 from stars_kernels.decoder.errors import DecodeError
 from stars_kernels.hf.by_name import engine_by_name
 from tests.data.test_run import fixed
+from tests.test_docs import blocks
 from tests.tiny import byte_tokenizer, tiny_language_model
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -61,12 +66,35 @@ def run(home, folder, **changes):
     return run_file_ray(home / "prompts.jsonl", home / folder, **given)
 
 
+def example(home, number):
+    """An example of the document, with this test's model, reward and settings."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in SET.items())
+    changes = {"seed=0": f"{settings}, per_call=2", '"seed": 0': '"seed": 3, "max_new_tokens": 8', '"RM"': repr(REWARD)}
+    block = blocks("py", [ROOT / "docs" / "ray.md"])[number][1].replace('"MODEL"', repr(str(home / "lm")))
+    for old, new in changes.items():
+        block = block.replace(old, new)
+    return block
+
+
+def stars(home, number, folder):
+    """Run a command of the document, with this test's model, reward and settings."""
+    command = re.findall(r"^    stars (run .*--ray.*)$", (ROOT / "docs" / "ray.md").read_text(), re.MULTILINE)[number]
+    changes = {"MODEL": str(home / "lm"), "RM": REWARD, "0": "3", "many": folder}
+    words = [changes.get(word, word) for word in shlex.split(command)]
+    settings = [f"--set={name}={str(value).lower()}" for name, value in SET.items() if name != "seed"]
+    result = CliRunner().invoke(app, [*words, *settings])
+    assert result.exit_code == 1, (result.output, result.exception)  # two prompts of the file are bad ones
+    return result.stderr
+
+
 def results(home, folder):
     return (home / folder / RESULTS).read_bytes()
 
 
 def pids(notes):
-    return {int(file.name.split()[1]) for file in notes.glob("pid *")}
+    """Of the processes that gave rewards, in the order of their first ones."""
+    files = sorted(notes.glob("pid *"), key=lambda file: file.stat().st_mtime_ns)
+    return [int(file.name.split()[1]) for file in files]
 
 
 def until(condition, seconds=90):
@@ -76,47 +104,46 @@ def until(condition, seconds=90):
         time.sleep(0.02)
 
 
-def test_three_actors_and_one_is_killed(home, notes):
+def test_three_actors_and_one_is_killed(home, notes, monkeypatch):
+    monkeypatch.chdir(home)
     (notes / "slow").touch()
 
     def kill():
         until(lambda: len(pids(notes)) == 3)
-        killed.append(pids(notes).pop())
+        killed.append(pids(notes)[-1])  # the others may have done their part
         os.kill(killed[0], signal.SIGKILL)
         (notes / "slow").unlink()
 
     killed, thread = [], threading.Thread(target=kill)
     thread.start()
-    summary = run(home, "three", actors=3)
+    told = stars(home, 0, "three")
     thread.join()
     assert killed and len(pids(notes)) == 4  # another process has taken its place
-    assert summary.answers == 20 and results(home, "three") == results(home, "whole")
+    assert "20 of 22 prompts answered, 2 failed, 0 left" in told and results(home, "three") == results(home, "whole")
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.data.test_ray import run
-run(Path(sys.argv[1]), "one", address=sys.argv[2])
-"""
-
-
-def test_one_actor_and_its_driver_is_killed(home, notes):
-    """The same call goes on; so may one process, which finds nothing to do."""
+def test_the_driver_is_killed(home, notes, monkeypatch):
+    """The same run by a command goes on; so may one process, which finds nothing to do."""
+    monkeypatch.chdir(home)
     (notes / "slow").touch()
     address = ray.get_runtime_context().gcs_address
-    driver = subprocess.Popen([sys.executable, "-c", SCRIPT, str(home), address], cwd=ROOT)
-    until(lambda: (home / "one" / RESULTS).exists() and len(results(home, "one").splitlines()) > 4)
+    driver = subprocess.Popen([sys.executable, "-c", example(home, 0)], env={**os.environ, "RAY_ADDRESS": address})
+    until(lambda: (home / "many" / RESULTS).exists() and len(results(home, "many").splitlines()) > 4)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     (notes / "slow").unlink()
-    assert len(results(home, "one").splitlines()) < 22
-    summary = run(home, "one")
-    assert (summary.prompts, summary.answers, summary.errors) == (22, 20, 2)
-    manifests = [json.loads((home / folder / MANIFEST).read_text()) for folder in ("whole", "one")]
-    assert results(home, "one") == results(home, "whole") and fixed(manifests[0]) == fixed(manifests[1])
+    assert len(results(home, "many").splitlines()) < 22
+    connected = []
+    with monkeypatch.context() as patch:  # this process is connected already
+        patch.setattr(ray, "is_initialized", lambda: bool(connected))
+        patch.setattr(ray, "init", lambda address, **options: connected.append(address))
+        patch.setattr(ray, "shutdown", lambda: connected.append("left"))
+        assert "20 of 22 prompts answered, 2 failed, 0 left" in stars(home, 1, "many")
+    assert connected == ["HEAD:6379", "left"]
+    manifests = [json.loads((home / folder / MANIFEST).read_text()) for folder in ("whole", "many")]
+    assert results(home, "many") == results(home, "whole") and fixed(manifests[0]) == fixed(manifests[1])
     with engine_by_name(str(home / "lm"), REWARD, device="cpu", **SET) as engine:
-        assert run_file(engine, home / "prompts.jsonl", home / "one").tokens == 0
+        assert run_file(engine, home / "prompts.jsonl", home / "many").tokens == 0
 
 
 def test_an_actor_whose_device_fails_ends_and_at_last_is_given_up(home, notes, monkeypatch):
@@ -129,30 +156,34 @@ def test_an_actor_whose_device_fails_ends_and_at_last_is_given_up(home, notes, m
     assert "b" in left and len(left) == 2 == summary.prompts - summary.answers - summary.errors
 
 
-def test_ray_data(home):
-    """Each row is as in a run, whatever the order."""
-    import ray.data
+def test_ray_data(home, capsys):
+    """By the example of the document."""
+    exec(compile(example(home, 1), "docs/ray.md", "exec"), {})
+    shown = capsys.readouterr().out
+    with engine_by_name(str(home / "lm"), REWARD, device="cpu", max_new_tokens=8) as engine:
+        for name in ("colour", "fruit", "town"):
+            alone = engine.decode(f"Name a {name}.", request_ids=name, seed=3, reward_threshold=1.0, beta=0.5)
+            assert f"{name} {alone.text} {alone.reward} \n" in shown
 
+
+def test_a_batch_of_columns(home):
+    """Each row is as in a run; a prompt that failed is one too."""
     config = json.loads((home / "whole" / MANIFEST).read_text())["config"]
     target = {name: config[name] for name in ("reward_threshold", "beta")}
-    rows = [json.loads(line) for line in (home / "prompts.jsonl").read_text().splitlines() if line[0] == "{"]
-    items = [{"id": row.get("custom_id", "5"), "prompt": row["prompt"], "kind": "k"} for row in rows]
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    answered = ray.data.from_items(items, override_num_blocks=2).map_batches(
-        StarsPredictor,
-        fn_constructor_kwargs={"model": str(home / "lm"), "reward_model": REWARD, "device": "cpu", **target, **SET},
-        compute=ray.data.ActorPoolStrategy(size=1),
-        batch_size=16,
-    )
-    found = {row["id"]: row for row in answered.take_all()}
+    predictor = StarsPredictor(str(home / "lm"), REWARD, device="cpu", threads=1, **target, **SET)
+    ids, prompts = np.array(["p3", "5", "none", "p1"], object), np.array(["prompt 3", "", None, "prompt 1"], object)
+    batch = predictor({"id": ids, "prompt": prompts, "kind": np.arange(4)})
     expected = {row["custom_id"]: row for row in read_results(home / "whole")}
-    assert len(found) == 21
-    failed = found.pop("5")
-    assert failed["error"] == "prompt '5': it has no tokens, expected at least one" and np.isnan(failed["reward"])
-    for row_id, row in found.items():
-        one = expected[row_id]
-        assert json.loads(row["result"]) == one and row["error"] == "" and row["kind"] == "k"
-        assert all(row[name] == one[name] for name in ("text", "reward", "finish_reason"))
+    for i in (0, 3):
+        one = expected[ids[i]]
+        assert json.loads(batch["result"][i]) == one and batch["error"][i] == "" and batch["kind"][i] == i
+        assert all(batch[name][i] == one[name] for name in ("text", "reward", "finish_reason"))
+    assert batch["error"][1:3] == [
+        "prompt '5': it has no tokens, expected at least one",
+        "prompt 'none': found id, prompt, expected one of prompt, messages, prompt_token_ids",
+    ]
+    assert np.isnan(batch["reward"][1:3]).all() and batch["text"][1:3] == batch["finish_reason"][1:3] == ["", ""]
+    assert json.loads(batch["result"][1]) == {"custom_id": "5", "error": batch["error"][1]}
 
 
 @pytest.mark.parametrize(
@@ -185,10 +216,8 @@ def test_what_actors_would_differ_in_must_be_given(given, why):
         StarsPredictor("lm", "rm", **given)
 
 
-def test_columns(home):
+def test_columns():
     """Of a batch as Ray Data gives it: numpy, with empty entries and chats whose messages have other keys."""
-    with engine_by_name(str(home / "lm"), "json:dumps") as engine:
-        engine.models.tokenizer.chat_template = "{{ messages | tojson }}"
     hi = {"role": "user", "content": "Hi", "name": None}
     batch = {"id": np.array([1, 2, 3, 4]), "messages": np.empty(4, object), "prompt_token_ids": np.empty(4, object)}
     batch["messages"][:] = [np.array([hi]), None, None, np.array([hi])]
