@@ -1,67 +1,19 @@
-"""What the words of a command line mean: models, reward models, rules and settings."""
+"""What the words of a command line mean: rules and settings."""
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from stars_kernels.decoder.naming import SETTINGS, near, rule_of
-from stars_kernels.hf.loading.language_model import check_path
-from stars_kernels.hf.loading.reward_model import load_reward_model
-from stars_kernels.hf.scoring.reward_model import Reward, RewardModel
-
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""`module:function`, as of a reward function."""
-WEIGHTED = re.compile(r"(.+)@([^@]+)")
-"""`NAME@WEIGHT`, of a reward model among several."""
+from stars_kernels.hf.by_name import number_of
 
 
 class UsageError(ValueError):
     """What a command was given cannot be meant."""
-
-
-def reward_of(names: Iterable[str], device: str, dtype: torch.dtype | None) -> Reward:
-    """Load the reward model that is named: a hub name, a folder or `module:function`; of several the weighted sum."""
-    parts = [_part(name, device, dtype) for name in names]
-    if not parts:
-        raise UsageError("--reward-model is missing, expected a hub name, a folder, or module:function")
-    return parts
-
-
-def _part(name: str, device: str, dtype: torch.dtype | None) -> RewardModel:
-    weighted, weight = WEIGHTED.fullmatch(name), 1.0
-    if weighted and _number(weighted[2]) is not None and not Path(name).exists():
-        name, weight = weighted[1], float(weighted[2])
-    if FUNCTION.fullmatch(name) and not Path(name).exists():
-        return RewardModel(function_of("--reward-model", name), weight=weight)
-    check_path("--reward-model", name)
-    loaded = load_reward_model(name, None, trust_remote_code=False)
-    return RewardModel(moved(loaded.model, device, dtype), loaded.tokenizer, weight=weight)
-
-
-def moved(model: Any, device: str, dtype: torch.dtype | None) -> Any:
-    """Move a model to a device; dtype: None = as it is."""
-    return model.to(device=device, dtype=dtype)
-
-
-def function_of(option: str, name: str) -> Any:
-    """Import `module:function`, which an option names; the module may lie where the command is given."""
-    if not FUNCTION.fullmatch(str(name)):
-        raise UsageError(f"{option} is {name!r}, expected module:function")
-    module, function = name.split(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{option} {name}: {error}") from error
 
 
 def parsed(pairs: Iterable[str]) -> dict[str, Any]:
@@ -75,16 +27,9 @@ def parsed(pairs: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {pair!r}: the value is not YAML: {error}") from None
-        number = _number(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
+        number = number_of(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
         found[name.replace("-", "_")] = value if number is None else number
     return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 class _OnceLoader(yaml.SafeLoader):

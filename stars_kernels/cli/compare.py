@@ -14,18 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stars_kernels.cli.arguments import UsageError, function_of, merged, parsed, reward_of, settings_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
 from stars_kernels.cli.common import (
     OF_MODELS,
     Device,
     DType,
-    Loaded,
     ModelName,
     RewardModels,
     Seed,
-    as_list,
-    device_of,
-    dtype_of,
     load_models,
     stderr,
     switch,
@@ -38,6 +34,7 @@ from stars_kernels.decoder.output import Calibration
 from stars_kernels.evaluation import Comparison, EndpointJudge, FunctionJudge, RewardJudge
 from stars_kernels.evaluation import compare as compare_rules
 from stars_kernels.evaluation.tables import number, told
+from stars_kernels.hf.by_name import Loaded, as_list, device_of, dtype_of, function_of, reward_of
 from stars_kernels.hf.engine import Engine
 
 OF_COMPARE = OF_MODELS | {"prompts", "output", "rules", "judge", "limit", "overwrite", "retry", "calibration"}

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stars_kernels.cli.common import device_of
 from stars_kernels.data.manifest import versions
+from stars_kernels.hf.by_name import device_of
 from stars_kernels.hf.families import CLASSIFIERS, WORKS
 from stars_kernels.ops import backends
 

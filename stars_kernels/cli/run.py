@@ -19,16 +19,19 @@ from stars_kernels.cli.common import (
     RewardModels,
     Seed,
     engine_of,
+    models_of,
     stderr,
     switch,
     told_errors,
 )
-from stars_kernels.data import Summary, load_prompts, run_file
+from stars_kernels.data import Summary, load_prompts, run_file, run_file_ray
 from stars_kernels.decoder.naming import rule_names
 from stars_kernels.decoder.output import Calibration, StarsEvent
 from stars_kernels.hf.engine import Engine
 
-OF_RUN = OF_MODELS | {"rule", "input", "output", "limit", "stream", "overwrite", "retry", "calibration"}
+OF_RAY = ("actors", "address")
+"""Options of a run by Ray, which need `ray`."""
+OF_RUN = OF_MODELS | {"rule", "input", "output", "limit", "stream", "overwrite", "retry", "calibration", "ray", *OF_RAY}
 """Options of `stars run` that are no settings of a call."""
 
 
@@ -62,6 +65,13 @@ def run(
     stream: Annotated[bool | None, typer.Option("--stream", help="Print answers as they grow.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Begin anew in the folder.")] = None,
     retry: Annotated[bool | None, typer.Option("--retry", help="Try the prompts again that failed.")] = None,
+    ray: Annotated[bool | None, typer.Option("--ray", help="Share the file out to engines in actors of Ray.")] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: engines; one a GPU, or a machine if not given.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --ray: of a cluster that runs; this machine if not given.")
+    ] = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
@@ -78,6 +88,8 @@ def run(
 
       stars run -m MODEL -r rewards:politeness@0.5 -r RM@1 -i prompts.jsonl -o both --rule best-of --n 8
 
+      stars run -m MODEL -r RM -i prompts.jsonl -o many --seed 0 --ray --actors 3
+
     [bold]Exit codes[/]: 0 = all are answered, 1 = some are not, 2 = it could not begin, 130 = stopped.
     """
     with told_errors():
@@ -92,19 +104,33 @@ def run(
         settings = settings_of(options, OF_RUN)
         target = options.get("calibration")
         known = None if target is None else Calibration.load(target)
-        flag = {name: switch(name, options.get(name)) for name in ("stream", "overwrite", "retry")}
+        flag = {name: switch(name, options.get(name)) for name in ("stream", "overwrite", "retry", "ray")}
         show = _print_piece if flag["stream"] else None
+        if flag["ray"] or any(options.get(name) is not None for name in OF_RAY):
+            _check_ray(options)
         if source is not None:
             load_prompts(source)  # says what is wrong with it before models are loaded
+        again: dict[str, Any] = {"limit": options.get("limit"), "overwrite": flag["overwrite"], "retry": flag["retry"]}
+        if flag["ray"] and source is not None and folder is not None:
+            again |= models_of(options) | {name: options.get(name) for name in OF_RAY} | settings
+            _sum_up(run_file_ray(source, folder, calibration=known, **again))
+            return
         with engine_of(options, settings) as engine:
             if source is None or folder is None:
                 _answer(engine, prompt, known, show)
                 return
-            summary = run_file(
-                engine, source, folder, calibration=known, limit=options.get("limit"), on_event=show,
-                overwrite=flag["overwrite"], retry=flag["retry"],
-            )  # fmt: skip
-            _sum_up(summary)
+            _sum_up(run_file(engine, source, folder, calibration=known, on_event=show, **again))
+
+
+def _check_ray(options: dict[str, Any]) -> None:
+    """Refuse what does not go together with --ray."""
+    lone = next((name for name in OF_RAY if options.get(name) is not None), None)
+    if not options.get("ray"):
+        raise UsageError(f"--{lone} is given without --ray, expected both")
+    if options.get("input") is None:
+        raise UsageError("--ray is given without --input, expected a file of prompts: one prompt needs one engine")
+    if options.get("stream"):
+        raise UsageError("--ray and --stream are given, expected one of them: actors give whole answers")
 
 
 def _answer(engine: Engine, prompt: Any, known: Calibration | None, show: Any) -> None:

@@ -2,6 +2,17 @@
 
 from stars_kernels.data.datasets import load_prompts
 from stars_kernels.data.prompts import BadLine, PromptLine, read_prompts
+from stars_kernels.data.ray import StarsPredictor, run_file_ray
 from stars_kernels.data.run import Summary, read_results, run_file
 
-__all__ = ["BadLine", "PromptLine", "Summary", "load_prompts", "read_prompts", "read_results", "run_file"]
+__all__ = [
+    "BadLine",
+    "PromptLine",
+    "StarsPredictor",
+    "Summary",
+    "load_prompts",
+    "read_prompts",
+    "read_results",
+    "run_file",
+    "run_file_ray",
+]

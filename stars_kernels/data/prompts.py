@@ -88,14 +88,15 @@ def _json(line: str, number: int) -> PromptLine | BadLine:
             return PromptLine(number, data, number)
         if not isinstance(data, Mapping):
             raise ValueError(f"it is {_kind(data)}, expected a string or an object")
-        line_id = _id_of(data, number)
-        return PromptLine(line_id, _prompt_of(data), number)
+        line_id = id_of(data, number)
+        return PromptLine(line_id, prompt_of(data), number)
     except (ValueError, RecursionError) as error:  # JSON's own too
         digest = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return BadLine(line_id, f"line {number}: {error}", number, digest)
 
 
-def _id_of(data: Mapping[str, Any], number: int) -> int | str:
+def id_of(data: Mapping[str, Any], number: int) -> int | str:
+    """Return the id of an object with a prompt: its custom_id or id, else its number; ValueError where it cannot be."""
     found = next((data[key] for key in ("custom_id", "id") if data.get(key) is not None), number)
     if isinstance(found, bool) or not isinstance(found, int | str):
         raise ValueError(f"custom_id is {_kind(found)}, expected an integer or a string")
@@ -104,7 +105,8 @@ def _id_of(data: Mapping[str, Any], number: int) -> int | str:
     return found
 
 
-def _prompt_of(data: Mapping[str, Any]) -> Any:
+def prompt_of(data: Mapping[str, Any]) -> Any:
+    """Return the prompt of an object, which is under one of KEYS; ValueError where it is none."""
     body = data.get("body", data)
     if not isinstance(body, Mapping):
         raise ValueError(f"body is {_kind(body)}, expected an object")

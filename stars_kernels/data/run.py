@@ -34,6 +34,8 @@ CHUNK = 4096
 WHOLE = ("eos", "stop", "length", "context")
 """How an answer ends that nothing cut short."""
 Line = PromptLine | BadLine
+Row = dict[str, Any]
+"""Of a journal, but for the custom_id."""
 
 
 @dataclass(frozen=True)
@@ -86,35 +88,18 @@ def run_file(
             as `Engine.decode`.
         OSError: a file cannot be read or written; what was written is whole.
     """
-    began, folder = time.monotonic(), Path(folder)
-    check_limit(limit)
-    lines = load_prompts(prompts)
-    if not lines:
-        raise ValueError(f"{prompts} has no prompts, expected one at least")
     resolved = engine.resolve(config, settings)
     if calibration is not None:
         resolved = engine.with_calibration(resolved, calibration)
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        held.enter_context(locked(folder))
-        resolved = _begin(engine, lines, folder, resolved, calibration, overwrite)
-        results, costs = (held.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
-        wanted, tokens = lines[:limit], 0
-        left = [line for line in wanted if line.id not in results or (retry and line.id in results.failed)]
-        bar = held.enter_context(_Progress(len(wanted), len(wanted) - len(left), resolved))
-        answers = held.enter_context(closing(_answers(engine, left, resolved, bar, on_event)))
-        last = time.monotonic()
-        for line_id, answer, cost in answers:
-            if cost is not None:  # first: an answer that is there has its cost
-                now = time.monotonic()
-                elapsed, last = now - last, now  # of all answers, their sum is the wall time of all starts
-                costs.append({"custom_id": line_id, "elapsed": elapsed, **cost})
-                tokens += len(answer["token_ids"])
-            results.append({"custom_id": line_id, **answer})
-        results.sort([line.id for line in lines])
-        there = [line.id for line in wanted if line.id in results]
-        failed = sum(line_id in results.failed for line_id in there)
-    return Summary(len(wanted), len(there) - failed, failed, time.monotonic() - began, tokens, folder)
+
+    def plan(lines: Sequence[Line], before: Manifest | None) -> tuple[StarsConfig, Manifest]:
+        return planned(engine, lines, resolved, calibration, before)
+
+    with opened_run(prompts, folder, plan, limit=limit, overwrite=overwrite, retry=retry) as run:
+        with run.progress() as bar, closing(answers(engine, run.left, run.config, bar, on_event)) as found:
+            for line_id, answer, cost in found:
+                run.keep(line_id, answer, cost)
+    return run.summary()
 
 
 def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
@@ -141,22 +126,110 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _begin(
+@dataclass
+class OpenRun:
+    """A run in its folder, while this process alone is at work there.
+
+    config: the settings, with seed, r* and beta. manifest: what the answers follow from. lines: of the file of prompts.
+    wanted: those that are to be there at the end. left: the prompts among them that are to be answered yet.
+    began, last: when it was opened, and when the last answer came. tokens: of its answers.
+    """
+
+    folder: Path
+    config: StarsConfig
+    manifest: Manifest
+    lines: Sequence[Line]
+    wanted: Sequence[Line]
+    left: Sequence[PromptLine]
+    results: Journal
+    costs: Journal
+    began: float
+    last: float
+    tokens: int = 0
+
+    def keep(self, line_id: int | str, answer: Row, cost: Row | None) -> None:
+        """Write what a prompt came to, and what it cost."""
+        if cost is not None:  # first: an answer that is there has its cost
+            now = time.monotonic()
+            elapsed, self.last = now - self.last, now  # of all answers, their sum is the wall time of all starts
+            self.costs.append({"custom_id": line_id, "elapsed": elapsed, **cost})
+            self.tokens += len(answer["token_ids"])
+        self.results.append({"custom_id": line_id, **answer})
+
+    def progress(self) -> Progress:
+        """Make the bar of the prompts."""
+        return Progress(len(self.wanted), len(self.wanted) - len(self.left), self.config)
+
+    def summary(self) -> Summary:
+        """Count what it has come to."""
+        there = [line.id for line in self.wanted if line.id in self.results]
+        failed = sum(line_id in self.results.failed for line_id in there)
+        seconds = time.monotonic() - self.began
+        return Summary(len(self.wanted), len(there) - failed, failed, seconds, self.tokens, self.folder)
+
+
+@contextmanager
+def opened_run(
+    prompts: Path | str,
+    folder: Path | str,
+    plan: Callable[[Sequence[Line], Manifest | None], tuple[StarsConfig, Manifest]],
+    *,
+    limit: int | None,
+    overwrite: bool,
+    retry: bool,
+) -> Iterator[OpenRun]:
+    """Open a run's folder: begin the run, or go on with the one that it holds; at the end of the block, sort its rows.
+
+    Args:
+        plan: as `planned`, by whoever has an engine.
+
+    Lines that hold no prompt are errors at once. The other arguments, and what is raised: as `run_file`.
+    """
+    began, folder = time.monotonic(), Path(folder)
+    check_limit(limit)
+    lines = load_prompts(prompts)
+    if not lines:
+        raise ValueError(f"{prompts} has no prompts, expected one at least")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        held.enter_context(locked(folder))
+        before = _manifest_of(folder, overwrite)
+        config, manifest = plan(lines, before)
+        _begin(folder, before, manifest, overwrite)
+        results, costs = (held.enter_context(Journal(folder / name)) for name in (RESULTS, COSTS))
+        wanted = lines[:limit]
+        left = [line for line in wanted if line.id not in results or (retry and line.id in results.failed)]
+        good = [line for line in left if isinstance(line, PromptLine)]
+        run = OpenRun(folder, config, manifest, lines, wanted, good, results, costs, began, time.monotonic())
+        for line in left:
+            if isinstance(line, BadLine):
+                run.keep(line.id, {"error": line.error}, None)
+        yield run
+        results.sort([line.id for line in lines])
+
+
+def _manifest_of(folder: Path, overwrite: bool) -> Manifest | None:
+    """Return the manifest of the run that a folder holds; None where a new one is to begin."""
+    path = folder / MANIFEST
+    if path.exists() and not overwrite:
+        return Manifest.load(path)
+    if not overwrite and any((folder / name).exists() for name in (RESULTS, COSTS)):
+        raise ValueError(f"{folder} has {RESULTS} but no {MANIFEST}, expected both or neither: give another folder")
+    return None
+
+
+def planned(
     engine: Engine,
     lines: Sequence[Line],
-    folder: Path,
     config: StarsConfig,
     calibration: Calibration | None,
-    overwrite: bool,
-) -> StarsConfig:
-    """Write this run's manifest, and return its settings with seed, r* and beta.
+    before: Manifest | None,
+) -> tuple[StarsConfig, Manifest]:
+    """Return a run's settings with seed, r* and beta, and its manifest.
 
-    Where the folder has a manifest, it has to be of the same run.
+    What the settings leave open is as in the manifest `before`; without one, the seed is drawn, and r* and beta are
+    calibrated.
     """
-    path = folder / MANIFEST
-    before = Manifest.load(path) if path.exists() and not overwrite else None
-    if before is None and not overwrite and any((folder / name).exists() for name in (RESULTS, COSTS)):
-        raise ValueError(f"{folder} has {RESULTS} but no {MANIFEST}, expected both or neither: give another folder")
     if config.seed is None:
         config = config.replace(seed=secrets.randbits(63) if before is None else before.config["seed"])
     if before is not None:
@@ -165,14 +238,22 @@ def _begin(
         calibration = engine.calibrate(readable_prompts(engine, lines, config), config=config)
     if calibration is not None and not is_calibrated(config):
         config = with_target(config, calibration.reward_threshold, calibration.beta)
-    where = versions(engine.models.lm.device.type)
+    return config, Manifest(*described(engine), config.to_dict(), calibration, hashes(lines))
+
+
+def described(engine: Engine) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the versions and the models of an engine, as a manifest has them."""
     models = {
         "model": engine.models.fingerprint,
         "reward_model": engine.models.reward_fingerprint,
         "tokenizer": tokenizer_fingerprint(engine.models.tokenizer),
         "eos": ", ".join(map(str, engine.models.eos)),
     }
-    now = Manifest(where, models, config.to_dict(), calibration, hashes(lines))
+    return versions(engine.models.lm.device.type), models
+
+
+def _begin(folder: Path, before: Manifest | None, now: Manifest, overwrite: bool) -> None:
+    """Write this run's manifest. Where the folder has one, it has to be of the same run."""
     if before is not None:
         with Journal(folder / RESULTS) as results:
             told = before.differences(now, results.answered)
@@ -182,8 +263,7 @@ def _begin(
     if overwrite:
         for name in (RESULTS, COSTS):
             (folder / name).unlink(missing_ok=True)
-    now.save(path)
-    return config
+    now.save(folder / MANIFEST)
 
 
 def readable_prompts(engine: Engine, lines: Sequence[Line], config: StarsConfig) -> list[Any]:
@@ -202,41 +282,45 @@ def readable_prompts(engine: Engine, lines: Sequence[Line], config: StarsConfig)
     return found
 
 
-def _answers(
+def line_name(line: PromptLine) -> str:
+    """Say which prompt of a file it is."""
+    return f"line {line.line}"
+
+
+def answers(
     engine: Engine,
-    lines: Sequence[Line],
+    lines: Sequence[PromptLine],
     config: StarsConfig,
-    bar: _Progress,
-    on_event: Callable[[StarsEvent], None] | None,
-) -> Generator[tuple[int | str, dict[str, Any], dict[str, Any] | None], None, None]:
-    """Yield the id, what is to be kept, and what it cost, of each prompt as it ends."""
-    for line in lines:
-        if isinstance(line, BadLine):
-            yield line.id, {"error": line.error}, None
-            bar.count(None)
-    good, quiet, cut = [line for line in lines if isinstance(line, PromptLine)], config.replace(progress=False), False
-    for begin in range(0, len(good), CHUNK):
-        some = good[begin : begin + CHUNK]
+    bar: Progress | None = None,
+    on_event: Callable[[StarsEvent], None] | None = None,
+    name_of: Callable[[PromptLine], str] = line_name,
+) -> Generator[tuple[int | str, Row, Row | None], None, None]:
+    """Yield the id, what is to be kept, and what it cost, of each prompt as it ends.
+
+    name_of: what an error calls a prompt.
+    """
+    quiet, cut = config.replace(progress=False), False
+    for begin in range(0, len(lines), CHUNK):
+        some = lines[begin : begin + CHUNK]
         prompts, ids = [line.prompt for line in some], [line.id for line in some]
         with closing(engine.stream(prompts, config=quiet, request_ids=ids)) as events:
             for event in events:
                 line, output = some[event.index], event.output
                 if isinstance(output, Exception):
-                    told = message_of(output).replace(f"prompt {event.index}", f"line {line.line}", 1)
+                    told = message_of(output).replace(f"prompt {event.index}", name_of(line), 1)
                     yield line.id, {"error": told}, None
                 elif output is not None and output.finish_reason in WHOLE:
                     yield line.id, *_kept(output, line.prompt, engine.models.tokenizer)
                 cut = cut or (isinstance(output, StarsOutput) and output.finish_reason not in WHOLE)
-                bar.grow(event)
+                if bar is not None:
+                    bar.grow(event)
                 if on_event is not None:
                     on_event(event)
         if cut:  # by max_time
             return
 
 
-def _kept(
-    output: StarsOutput, prompt: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _kept(output: StarsOutput, prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Row, Row]:
     """Part an output in what is a function of its prompt, beside the prompt, and what is not."""
     whole = output.to_dict()
     if tokenizer is not None and all(segment["tokens"] is not None for segment in whole["segments"]):
@@ -252,7 +336,7 @@ def _kept(
     return answer, {"counts": counts, "widths": widths, **cost}
 
 
-class _Progress:
+class Progress:
     """A bar of prompts, with tokens per second and, of STARS, the share of attempts that were accepted."""
 
     def __init__(self, prompts: int, there: int, config: StarsConfig) -> None:
@@ -278,7 +362,7 @@ class _Progress:
             self._accepted += output.counts.accepted
         self._bar.update()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *ended: object) -> None:

@@ -136,8 +136,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _seconds(costs: Path) -> float | None:
     """Return for how long a run decoded, in all its starts; None where that was not kept."""
-    elapsed = [cost.get("elapsed") for cost in _lines(costs)]
-    return None if not elapsed or None in elapsed else sum(elapsed)
+    costs_of_answers = [*_lines(costs)]
+    if not costs_of_answers or not all("elapsed" in cost for cost in costs_of_answers):
+        return None
+    return float(sum(cost["elapsed"] for cost in costs_of_answers))
 
 
 def _of_outputs(path: Path) -> Run:

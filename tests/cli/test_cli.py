@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 import stars_kernels
 from stars_kernels import Calibration
 from stars_kernels.cli.app import app
-from stars_kernels.cli.arguments import UsageError, merged, parsed, reward_of, settings_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
 from stars_kernels.decoder.naming import rule_names
+from stars_kernels.hf.by_name import reward_of
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 FEW = ["--max-new-tokens", "8", "--set", "segment_size=4", "--set", "max_attempts=3", "--seed", "3"]
@@ -129,8 +130,8 @@ def test_calibrate_then_run(models, tmp_path):
     [
         ([], "--model is missing, expected a hub name, a folder, or a .gguf file"),
         (["-m", "m"], "--reward-model is missing"),
-        (["-m", "m", "-r", "nothing:here"], "--reward-model nothing:here: No module named 'nothing'"),
-        (["-m", "./nowhere", "-r", "json:dumps"], "--model is './nowhere', which does not exist"),
+        (["-m", "m", "-r", "nothing:here"], "reward_model nothing:here: No module named 'nothing'"),
+        (["-m", "./nowhere", "-r", "json:dumps"], "model is './nowhere', which does not exist"),
         (["--rule", "best"], "--rule is 'best', expected one of args, best-of, block-best-of, cards, plain"),
         (["--set", "max_new_token=3"], "unknown option 'max-new-token'; did you mean 'max-new-tokens'?"),
         (["--set", "seed"], "--set is 'seed', expected NAME=VALUE"),
@@ -139,8 +140,10 @@ def test_calibrate_then_run(models, tmp_path):
         (["-o", "out"], "--input and --output go together"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["-m", "m", "-r", "r", "--temperature", "0"], "temperature is 0"),
-        (["-m", "m", "--device", "cuda:9"], "--device is 'cuda:9', which is not here"),
-        (["-m", "m", "--dtype", "int3"], "--dtype is 'int3', expected one of float32, bfloat16, float16"),
+        (["-m", "m", "-r", "r", "--device", "cuda:9"], "device is 'cuda:9', which is not here"),
+        (["-m", "m", "-r", "r", "--dtype", "int3"], "dtype is 'int3', expected one of float32, bfloat16, float16"),
+        (["--actors", "2"], "--actors is given without --ray, expected both"),
+        (["--ray"], "--ray is given without --input, expected a file of prompts"),
         (["-m", "m", "--set", "overwrite='no'"], "overwrite is 'no', expected true or false"),
     ],
 )
