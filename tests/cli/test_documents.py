@@ -11,7 +11,7 @@ from stars_kernels.cli.app import app
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|env|families)\b.*)$", re.MULTILINE)
+LINE = re.compile(r"^ {4,}(stars (?:run|calibrate|report|env|families)\b.*)$", re.MULTILINE)
 
 
 def commands():
@@ -31,13 +31,16 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
         "model: MODEL\nreward-model: RM\ninput: prompts.jsonl\noutput: yaml\nmax-new-tokens: 9\n"
     )
     found = commands()
-    assert len(found) >= 9 and {command.split()[1] for command in found} == {"run", "calibrate", "env", "families"}
+    kinds = {command.split()[1] for command in found}
+    assert len(found) >= 14 and kinds == {"run", "calibrate", "report", "env", "families"}
     for command in found:
         words = shlex.split(command)[1:]
         few = ["--set", "max_new_tokens=9"] if words[0] in ("run", "calibrate") and "--config" not in words else []
         result = CliRunner().invoke(app, [*words, *few])
         assert result.exit_code == 0, (command, result.output, result.exception)
         assert result.stdout or result.stderr, command
-    for folder in ("out", "best-of-8", "polite", "yaml"):
+    for page in ("traced/report.html", "both.html", "out/report.html"):
+        assert "Content-Security-Policy" in Path(page).read_text()
+    for folder in ("out", "best-of-8", "polite", "yaml", "traced", "traced-4"):
         rows = [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
         assert [row["custom_id"] for row in rows] == [1, "animal"] and not any("error" in row for row in rows)
