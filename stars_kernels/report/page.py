@@ -63,6 +63,9 @@ def write_report(
     """
     if not max_mb > 0:
         raise ValueError(f"max_mb is {max_mb!r}, expected a number > 0")
+    target = Path(target)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder, expected a file to write the page to")
     runs = read_runs(Path(source))
     if beside is not None:
         others = read_runs(Path(beside))
@@ -72,7 +75,6 @@ def write_report(
         runs += others
     if tokenizer is not None:
         runs = [with_texts(run, tokenizer) for run in runs]
-    target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, [page_of(runs, max_mb)])
     return target

@@ -214,3 +214,28 @@ def test_a_reader_that_goes_away(models, tmp_path):
     assert process.wait() == 1 and "Traceback" not in told, told
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert 0 < len(rows) < 30 and not any("error" in row for row in rows)
+
+
+def test_a_report(models, tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    run = tmp_path / "out"
+    stars("run", *models, *FEW, *TARGET, "-i", tmp_path / "p.txt", "-o", run)
+    assert stars("report", run).stdout == f"{run / 'report.html'}\n" and (run / "report.html").exists()
+    stars("report", run / "results.jsonl", "--beside", run, "-o", tmp_path / "new" / "both.html")
+    output = stars_kernels.decode(models[1], models[3], "Hi", max_new_tokens=4, trace="full", **{
+        "reward_threshold": 1.0, "beta": 1.0, "progress": False,
+    })  # fmt: skip
+    (tmp_path / "one.json").write_text(json.dumps(output.to_dict()))
+    for more, there in (([], False), (["--tokenizer", models[1]], True)):
+        told = stars("report", tmp_path / "one.json", *more).stdout
+        page = (tmp_path / "one.html").read_text()
+        assert told == f"{tmp_path / 'one.html'}\n" and ('"texts":' in page.split('id="details"')[1]) == there
+    for arguments, why in (
+        ([tmp_path], "has neither results.jsonl nor rules/*/results.jsonl, expected a folder of `stars run`"),
+        ([tmp_path / "none"], "does not exist"),
+        ([run, "--max-mb", "0"], "max_mb is 0.0, expected a number > 0"),
+        ([run, "--tokenizer", "./nowhere"], "--tokenizer is './nowhere', which does not exist"),
+        ([run, "-o", tmp_path], "is a folder, expected a file to write the page to"),
+    ):
+        told = stars("report", *arguments, code=2).stderr
+        assert told.startswith("error: ") and why in told and "Traceback" not in told

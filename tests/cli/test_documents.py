@@ -61,7 +61,7 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     )
     Path("comparison.yaml").write_text((ROOT / "docs" / "compare.md").read_text().split("```yaml\n")[1].split("```")[0])
     found = commands()
-    assert len(found) >= 9 and {command.split()[1] for command in found} == set(NAMES)
+    assert len(found) >= 14 and {command.split()[1] for command in found} == set(NAMES)
     for command in found:
         words = shlex.split(command)[1:]
         few = [] if "--config" in words else FEW.get(words[0], [])
@@ -71,6 +71,8 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     for folder in ("comparison", "quick"):
         rules = [line.split(",")[0] for line in Path(folder, "comparison.csv").read_text().splitlines()]
         assert rules == ["rule", "plain", "stars", "stars-hard", "best-of-8"]
-    for folder in ("out", "best-of-8", "polite", "yaml"):
+    for page in ("traced/report.html", "both.html", "out/report.html"):
+        assert "Content-Security-Policy" in Path(page).read_text()
+    for folder in ("out", "best-of-8", "polite", "yaml", "traced", "traced-4"):
         rows = [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
         assert [row["custom_id"] for row in rows] == [1, "animal"] and not any("error" in row for row in rows)

@@ -61,6 +61,18 @@ def test_answers_are_those_of_decode(engine, prompts, tmp_path):
     assert {cost["custom_id"] for cost in costs} == {"p0", "p1", "p2", "p5", "p6"} and costs[0]["counts"]["sampled"] > 0
 
 
+def test_a_full_trace_has_the_texts_of_all_attempts(engine, prompts, tmp_path):
+    run_file(engine, prompts, tmp_path / "whole", seed=3, trace="full", reward_threshold=9.0, beta=0.1)
+    rows = [row for row in read_results(tmp_path / "whole") if "error" not in row]
+    assert [row["prompt"] for row in rows] == ["one", "two", "three", "six", "seven"]
+    for row in rows:
+        assert "".join(segment["texts"][segment["chosen"]] for segment in row["segments"]) == row["text"]
+        assert all(len(part["texts"]) == len(part["tokens"]) == len(part["rewards"]) for part in row["segments"])
+    run_file(engine, prompts, tmp_path / "by turns", seed=3, trace="full", reward_threshold=9.0, beta=0.1, limit=2)
+    run_file(engine, prompts, tmp_path / "by turns", seed=3, trace="full", reward_threshold=9.0, beta=0.1, width=1)
+    assert (tmp_path / "by turns" / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
+
+
 def fixed(manifest):
     """What is the same in every such run."""
     config = {name: value for name, value in manifest["config"].items() if name not in SPEED_SETTINGS}
