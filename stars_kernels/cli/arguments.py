@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stars_kernels.decoder.config import RULE_SETTINGS, StarsConfig
-from stars_kernels.decoder.rules import RULES, Rule, Stars
-from stars_kernels.hf.by_name import number_of
-
-SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
+from stars_kernels.hf.by_name import SETTINGS, near_one, number_of, rule_of
 
 
 class UsageError(ValueError):
     """What a command was given cannot be meant."""
-
-
-def rule_names() -> dict[str, type[Any]]:
-    """Return the rules by the names that they have on a command line."""
-    return {re.sub(r"(?<!^)(?=[A-Z])", "-", rule.__name__).lower(): rule for rule in RULES}
-
-
-def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
-    """Make the rule of this name, and take its settings out of `settings`; None = STARS, whose are `StarsConfig`'s."""
-    names = rule_names()
-    if name is None or names.get(name) is Stars:
-        return None
-    if name not in names:
-        raise UsageError(f"--rule is {name!r}, expected one of {', '.join(names)}{_near(name, names)}")
-    kind = names[name]
-    own = {field.name for field in dataclasses.fields(kind)}
-    given = {
-        key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
-    }
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def parsed(pairs: Iterable[str]) -> dict[str, Any]:
@@ -81,13 +54,8 @@ def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]
     rule = rule_of(options.get("rule"), settings)
     for name in settings:
         if name not in SETTINGS:
-            near = _near(name, [*SETTINGS, *known])
+            near = near_one(name, [*SETTINGS, *known])
             raise UsageError(
                 f"unknown option {name.replace('_', '-')!r}{near or f', expected one of {sorted(known)} or a setting'}"
             )
     return settings if rule is None else {**settings, "rule": rule}
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from stars_kernels.cli.arguments import UsageError, merged, parsed, rule_names, settings_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
 from stars_kernels.cli.common import (
     OF_MODELS,
     Device,
@@ -27,6 +27,7 @@ from stars_kernels.cli.common import (
 from stars_kernels.data import Summary, read_prompts, run_file
 from stars_kernels.data.ray import run_file_ray
 from stars_kernels.decoder.output import Calibration, StarsEvent
+from stars_kernels.hf.by_name import rule_names
 from stars_kernels.hf.engine import Engine
 
 OF_RAY = ("actors", "address")

@@ -1,7 +1,9 @@
-"""Models by the words of a command line: a hub name, a folder, a .gguf file, or `module:function` for a reward."""
+"""Models and rules by the words of a command line: hub names, folders, `module:function`, best-of."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import re
 import sys
@@ -11,8 +13,9 @@ from typing import Any, Unpack
 
 import torch
 
-from stars_kernels.decoder.config import Settings, resolve_config
+from stars_kernels.decoder.config import RULE_SETTINGS, Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.errors import message_of
+from stars_kernels.decoder.rules import RULES, Rule, Stars
 from stars_kernels.hf.engine import Config, Engine
 from stars_kernels.hf.loading.language_model import check_path, load_language_model
 from stars_kernels.hf.loading.reward_model import load_reward_model
@@ -22,6 +25,8 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """`module:function`, as of a reward function."""
 WEIGHTED = re.compile(r"(.+)@([^@]+)")
 """`NAME@WEIGHT`, of a reward model among several."""
+SETTINGS = tuple(field.name for field in dataclasses.fields(StarsConfig) if field.name != "rule")
+"""Of a call, which a command line has by their names."""
 DTYPES = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
 """What models may be turned to, by name."""
 
@@ -114,3 +119,29 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
+
+
+def rule_names() -> dict[str, type[Any]]:
+    """Return the rules by the names that they have on a command line."""
+    return {re.sub(r"(?<!^)(?=[A-Z])", "-", rule.__name__).lower(): rule for rule in RULES}
+
+
+def rule_of(name: str | None, settings: dict[str, Any]) -> Rule | None:
+    """Make the rule of this name, and take its settings out of `settings`; None = STARS, whose are `StarsConfig`'s."""
+    names = rule_names()
+    if name is None or names.get(name) is Stars:
+        return None
+    if name not in names:
+        raise ValueError(f"rule is {name!r}, expected one of {', '.join(names)}{near_one(name, names)}")
+    kind = names[name]
+    own = {field.name for field in dataclasses.fields(kind)}
+    given = {
+        key: settings.pop(key) for key in [*settings] if key in own and (key in RULE_SETTINGS or key not in SETTINGS)
+    }
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+
+def near_one(name: str, names: Iterable[str]) -> str:
+    """Ask whether one of `names` was meant, if one is near."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {found[0].replace('_', '-')!r}?" if found else ""

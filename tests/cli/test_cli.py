@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import stars_kernels
 from stars_kernels import Calibration
 from stars_kernels.cli.app import app
-from stars_kernels.cli.arguments import UsageError, merged, parsed, rule_names, settings_of
-from stars_kernels.hf.by_name import reward_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
+from stars_kernels.hf.by_name import reward_of, rule_names
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 FEW = ["--max-new-tokens", "8", "--set", "segment_size=4", "--set", "max_attempts=3", "--seed", "3"]
@@ -131,7 +131,7 @@ def test_calibrate_then_run(models, tmp_path):
         (["-m", "m"], "--reward-model is missing"),
         (["-m", "m", "-r", "nothing:here"], "reward_model nothing:here: No module named 'nothing'"),
         (["-m", "./nowhere", "-r", "json:dumps"], "model is './nowhere', which does not exist"),
-        (["--rule", "best"], "--rule is 'best', expected one of args, best-of, block-best-of, cards, plain"),
+        (["--rule", "best"], "rule is 'best', expected one of args, best-of, block-best-of, cards, plain"),
         (["--set", "max_new_token=3"], "unknown option 'max-new-token'; did you mean 'max-new-tokens'?"),
         (["--set", "seed"], "--set is 'seed', expected NAME=VALUE"),
         (["--n", "3"], "unknown option 'n'"),

@@ -1,0 +1,1 @@
+"""Decoding rules compared, and people's harnesses."""
