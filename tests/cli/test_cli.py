@@ -132,7 +132,7 @@ def test_calibrate_then_run(models, tmp_path):
         (["-m", "m"], "--reward-model is missing"),
         (["-m", "m", "-r", "nothing:here"], "reward_model nothing:here: No module named 'nothing'"),
         (["-m", "./nowhere", "-r", "json:dumps"], "model is './nowhere', which does not exist"),
-        (["--rule", "best"], "--rule is 'best', expected one of args, best-of, block-best-of, cards, plain"),
+        (["--rule", "best"], "rule is 'best', expected one of args, best-of, block-best-of, cards, plain"),
         (["--set", "max_new_token=3"], "unknown option 'max-new-token'; did you mean 'max-new-tokens'?"),
         (["--set", "seed"], "--set is 'seed', expected NAME=VALUE"),
         (["--n", "3"], "unknown option 'n'"),

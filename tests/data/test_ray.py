@@ -56,9 +56,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def notes(home):
-    yield home / "notes"
     for file in (home / "notes").iterdir():
         file.unlink()
+    return home / "notes"
 
 
 def run(home, folder, **changes):
@@ -97,7 +97,7 @@ def pids(notes):
     return [int(file.name.split()[1]) for file in files]
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it took too long"
