@@ -27,7 +27,6 @@ from stars_kernels.cli.common import (
 from stars_kernels.data import Summary, load_prompts, run_file, run_file_ray
 from stars_kernels.decoder.naming import rule_names
 from stars_kernels.decoder.output import Calibration, StarsEvent
-from stars_kernels.hf.by_name import rule_names
 from stars_kernels.hf.engine import Engine
 
 OF_RAY = ("actors", "address")
