@@ -63,10 +63,15 @@ def settings_of(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]
     """Take the settings of a call out of options, and refuse what is neither a setting nor `known` to the command."""
     known = set(known)
     settings = {name: value for name, value in options.items() if name not in known}
-    rule = rule_of(options.get("rule"), settings, "--rule")
+    rule = rule_of(options.get("rule"), settings)
     for name in settings:
         if name not in SETTINGS:
-            flags = [other.replace("_", "-") for other in (*SETTINGS, *known)]
-            hint = near(name.replace("_", "-"), flags) or f", expected one of {sorted(known)} or a setting"
-            raise UsageError(f"unknown option {name.replace('_', '-')!r}{hint}")
+            raise unknown_option(name, [*SETTINGS, *known], f"one of {sorted(known)} or a setting")
     return settings if rule is None else {**settings, "rule": rule}
+
+
+def unknown_option(name: str, known: Iterable[str], expected: str) -> UsageError:
+    """Return the error for an option that is not `known`; expected: is told where none of these is near."""
+    name = name.replace("_", "-")
+    hint = near(name, [other.replace("_", "-") for other in known]) or f", expected {expected}"
+    return UsageError(f"unknown option {name!r}{hint}")

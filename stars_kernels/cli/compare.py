@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of
+from stars_kernels.cli.arguments import UsageError, merged, parsed, settings_of, unknown_option
 from stars_kernels.cli.common import (
     OF_MODELS,
     Device,
@@ -29,7 +29,7 @@ from stars_kernels.cli.common import (
 )
 from stars_kernels.data import load_prompts
 from stars_kernels.decoder.config import RULE_SETTINGS
-from stars_kernels.decoder.naming import SETTINGS, near, rule_names
+from stars_kernels.decoder.naming import SETTINGS, rule_names
 from stars_kernels.decoder.output import Calibration
 from stars_kernels.evaluation import Comparison, EndpointJudge, FunctionJudge, RewardJudge
 from stars_kernels.evaluation import compare as compare_rules
@@ -127,9 +127,7 @@ def shared_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in options.items() if name not in OF_COMPARE}
     for name in settings:
         if name not in SETTINGS:
-            close = near(name, [*OF_COMPARE, *SETTINGS])
-            raise UsageError(f"unknown option {name.replace('_', '-')!r}{close or ', expected a setting, or one of '}"
-                             f"{'' if close else sorted(OF_COMPARE)}")  # fmt: skip
+            raise unknown_option(name, [*OF_COMPARE, *SETTINGS], f"a setting, or one of {sorted(OF_COMPARE)}")
     return {"seed": 0} | settings
 
 
@@ -169,8 +167,7 @@ def judge_options(judge: Any) -> dict[str, Any] | None:
     known = {kinds[0], *OF_JUDGES[kinds[0]]}
     for name in given:
         if name not in known:
-            close = near(name, known) or f", expected {sorted(known)}"
-            raise UsageError(f"judge: unknown option {name.replace('_', '-')!r}{close}")
+            raise UsageError(f"judge: {unknown_option(name, known, str(sorted(known)))}")
     return {kinds[0]: given.pop(kinds[0]), **given}
 
 

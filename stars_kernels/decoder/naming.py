@@ -38,7 +38,7 @@ def rule_of(name: object, settings: dict[str, Any], what: str = "rule") -> Rule 
     }
     missing = [key for key, default in own.items() if default is dataclasses.MISSING and key not in given]
     if missing:
-        raise ValueError(f"{what} is {name!r} without {missing[0]}, expected it too")
+        raise ValueError(f"{what} is {name!r} without {missing[0]}, expected a value for it")
     made: Rule = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
     return made
 

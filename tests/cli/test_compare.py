@@ -49,9 +49,9 @@ def test_prompts_that_fail_give_code_1_and_retry(here, tmp_path):
     [
         ("rules: {}\n", "rules is {}, expected names and settings"),
         ("rules: {x: 3}\n", "rule 'x' is 3, expected settings such as {rule: best-of, n: 8}, or {}"),
-        ("rules: {x: {rule: best}}\n", "rule 'x': --rule is 'best', expected one of args"),
+        ("rules: {x: {rule: best}}\n", "rule 'x': rule is 'best', expected one of args"),
         ("rules: {x: {rule: best-of, n: 8, m: 8}}\n", "rule 'x': unknown option 'm'"),
-        ("rules: {x: {rule: best-of}}\n", "rule 'x': best-of has no n, expected one"),
+        ("rules: {x: {rule: best-of}}\n", "rule 'x': rule is 'best-of' without n"),
         ("rules: {x: {segmentsize: 8}}\n", "rule 'x': unknown option 'segmentsize'; did you mean 'segment-size'?"),
         ("rules: {x: {}, x: {rule: best-of}}\n", "'x' is there twice, expected it once"),
         ("ruels: {x: {}}\n", "unknown option 'ruels'; did you mean 'rules'?"),

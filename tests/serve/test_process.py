@@ -134,7 +134,7 @@ def test_the_command_and_sigterm(tmp_path):
         (["-m", "m", "-r", "r", "--api-key-env", "NOWHERE"], "--api-key-env names NOWHERE, which is not set"),
         (["-m", "m", "-r", "r", "--calibration", "missing.json"], "missing.json"),
         (["-m", "m", "-r", "r", "--set", "waitin=3"], "unknown option 'waitin'; did you mean 'waiting'?"),
-        (["-m", "m", "-r", "r", "--rule", "best"], "--rule is 'best', expected one of"),
+        (["-m", "m", "-r", "r", "--rule", "best"], "rule is 'best', expected one of"),
     ],
 )
 def test_a_wrong_command_line_is_told(arguments, why):

@@ -51,7 +51,7 @@ WRONG = [
     (TEXT | {"prompt": [[1], "a", None]}, "expected a string, token ids, or a list of", "prompt"),
     (TEXT | {"prompt": CHAT}, "expected a string, token ids, or a list of strings or of token ids", "prompt"),
     (chat(stars={"rule": "best"}), "stars.rule is 'best', expected one of args, best-of", None),
-    (chat(stars={"rule": "best-of"}), "stars.rule is 'best-of' without n, expected it too", None),
+    (chat(stars={"rule": "best-of"}), "stars.rule is 'best-of' without n, expected a value for it", None),
     (chat(stars={"rule": ["stars"]}), "stars.rule is ['stars'], expected one of", None),
     (chat(stars={"rule": "best-of", "n": 2, "alpha": 0.7}), "alpha is given beside rule=BestOf(n=2)", "stars.alpha"),
     (chat(stars={"rule": "best-of", "n": 300}), "n is 300, expected at most 256", "stars.n"),
