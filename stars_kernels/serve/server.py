@@ -119,7 +119,7 @@ def _prepared(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sock.getsockname()[1]}"
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", server_header=False,
+        app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
         timeout_graceful_shutdown=LAST_WORDS,
     )  # fmt: skip
     return Server(config, app.state.service, lambda: None if ready is None else ready(url)), sock
