@@ -13,23 +13,15 @@ import pytest
                 f"{command} --prompts {count}",
                 f"argument --prompts: it is '{count}', expected a whole number from 1 to 44",
             )
-            for command in ("demo.__main__", "demo.equality", "demo.compare")
+            for command in ("demo.__main__", "demo.equality")
             for count in ("0", "-1", "45", "x")
         ],
         *[
             (f"{command} --tokens 0", "argument --tokens: it is '0', expected a whole number >= 1")
-            for command in ("demo.__main__", "demo.equality", "demo.compare")
+            for command in ("demo.__main__", "demo.equality")
         ],
         ("demo.equality --widths 2 0", "argument --widths: it is '0', expected a whole number >= 1"),
-        ("demo.compare --rules best-of-3", "argument --rules: invalid choice: 'best-of-3' (choose from"),
-        (
-            "demo.compare --out setup.py/out",
-            "argument --out: it is 'setup.py/out', expected a folder or a place for one; ",
-        ),
-        (
-            "demo.compare --write no/such/comparison.md",
-            "argument --write: it is 'no/such/comparison.md', expected a file in a folder that exists",
-        ),
+        ("demo.save setup.py/out", "argument folder: it is 'setup.py/out', expected a folder or a place for one; "),
         ("bench.__main__ decode --prompts 0", "argument --prompts: it is '0', expected a whole number >= 1"),
         ("bench.neighbour --runs 0", "argument --runs: it is '0', expected a whole number >= 1"),
         (

@@ -24,10 +24,6 @@ DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "build"} & s
 PYTHON = [sys.executable, "-m"]
 SMALL = {  # command: a smaller run of the same entry point; TMP is an empty folder
     "make help": ["make", "help"],
-    "python -m demo.compare --write docs/comparison.md": [
-        *PYTHON,
-        *"demo.compare --prompts 2 --tokens 8 --rules stars --out TMP/out --write TMP/comparison.md".split(),
-    ],
     "python -m demo.save out/demo": [*PYTHON, "demo.save", "--help"],
     "python -m demo.equality": [
         *PYTHON,
@@ -72,8 +68,6 @@ SAME_ENTRY = {
     "python -m bench decode --rewards real --quick",
     "python -m bench decode --quick --prompts 1",
     "python -m bench.neighbour --runs 3",
-    "python -m demo.compare",
-    "python -m demo.compare --rules stars --reward own-head --out out/own-head",
     "python -m bench decode --prompts 4",
     "python -m bench decode --quick --model tiny",
     "python -m bench ops --only fork_attention",

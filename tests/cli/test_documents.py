@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import threading
 import urllib.request
@@ -47,6 +48,16 @@ def ask_and_stop(url):
     threading.Thread(target=visit).start()
 
 
+def save_demo(folder):
+    """Write what `python -m demo.save` writes, but of tiny models and two prompts."""
+    for name, of in (("lm", "MODEL"), ("rm", "RM")):
+        shutil.copytree(of, folder / name)
+    for name in ("calibration", "prompts"):
+        (folder / f"{name}.jsonl").write_text('"Name a colour."\n"Name an animal."\n')
+    Path("demo").mkdir()
+    shutil.copy(ROOT / "demo" / "comparison.yaml", "demo")
+
+
 def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("stars_kernels.cli.serve.announce", ask_and_stop)
@@ -54,6 +65,7 @@ def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
     for name, model in named.items():
         model.save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
+    save_demo(Path("out/demo"))
     Path("prompts.jsonl").write_text('"Name a colour."\n{"prompt": "Name an animal.", "custom_id": "animal"}\n')
     Path("rewards.py").write_text("def politeness(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
     Path("run.yaml").write_text(
