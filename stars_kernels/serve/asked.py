@@ -90,13 +90,14 @@ def asked_of(body: Any, engine: Engine, target: Target | None, limits: Limits) -
             400, "the rule needs reward_threshold (r*) and beta, and the server was started without; expected both in "
             "stars", param="stars",
         )  # fmt: skip
-    _check_limits(config, limits)
+    _check_limits(config, limits, "max_time" in (body.stars or {}))
+    max_time = min(config.max_time or limits.max_time, limits.max_time)
     seed = secrets.randbits(SEED_BITS) if config.seed is None else config.seed
     try:
         config.replace(seed=seed + len(prompts) * n - 1)
     except ValueError as error:
         raise ApiError(400, str(error), param="seed") from None
-    return Asked(prompts, n, config.replace(seed=seed, max_time=config.max_time or limits.max_time, progress=False))
+    return Asked(prompts, n, config.replace(seed=seed, max_time=max_time, progress=False))
 
 
 def _settings(body: Body, own_rule: Rule | None) -> dict[str, Any]:
@@ -129,8 +130,9 @@ def _with(config: StarsConfig, target: Target | None) -> StarsConfig:
     return with_target(config, *target)
 
 
-def _check_limits(config: StarsConfig, limits: Limits) -> None:
-    if config.max_time is not None and config.max_time > limits.max_time:
+def _check_limits(config: StarsConfig, limits: Limits, timed: bool) -> None:
+    """Refuse what is over a limit; timed: whether max_time is the request's own."""
+    if timed and config.max_time is not None and config.max_time > limits.max_time:
         raise ApiError(
             400, f"max_time is {config.max_time}, expected at most {limits.max_time} seconds", param="stars.max_time"
         )
