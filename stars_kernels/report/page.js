@@ -343,7 +343,8 @@ function charts() {
   return h("div", { class: "panels" },
     shown.length > 0 && panel("Rewards", `${tests ? "wide" : "seven"}`, histogram(shown, targets[0] ?? NaN)),
     tests && panel(both ? `Segments of ${data.names[0]}, by attempts` : "Segments, by attempts", "slim", attemptsHistogram()),
-    data.runs.some((run) => Object.keys(run.phases).length) && panel("Seconds of an answer", tests ? "slim" : "five", phases()));
+    data.runs.some((run) => Object.keys(run.phases).length) && panel("Seconds of an answer", tests ? "slim" : "five", phases(),
+      h("p", {}, "Answers that were decoded side by side share their seconds.")));
 }
 
 const panel = (title, size, ...children) => h("section", { class: `panel ${size}` }, h("h2", {}, title), children);
@@ -639,6 +640,7 @@ function sidePanels(row, side, i, trace, axis) {
 
 /* The answer, its segments marked where their texts are known. */
 function answerText(row, side, trace, i) {
+  if (!side.tokens) return h("p", { class: "quiet" }, "It has no tokens.");
   if (side.text === null) return h("p", { class: "quiet" }, "It was decoded without a tokenizer, so there is no text.");
   const pieces = trace?.segments.map((segment) => segment.texts?.[segment.chosen]) ?? [];
   if (!pieces.length || pieces.some((piece) => piece === undefined)) return h("div", { class: "text answer-text", dir: "auto" }, side.text);
@@ -678,11 +680,12 @@ function segmentList(run, segments, side) {
   const toggle = () => { const open = blocks.some((block) => !block.open); blocks.forEach((block) => show(block, open)); };
   const button = h("button", { type: "button", class: "button", onclick: toggle }, "Open or close all");
   if (segments.reduce((sum, segment) => sum + segment.rewards.length, 0) <= OPEN) blocks.forEach((block) => show(block, true));
-  return h("section", { class: "panel" }, h("div", { class: "segments-head" },
+  if (!segments.length) return null;
+  return h("section", { class: "panel" }, h("div", { class: "segments" }, h("div", { class: "segments-head" },
     h("h2", {}, letter(side), "Segments and their attempts"), segments.length > 1 && button), blocks,
     segments.some((segment) => segment.thresholds) && (run.hard || run.beta !== null) && h("p", { class: "told-p" },
       run.hard ? "p: an attempt is accepted if its reward is tau or more." :
-        "p: the probability with which an attempt is accepted, min(1, exp((reward − tau) / beta)); tau rises to r* with the answer."));
+        "p: the probability with which an attempt is accepted, min(1, exp((reward − tau) / beta)); tau rises to r* with the answer.")));
 }
 
 function show(block, open) {
