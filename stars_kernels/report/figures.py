@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stars_kernels.decoder.config import RULE_SETTINGS
 from stars_kernels.report.source import Row, Run
 
 TESTS = ("accepted", "fallback")
@@ -41,10 +42,11 @@ def headline(run: Run) -> list[str]:
 
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return what else is told of a run: groups of names and values."""
-    settings = {name: value for name, value in {**run.config, **run.rule_settings}.items() if name not in NOT_SHOWN}
+    stars = run.config.get("rule") is None
+    of_rule = {name: run.config[name] for name in RULE_SETTINGS} if stars else run.rule_settings
     groups: dict[str, Mapping[str, Any]] = {
-        "Rule": {"name": run.rule, **(run.rule_settings if run.config.get("rule") is not None else {})},
-        "Settings": settings if run.config.get("rule") is None else run.config,
+        "Rule": {"name": run.rule, **of_rule},
+        "Settings": {name: value for name, value in run.config.items() if name not in RULE_SETTINGS},
         "Models": run.models,
         "Calibration": _of_calibration(run),
         "Implementations": _merged(row.cost.get("backends", {}) for row in run.rows),
@@ -93,11 +95,17 @@ def _answers(run: Run, answered: int) -> dict[str, str]:
 
 
 def _rewards(rows: list[Row], digits: int) -> dict[str, str]:
-    names = ("reward", "prompt_reward")
-    reward, empty = (_mean(float(row.answer[name]) for row in rows if row.answer) for name in names)
+    pairs = [(float(row.answer["reward"]), float(row.answer["prompt_reward"])) for row in rows if row.answer]
+    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    if not known:
+        return _card("Mean reward", "none", "no answer has one")
+    reward, empty = (sum(values) / len(known) for values in zip(*known, strict=True))
     gain = fixed(reward - empty, digits)
     sign = "" if gain.startswith("\u2212") or not math.isfinite(reward - empty) else "+"
-    return _card("Mean reward", fixed(reward, digits), f"{sign}{gain} over the empty answer's {fixed(empty, digits)}")
+    of = f", of {_count(len(known), 'answer')}" if len(known) < len(rows) else ""
+    return _card(
+        "Mean reward", fixed(reward, digits), f"{sign}{gain} over the empty answer's {fixed(empty, digits)}{of}"
+    )
 
 
 def _target(run: Run, digits: int) -> list[dict[str, str]]:
@@ -186,11 +194,6 @@ def _plain(value: Any) -> str:
 
 def _sum(rows: list[Row], name: str) -> int:
     return sum(int(row.answer["counts"][name]) for row in rows if row.answer)
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = [*values]
-    return math.fsum(numbers) / len(numbers) if all(map(math.isfinite, numbers)) else sum(numbers) / len(numbers)
 
 
 def _percent(part: int, whole: int) -> str:

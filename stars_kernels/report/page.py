@@ -1,7 +1,7 @@
 """One HTML file that shows a run, or two side by side: it loads nothing, and runs no script but its own.
 
 The page holds its data as JSON in two script elements that no browser executes: what the overview needs, and a line per
-prompt with all attempts, which is read once that prompt is opened. The script of page.js builds all elements from
+prompt with all attempts, which is read once that prompt is opened. The script in `template/` builds all elements from
 them, and sets texts as texts: nothing of a prompt or an answer is ever read as HTML.
 """
 
@@ -23,8 +23,9 @@ from stars_kernels.report import figures
 from stars_kernels.report.attempts import details_of, shortened
 from stars_kernels.report.source import Row, Run, read_runs, with_texts
 
-PARTS = Path(__file__).parent
-"""Where page.html, page.css and page.js lie."""
+TEMPLATE = Path(__file__).parent / "template"
+SCRIPTS = ("elements", "charts", "overview", "grid", "prompt", "routes")
+"""Files of the page's script, in the order in which they are joined."""
 MB = 1_000_000
 ESCAPED = re.compile("[<>&\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 """What stands in the file as an escape: ends of scripts, what no UTF-8 has, and what would hide or turn text around."""
@@ -98,7 +99,8 @@ def to_script(data: Any) -> str:
 
 
 def _assembled(overview: dict[str, Any], details: Sequence[str]) -> bytes:
-    style, script = ((PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (TEMPLATE / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((TEMPLATE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     parts = {
         "style": style,
         "script": script,
@@ -107,7 +109,7 @@ def _assembled(overview: dict[str, Any], details: Sequence[str]) -> bytes:
         "overview": to_script(overview),
         "details": "\n".join(details),
     }
-    template = (PARTS / "page.html").read_text(encoding="utf-8")
+    template = (TEMPLATE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from stars_kernels.data import read_results
 from stars_kernels.data.manifest import Manifest
 from stars_kernels.data.run import COSTS, MANIFEST, RESULTS
 from stars_kernels.data.texts import attempt_texts
+from stars_kernels.decoder.output import StarsOutput
 
 EXPECTED = "a folder of `stars run` or `stars compare`, or a file of outputs as StarsOutput.to_dict() gives them"
+
+OF_OUTPUTS = {field.name for field in fields(StarsOutput)} - {"memory_limits"}
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,11 @@ def _of_folder(folder: Path) -> Run:
     if not path.exists():
         raise ValueError(f"{folder} has {RESULTS} but no {MANIFEST}, expected both")
     manifest = Manifest.load(path)
-    results = {row["custom_id"]: row for row in read_results(folder)}  # of rows with one id the last counts
-    costs = {cost["custom_id"]: cost for cost in _lines(folder / COSTS)}
+    try:
+        results = {row["custom_id"]: row for row in read_results(folder)}  # of rows with one id the last counts
+        costs = {cost["custom_id"]: cost for cost in _lines(folder / COSTS)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has a line that is no row of a run ({error!r}), expected rows alone") from None
     rows = [
         Row(row_id, row.get("prompt"), None if "error" in row else row, row.get("error"), costs.get(row_id, {}))
         for row_id, row in results.items()
@@ -146,7 +152,7 @@ def _of_outputs(path: Path) -> Run:
     """Read a file of outputs: one, a list of them, or one a line."""
     outputs = _parsed(path)
     for place, output in enumerate(outputs, 1):
-        if not isinstance(output, Mapping) or not {"request_id", "config", "segments", "token_ids"} <= set(output):
+        if not isinstance(output, Mapping) or not OF_OUTPUTS <= set(output):
             found = f"the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
             raise ValueError(f"{path}, output {place}, has {found or 'no keys'}, expected {EXPECTED}")
     if not outputs:

@@ -4,9 +4,41 @@ import os
 
 import pytest
 
+from stars_kernels import Args, BestOf, BlockBestOf, Cards, Engine, Plain, SpeculativeRejection
+from stars_kernels.data import run_file
 from stars_kernels.report import write_report
 from tests.report.example import write_run
 from tests.report.screenshot import browser
+from tests.tiny import byte_tokenizer, spelling_model, tiny_reward_model
+
+SET = dict(max_new_tokens=12, progress=False, seed=3, trace="full")
+TARGET = dict(reward_threshold=1.0, beta=0.5)
+RULES = {
+    "stars": dict(segment_size=4, max_attempts=5, **TARGET),
+    "hard": dict(segment_size=4, max_attempts=5, accept="hard", **TARGET),
+    "cards": dict(rule=Cards(entropy_threshold=1.5, max_attempts=3, segment_size=4, **TARGET)),
+    "best-of": dict(rule=BestOf(3)),
+    "blocks": dict(rule=BlockBestOf((3, 2), segment_size=4)),
+    "plain": dict(rule=Plain()),
+    "args": dict(rule=Args(3)),
+    "race": dict(rule=SpeculativeRejection(8, segment_size=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(spelling_model("aeinst é"), tiny_reward_model(), tokenizer=byte_tokenizer()) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def runs(engine, tmp_path_factory):
+    """A folder with a run of each rule, named like it."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "prompts.jsonl").write_text('"one"\n{"prompt": "two", "custom_id": "second"}\n""\n')
+    for name, settings in RULES.items():
+        run_file(engine, folder / "prompts.jsonl", folder / name, **SET, **settings)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
 
 from stars_kernels.report import write_report
+from tests.report.conftest import RULES
 from tests.report.example import write_rows, write_run
 
 UNFOLD = "document.querySelectorAll('details').forEach((block) => { block.build?.(); block.open = true; })"
@@ -31,6 +33,11 @@ def rows(page):
 
 def ids(page):
     return page.locator(".prompts tbody a.id").all_inner_texts()
+
+
+def titled(page, title):
+    """Wait for a page of this title: an address is followed a moment after a click."""
+    expect(page.locator("h1")).to_have_text(title)
 
 
 def test_overview(visit, pages):
@@ -105,6 +112,7 @@ def test_search_and_filter(visit, tmp_path):
         assert ids(page) == expected
     page.get_by_label("Filter by how it ended").select_option("error")
     page.locator("a.id").click()
+    titled(page, "p3")
     assert page.get_by_text("line 4: a needle has no tokens").is_visible()
 
 
@@ -122,10 +130,12 @@ def test_keys(visit, pages):
         page.keyboard.press(key)
     assert page.evaluate("document.activeElement.textContent") == "p2"
     page.keyboard.press("Enter")
-    assert page.locator("h1").inner_text() == "p2" and page.evaluate("document.activeElement.tagName") == "H1"
+    titled(page, "p2")
+    assert page.evaluate("document.activeElement.tagName") == "H1"
     page.keyboard.press("ArrowRight")
-    assert page.locator("h1").inner_text() == "p3"
+    titled(page, "p3")
     page.keyboard.press("ArrowLeft")
+    titled(page, "p2")
     page.keyboard.press("Escape")
     page.wait_for_selector(".prompts")
     assert page.evaluate("document.activeElement.textContent") == "p2"
@@ -142,6 +152,7 @@ def test_a_prompt_and_links_into_it(visit, pages, run):
     attempts = [len(segment["rewards"]) for segment in row["segments"]]
     assert page.locator("figure .mark").count() >= sum(attempts)
     page.locator(".answer-text a").nth(5).click()
+    expect(page.locator("#segment-0-6 summary")).to_be_focused()
     assert page.url.endswith("#/p3/6") and page.locator("#segment-0-6 .attempts tbody tr").count() == attempts[5]
     for i, text in enumerate(row["segments"][5]["texts"]):
         cells = page.locator("#segment-0-6 tbody tr").nth(i).locator("td")
@@ -149,13 +160,12 @@ def test_a_prompt_and_links_into_it(visit, pages, run):
         r, tau = row["segments"][5]["rewards"][i], row["segments"][5]["thresholds"][i]
         assert cells.nth(1).inner_text() == f"{r:.3f}".replace("-", "\u2212")
         assert cells.nth(2).inner_text() == f"{tau:.3f}"
-    page.go_back()
     page = visit(pages["single"] + "#/p5/2")
     assert page.locator("#segment-0-2").get_attribute("open") is not None
     page = visit(pages["single"] + "#/nowhere")
     assert page.get_by_text("This report has no prompt nowhere.").is_visible() and rows(page).count() == 12
-    page.locator(".prompts tbody tr").nth(4).locator("td").nth(2).click()
-    assert page.locator("h1").inner_text() == "p4"
+    rows(page).nth(4).locator("td").nth(2).click()
+    titled(page, "p4")
 
 
 def test_two_runs_side_by_side(visit, pages):
@@ -171,8 +181,10 @@ def test_two_runs_side_by_side(visit, pages):
     page.get_by_label("Filter by outcome").select_option("Answered once or not")
     assert rows(page).count() == 2
     page.goto(pages["beside"] + "#/p3/2/B")
+    titled(page, "p3")
     assert page.locator(".answer-text").count() == 2 and page.locator("#segment-1-2").get_attribute("open") is not None
     page.goto(pages["beside"] + "#/p13")
+    titled(page, "p13")
     assert page.get_by_text("This run has no such prompt.").is_visible()
 
 
@@ -194,7 +206,7 @@ def test_hostile_texts_are_texts(visit, run, tmp_path):
     seen = ids(page)
     for i, text in enumerate(HOSTILE):
         page.locator("a.id").nth(i).click()
-        assert page.locator("h1").inner_text() == seen[i]
+        titled(page, seen[i])
         if text.isascii() and "\0" not in text:
             assert seen[i] == text
             if i:
@@ -278,4 +290,29 @@ def test_ten_thousand_prompts(visit, run, tmp_path):
     page.get_by_label("Search prompts and answers").fill("777")
     assert page.get_by_role("status").inner_text() == "1\u201319 of 19 prompts"
     page.locator("a.id").first.click()
-    assert page.locator("h1").inner_text() == "9777" and page.locator("figure .mark").count() > 0
+    titled(page, "9777")
+    assert page.locator("figure .mark").count() > 0
+
+
+def test_each_rule(visit, runs, tmp_path):
+    """Also a run without rows, and one whose numbers are none."""
+    for rule in RULES:
+        page = visit(write_report(runs / rule, tmp_path / "page.html").as_uri())
+        kept = [json.loads(line) for line in (runs / rule / "results.jsonl").read_text().splitlines()]
+        for row in kept[:2]:
+            page.evaluate(f"location.hash = '#/{row['custom_id']}'")
+            titled(page, str(row["custom_id"]))
+            attempts = sum(len(segment["rewards"]) for segment in row["segments"])
+            assert page.locator("figure .plot .mark").count() == attempts
+            page.evaluate(UNFOLD)
+            assert page.locator(".attempts tbody tr").count() == attempts
+            assert page.locator(".attempts tr.taken").count() == len(row["segments"])
+            heads = page.locator(".attempts").first.locator("th").all_inner_texts()
+            assert ("tau" in heads) == ("p" in heads) == (rule in ("stars", "hard", "cards"))
+    kept[0]["reward"], kept[0]["prompt_reward"] = "-inf", "nan"
+    for segment in kept[0]["segments"]:
+        segment["rewards"] = [("nan", "inf", "-inf")[i % 3] for i in range(len(segment["rewards"]))]
+    for rows in ([], kept[:1]):
+        target = write_report(write_rows(tmp_path / f"{len(rows)}", rows, []), tmp_path / "page.html")
+        page = visit(target.as_uri() + ("#/1" if rows else ""))
+        assert page.get_by_text("\u2212∞" if rows else "No prompt is like that.").first.is_visible()

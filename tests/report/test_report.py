@@ -6,26 +6,13 @@ import re
 
 import pytest
 
-from stars_kernels import Args, BestOf, BlockBestOf, Cards, Engine, Plain, SpeculativeRejection, StarsConfig
-from stars_kernels.data import run_file
+from stars_kernels import SpeculativeRejection, StarsConfig
 from stars_kernels.data.run import COSTS, MANIFEST, RESULTS
 from stars_kernels.report import read_runs, write_report
 from stars_kernels.report.page import to_script
+from tests.report.conftest import RULES, SET
 from tests.report.example import write_rows, write_run
-from tests.tiny import EOS, byte_tokenizer, spelling_model, tiny_reward_model
-
-SET = dict(max_new_tokens=12, progress=False, seed=3, trace="full")
-TARGET = dict(reward_threshold=1.0, beta=0.5)
-RULES = {
-    "stars": dict(segment_size=4, max_attempts=5, **TARGET),
-    "hard": dict(segment_size=4, max_attempts=5, accept="hard", **TARGET),
-    "cards": dict(rule=Cards(entropy_threshold=1.5, max_attempts=3, segment_size=4, **TARGET)),
-    "best-of": dict(rule=BestOf(3)),
-    "blocks": dict(rule=BlockBestOf((3, 2), segment_size=4)),
-    "plain": dict(rule=Plain()),
-    "args": dict(rule=Args(3)),
-    "race": dict(rule=SpeculativeRejection(8, segment_size=2)),
-}
+from tests.tiny import EOS, byte_tokenizer
 
 
 def parts_of(page):
@@ -33,22 +20,6 @@ def parts_of(page):
     text = page.read_text(encoding="utf-8")
     overview, details = re.findall(r'<script type="application/json" id="\w+">(.*?)</script>', text, re.DOTALL)
     return json.loads(overview), [json.loads(line) for line in details.split("\n") if line]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(spelling_model("aeinst é"), tiny_reward_model(), tokenizer=byte_tokenizer()) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def runs(engine, tmp_path_factory):
-    """A folder with a run of each rule, named like it."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "prompts.jsonl").write_text('"one"\n{"prompt": "two", "custom_id": "second"}\n""\n')
-    for name, settings in RULES.items():
-        run_file(engine, folder / "prompts.jsonl", folder / name, **SET, **settings)
-    return folder
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -143,7 +114,7 @@ def test_figures(run, tmp_path):
     cards = {card["label"]: card for card in overview["runs"][0]["cards"]}
     total = {name: sum(row["counts"][name] for row in rows) for name in rows[0]["counts"]}
     tokens = sum(len(row["token_ids"]) for row in rows)
-    assert cards["Mean reward"]["value"] == f"{math.fsum(row['reward'] for row in rows) / len(rows):.3f}"
+    assert cards["Mean reward"]["value"] == f"{sum(row['reward'] for row in rows) / len(rows):.3f}"
     assert cards["Accepted"]["value"] == f"{total['accepted'] / total['attempts']:.1%}"
     assert cards["Tokens per rejection"]["value"] == f"{total['rejected'] / total['rejections']:,.1f}"
     assert cards["Sampled tokens"]["value"] == f"{sum(cost['counts']['sampled'] for cost in costs):,}"
@@ -190,7 +161,8 @@ def test_numbers_that_are_none(run, tmp_path):
     assert [row["sides"][0]["reward"] for row in overview["rows"][:2]] == ["nan", "-inf"]
     assert details[1][0]["segments"][-1]["rewards"][-1] == "-inf"
     assert details[2][0]["segments"][0]["thresholds"][0] == "inf"
-    assert overview["runs"][0]["cards"][1]["value"] == "no number"
+    card = overview["runs"][0]["cards"][1]
+    assert card["value"] == "\u2212∞" and card["note"].endswith(", of 11 answers")
     assert "NaN" not in page.read_text().split('id="overview"')[1].split("<script>")[0]
 
 
@@ -222,20 +194,19 @@ def test_a_folder_of_a_comparison(tmp_path):
 def test_a_cap_leaves_out_rejected_texts_first(tmp_path):
     folder, target = write_run(tmp_path / "full", 12, full=True), tmp_path / "page.html"
     whole = write_report(folder, target).stat().st_size / 1e6
-    texts, taken = [], []
-    for share in (0.6, 0.5, 0.4):
+    for share, expected in ((0.8, ["all", "some"]), (0.42, ["some", "none"])):
         page = write_report(folder, target, max_mb=share * whole)
         assert 0.9 * share * whole < page.stat().st_size / 1e6 <= share * whole
         overview, details = parts_of(page)
         assert f"To keep this page below {share * whole:.3g} MB, the texts of rejected" in overview["notes"][-1]
         found = [trace and [text for segment in trace["segments"] for text in segment["texts"]] for (trace,) in details]
-        texts.append(["none" if one is None else "some" if None in one else "all" for one in found])
+        texts = ["none" if one is None else "some" if None in one else "all" for one in found]
+        assert texts == sorted(texts, key=("all", "some", "none").index) and [*dict.fromkeys(texts)] == expected
         for row, (trace,) in zip(overview["rows"], details, strict=True):
             taken = trace and "".join(segment["texts"][segment["chosen"]] for segment in trace["segments"])
             assert taken in (None, row["sides"][0]["text"])
         last = re.search(r"from prompt (\d+) of 12 on", overview["notes"][-1])
-        assert (texts[-1].index(texts[-1][-1]) + 1) == (int(last[1]) if last else 1)
-    assert texts == [["all"] * 2 + ["some"] * 10, ["some"] * 12, ["some"] * 7 + ["none"] * 5]
+        assert texts.index(expected[1]) + 1 == int(last[1])
     with pytest.raises(ValueError, match=r"without any attempts the page has 0\.\d+ MB, expected at most 0.02: raise"):
         write_report(folder, tmp_path / "small.html", max_mb=0.02)
     assert not (tmp_path / "small.html").exists()
@@ -268,6 +239,11 @@ def test_a_folder_that_is_no_run_is_told(run, tmp_path):
     (tmp_path / RESULTS).write_bytes((run / RESULTS).read_bytes())
     with pytest.raises(ValueError, match=r"has results\.jsonl but no manifest\.json, expected both"):
         write_report(tmp_path, tmp_path / "page.html")
+    (tmp_path / MANIFEST).write_bytes((run / MANIFEST).read_bytes())
+    for line in ("{", "[1]", "{}"):
+        (tmp_path / RESULTS).write_text(line + "\n")
+        with pytest.raises(ValueError, match="has a line that is no row of a run"):
+            write_report(tmp_path, tmp_path / "page.html")
 
 
 def test_the_example_has_the_form_of_a_run(runs, run):
