@@ -37,6 +37,7 @@ from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, 
 from stars_kernels.hf.rule_checks import check_rule, first_plan
 from stars_kernels.hf.scoring.workplace import Workplace
 from stars_kernels.hf.serving import Serving
+from stars_kernels.hf.sharding import why_steps_differ
 from stars_kernels.hf.sizing import fitting_prompts, free_memory_of, prompt_bytes, round_cost
 from stars_kernels.hf.text.prompts import Codec, Prompt
 from stars_kernels.hf.text.templates import TextPrompt
@@ -106,6 +107,7 @@ class Call:
         self._cancels, self._began = cancels, time.monotonic() if began is None else began
         self.models, self.calibration = models, calibration
         self.mode = CallersMode() if mode is None else mode
+        self._steps_differ = why_steps_differ(config) if models.sharded else None
         self.config = config.replace(seed=secrets.randbits(63) if config.seed is None else config.seed)
         self.hooks = TokenHooks() if hooks is None else hooks
         check_rule(config, models.lm, models.rewarder)
@@ -291,6 +293,8 @@ class Call:
 
     def new_run(self, requests: list[Request], rule: Rule, width: int | Literal["auto"], noise: int) -> Run:
         """Make a run of the answers to these requests."""
+        if self._steps_differ is not None:
+            raise ValueError(self._steps_differ)
         config, models, buffers = self.config, self.models, self.workspace.buffers
         answers = [self.answer_to(request) for request in requests]
         lm = models.lm

@@ -228,6 +228,11 @@ class Engine:
         resolved, mode, began = self.resolve(config, settings), CallersMode(), time.monotonic()
         if self._owner == threading.get_ident():
             raise RuntimeError("the engine is decoding in this very thread, which would wait for itself")
+        if self.models.sharded:
+            raise ValueError(
+                "the model is shared out between processes, to which requests would come in different orders; expected "
+                "decode or stream, called alike in each of them"
+            )
 
         def tell(event: StarsEvent) -> None:
             try:

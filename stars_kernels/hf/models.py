@@ -21,6 +21,7 @@ from stars_kernels.hf.loading.language_model import (
 from stars_kernels.hf.proposing.output_layer import why_unfused
 from stars_kernels.hf.scoring.reward_model import Reward, check_reward
 from stars_kernels.hf.scoring.rewarder import Rewarder
+from stars_kernels.hf.sharding import is_sharded
 from stars_kernels.hf.sizing import models_in
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, vocabulary
@@ -66,6 +67,11 @@ class Models:
     def reward_models(self) -> list[PreTrainedModel]:
         """The transformers models among the reward models."""
         return models_in(self.rewarder.bodies)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether some of them are shared out between processes."""
+        return is_sharded(self.bodies)
 
     @cached_property
     def why_unfused(self) -> str | None:

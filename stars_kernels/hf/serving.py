@@ -36,6 +36,8 @@ class Serving:
             return "graphs=False"
         if self._hooks.processors:
             return "logits processors are asked at each token"
+        if self._models.sharded:
+            return "the model is shared out between processes"
         if (why := layout_of(lm).why_eager) is not None:
             return why
         served = {op: backends()[op]["cuda"] for op in ("segment_sample", "fork_attention")}
