@@ -4,10 +4,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +15,8 @@ from stars_kernels.data.manifest import SPEED_SETTINGS
 from stars_kernels.data.run import COSTS, MANIFEST, RESULTS, read_results
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
+KILLS = int(os.environ.get("STARS_KILLS", "3"))
+"""How often a run is killed here; more for those who doubt."""
 SET = dict(max_new_tokens=8, segment_size=4, max_attempts=3, progress=False)
 TEXTS = ["one", "two", "three", "", "five" * 60, "six", "seven"]  # the fourth has no tokens, the fifth too many
 
@@ -118,41 +117,36 @@ def test_killed_at_any_byte_it_ends_with_the_same_files(engine, prompts, tmp_pat
     assert deaths > 8
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.data.test_run import SET
-from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
-from stars_kernels import Engine
-from stars_kernels.data import run_file
-with Engine(tiny_language_model(), tiny_reward_model(), tokenizer=byte_tokenizer(), **SET) as engine:
-    print("ready", flush=True)
-    run_file(engine, Path(sys.argv[1]), Path(sys.argv[2]), seed=3, reward_threshold=1.0, beta=1.0, batch_size=1)
-print("done", flush=True)
-"""
-
-
 def test_kill_9(engine, tmp_path):
+    """At random moments: the end is the same."""
     prompts, folder = tmp_path / "many.txt", tmp_path / "out"
     prompts.write_text("".join(f"prompt {i}\n" for i in range(60)))
-    run_file(engine, prompts, tmp_path / "whole", seed=3, reward_threshold=1.0, beta=1.0)
-    seen, rng = [], random.Random(1)
-    for attempt in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, prompts, folder], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
-        )
-        process.stdout.readline()
-        if attempt < 3:
-            before, end = len(seen), time.monotonic() + 60
-            while len(seen) <= before + 3 and process.poll() is None and time.monotonic() < end:  # some more are there
-                time.sleep(rng.random() / 20)
-                seen = (folder / RESULTS).read_bytes().splitlines() if (folder / RESULTS).exists() else []
-            os.kill(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        seen = (folder / RESULTS).read_bytes().splitlines()
-        if b"done" in out:
-            break
-    assert attempt >= 3 and (folder / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
+    target = dict(seed=3, reward_threshold=1.0, beta=1.0)
+    run_file(engine, prompts, tmp_path / "whole", **target)
+    rng, kills, finished = random.Random(1), 0, False
+    while not finished:
+        before, child = rows_in(folder), os.fork()  # a process of its own, without the seconds of importing
+        if not child:
+            try:
+                run_file(engine, prompts, folder, batch_size=1, **target)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        if kills < KILLS:
+            wanted, end = before + rng.randint(0, 60 // KILLS - 1), time.monotonic() + 60
+            while rows_in(folder) < wanted and time.monotonic() < end:
+                time.sleep(rng.random() / 50)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        finished = status == 0
+        assert finished or (os.WIFSIGNALED(status) and kills < KILLS), status
+        kills += not finished
+    assert kills == KILLS and (folder / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
+
+
+def rows_in(folder):
+    """How many whole rows there are."""
+    return (folder / RESULTS).read_bytes().count(b"\n") if (folder / RESULTS).exists() else 0
 
 
 def test_a_finished_run_decodes_nothing_more(engine, prompts, tmp_path, monkeypatch):
