@@ -95,6 +95,8 @@ NOT_RUN = {
     "pip install .",
     "pip install '.[gguf]'",
     "pip install 'stars-kernels[cli]'",
+    "pip install 'stars-kernels[cli,ray]'",
+    "pip install 'stars-kernels[eval]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
 }
