@@ -97,10 +97,10 @@ NOT_RUN = {
     "pip install 'stars-kernels[eval]'",
     "pip install 'stars-kernels[cli,eval]'",
     "pip install 'stars-kernels[cli,serve]'",
+    "pip install 'stars-kernels[cli,ray]'",
     "pip install -c constraints.txt .",
     "pip install --force-reinstall --no-deps .",
     "pip install '.[cli]'",
-    "pip install 'stars-kernels[cli,ray]'",
     "pip install 'stars-kernels[demo]'",
 }
 """Not run: they need a package index. tests/test_build.py installs from the tree, and builds isolated as pip does."""

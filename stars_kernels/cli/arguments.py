@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import yaml
 
 from stars_kernels.decoder.naming import SETTINGS, near, rule_of
-from stars_kernels.hf.by_name import number_of
 
 
 class UsageError(ValueError):
@@ -24,16 +24,14 @@ def parsed(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set is {pair!r}, expected NAME=VALUE")
         try:
-            value = yaml.safe_load(text)
+            found[name.replace("-", "_")] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {pair!r}: the value is not YAML: {error}") from None
-        number = number_of(value) if isinstance(value, str) else None  # YAML 1.1 takes 1e-3 for text
-        found[name.replace("-", "_")] = value if number is None else number
     return found
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Reads YAML as `safe_load` does, but refuses a key that comes twice, of which that would drop the first."""
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as `safe_load` does, but 1e-3 is a number, and a key that comes twice is refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -43,12 +41,15 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+"), [*"-+.0123456789"])
+
+
 def merged(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a YAML file, and over them those that were given: those that are not None."""
     options = dict[str, Any]()
     if file is not None:
         try:
-            data = yaml.load(file.read_text(encoding="utf-8"), _OnceLoader)
+            data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} is not YAML: {error}") from None
         if not isinstance(data, Mapping):

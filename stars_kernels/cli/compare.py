@@ -33,6 +33,7 @@ from stars_kernels.decoder.naming import SETTINGS, rule_names
 from stars_kernels.decoder.output import Calibration
 from stars_kernels.evaluation import Comparison, EndpointJudge, FunctionJudge, RewardJudge
 from stars_kernels.evaluation import compare as compare_rules
+from stars_kernels.evaluation.figures import BASE
 from stars_kernels.evaluation.tables import number, told
 from stars_kernels.hf.by_name import Loaded, as_list, device_of, dtype_of, function_of, reward_of
 from stars_kernels.hf.engine import Engine
@@ -189,7 +190,7 @@ def judge_of(given: Mapping[str, Any], loaded: Loaded, options: Mapping[str, Any
 def _show(found: Comparison) -> None:
     """Print a table; where some prompts or verdicts are missing, the exit code is 1."""
     judged = any(one.against_plain is not None for one in found.figures)
-    base = next(one for one in found.figures if one.gain is None)
+    base = next(one for one in found.figures if one.rule == BASE)
     told_base = f"; plain sampling's mean reward is {base.reward.mean:.3f}" if base.reward else ""
     table = Table(title=f"{found.prompts} prompts{told_base}", box=SIMPLE, padding=(0, 1))
     table.add_column("rule", overflow="fold", min_width=10)

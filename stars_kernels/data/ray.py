@@ -90,9 +90,7 @@ class StarsPredictor:
             raise ValueError(
                 "reward_threshold or beta is None, expected both, or calibration=: each actor would find its own"
             )
-        self.engine = _quiet_engine(
-            threads, {"model": model, "reward_model": reward_model} | _where(device, dtype), config
-        )
+        self.engine = _quiet_engine(threads, _names(model, reward_model, device, dtype), config)
         self.config = config if calibration is None else self.engine.with_calibration(config, calibration)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def run_file_ray(
     Raises:
         ImportError: Ray is not installed.
         ConnectionError: there is no cluster at this address.
-        RuntimeError: no actor is left.
+        ChildProcessError: all actors have died more often than that.
         ValueError, TypeError, OSError: as `run_file`; also for max_time, and for more actors than GPUs.
     """
     resolved = resolve_config(config, settings)
@@ -162,8 +160,7 @@ def run_file_ray(
     _check_count("per_call", per_call)
     with _connected(address) as ray:
         place = _place_of(ray, actors, device)
-        names = {"model": model, "reward_model": reward_model} | _where(place.device, dtype)
-        pool = _Pool(ray, place, names, resolved)
+        pool = _Pool(ray, place, _names(model, reward_model, place.device, dtype), resolved)
         try:
             with opened_run(
                 prompts, folder, lambda *given: pool.plan(calibration, *given),
@@ -226,8 +223,12 @@ def _quiet_engine(threads: int | None, names: Mapping[str, Any], config: StarsCo
     return engine_by_name(**names, config=config.replace(progress=False))
 
 
-def _where(device: str | None, dtype: str | None) -> dict[str, str | None]:
-    return {"device": device, "dtype": dtype}
+def _names(
+    model: str, reward_model: str | Iterable[str], device: str | None, dtype: str | None
+) -> dict[str, str | list[str] | None]:
+    """Return what `engine_by_name` takes, as it can be sent to an actor."""
+    rewards = [reward_model] if isinstance(reward_model, str) else list(reward_model)
+    return {"model": model, "reward_model": rewards, "device": device, "dtype": dtype}
 
 
 def _check_times(config: StarsConfig) -> None:
@@ -373,7 +374,12 @@ class _Pool:
 
     def plan(self, *given: Any) -> tuple[StarsConfig, Manifest]:
         """Let the first actor plan the run."""
-        config, manifest = self._result(self._actors[0].plan.remote(*given))
+        try:
+            config, manifest = self._result(self._actors[0].plan.remote(*given))
+        except self._ray.exceptions.RayActorError as error:
+            raise ChildProcessError(
+                f"the first actor died {RESTARTS + 1} times before the run began. Ray says: {message_of(error)}"
+            ) from None
         return config, manifest
 
     def answers(
@@ -391,7 +397,7 @@ class _Pool:
                 actor, some = free.pop(), waiting.popleft()
                 at[actor.answer.remote(*shared, some)] = actor, some
             if not at:
-                raise RuntimeError(f"no actor is left, as all have died, with {sum(map(len, waiting))} prompts to do")
+                raise ChildProcessError(f"all actors have died, and {sum(map(len, waiting))} more prompts are left")
             (done, *_), _ = self._ray.wait(list(at), num_returns=1)
             actor, some = at.pop(done)
             try:

@@ -19,7 +19,7 @@ from stars_kernels.decoder.output import Calibration
 from stars_kernels.decoder.rules import BestOf, Plain, Stars
 from stars_kernels.decoder.serial import to_plain
 from stars_kernels.evaluation.answers import read_answers
-from stars_kernels.evaluation.figures import Figures, figures_of
+from stars_kernels.evaluation.figures import BASE, Figures, figures_of
 from stars_kernels.evaluation.judges import Judge, RewardJudge, text_of
 from stars_kernels.evaluation.plots import plot_rewards
 from stars_kernels.evaluation.statistics import METHOD
@@ -28,8 +28,6 @@ from stars_kernels.evaluation.verdicts import Outcome, Prompt, judge_all
 from stars_kernels.extras import require
 from stars_kernels.hf.engine import Config, Engine
 
-BASE = "plain"
-"""The rule that the others are compared with."""
 RULES, VERDICTS, CALIBRATION = "rules", "verdicts.jsonl", "calibration.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Of a rule, which has a folder of that name."""

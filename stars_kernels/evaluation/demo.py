@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from stars_kernels.decoder.output import StarsOutput
 from stars_kernels.decoder.rules import Plain
+from stars_kernels.extras import require
 from stars_kernels.hf.engine import Engine
 from stars_kernels.hf.loading.language_model import ModelOrPath
 from stars_kernels.hf.scoring.reward_model import Reward
@@ -53,12 +56,12 @@ def sentiment(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     Raises:
         ImportError: VADER is not installed.
     """
-    if find_spec("vaderSentiment") is None:
-        raise ImportError("the demo's reward needs vaderSentiment, which is missing: pip install 'stars-kernels[demo]'")
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    return [float(_analyzer().polarity_scores(answer)["compound"]) for answer in answers]
 
-    analyzer = SentimentIntensityAnalyzer()
-    return [float(analyzer.polarity_scores(answer)["compound"]) for answer in answers]
+
+@cache
+def _analyzer() -> Any:
+    return require("vaderSentiment.vaderSentiment", "demo").SentimentIntensityAnalyzer()
 
 
 def demo(
@@ -73,7 +76,8 @@ def demo(
 
     model: None = SmolLM2-135M-Instruct. r* and beta are calibrated on prompts of another list.
     """
-    sentiment([], [])  # says what is missing before a model is loaded
+    if reward_model is sentiment:
+        _analyzer()  # says that it is missing before a model is loaded
     settings = {"max_new_tokens": max_new_tokens, "seed": seed, "progress": False}
     with Engine(model or demo_model(), reward_model, config=settings) as engine:
         chat = engine.models.tokenizer is not None and engine.models.tokenizer.chat_template is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,8 +33,6 @@ PLACES = re.compile(r"\{(prompt|first|second)\}")
 """Of a template, which are filled in; other braces stay."""
 LETTERS = {"A": "first", "B": "second", "C": "tie"}
 """How a reply is read: it has to be one of these letters, alone."""
-OF_THE_REQUEST = (400, 413, 422)
-"""HTTP codes of a server that will not read this very request: it would be of no use to try again."""
 IN_A_ROW = 8
 """So many requests that fail one after the other end the comparison."""
 
@@ -104,7 +102,7 @@ class EndpointJudge:
             base_url=endpoint, api_key=self._key or "none", max_retries=retries, timeout=float(timeout)
         )
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Found]]:
+    def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Found]]:
         """Ask several at once, and yield each verdict as it comes.
 
         A request that failed, retries included, is yielded as an error.
@@ -148,7 +146,7 @@ class EndpointJudge:
             told = self._without_key(f"HTTP {error.status_code}: {error.response.text[:500]}")
             if error.status_code in (401, 403, 404):
                 raise JudgeError(f"the judge, {self.model} at {self._client.base_url}, refused: {told}") from None
-            return {"verdict": UNREADABLE, "reply": told} if error.status_code in OF_THE_REQUEST else {"error": told}
+            return {"error": told}
         except self._errors.APITimeoutError:
             return {"error": f"no reply within {self._client.timeout} seconds"}
         except self._errors.APIConnectionError as error:

@@ -9,6 +9,8 @@ from stars_kernels.evaluation.answers import Answer
 from stars_kernels.evaluation.statistics import Estimate, estimate, length_controlled
 from stars_kernels.evaluation.verdicts import Answers, Outcome
 
+BASE = "plain"
+"""The rule that the others are compared with, by its name."""
 HALF = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 """What a pair counts in a win rate."""
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ class Judge(Protocol):
     identity: str
     pairwise: bool
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Found]]:
+    def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Found]]:
         """Yield each question and what was found, as soon as it is there, in any order."""
 
 
@@ -83,7 +83,7 @@ class RewardJudge:
         self.engine = engine
         self.name = self.identity = f"reward model {engine.models.reward_fingerprint}"
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Found]]:
+    def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Found]]:
         """Score the answers, a few at a time; those that fail, alone."""
         for start in range(0, len(questions), 8):
             some = questions[start : start + 8]
@@ -143,7 +143,7 @@ class FunctionJudge:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"the judge's function is {name!r}, expected module:function: {error}") from error
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Found]]:
+    def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Found]]:
         """Call the function, with at most `at_once` pairs each time. Raises JudgeError where it fails."""
         for start in range(0, len(questions), self.at_once):
             some = questions[start : start + self.at_once]

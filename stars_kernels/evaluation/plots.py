@@ -13,7 +13,7 @@ import numpy as np
 from stars_kernels.data.journal import write_whole
 from stars_kernels.decoder.calibration import accepted_share
 from stars_kernels.decoder.output import Calibration
-from stars_kernels.evaluation.figures import Figures
+from stars_kernels.evaluation.figures import BASE, Figures
 from stars_kernels.extras import require
 
 INK, QUIET, ACCENT = "#222222", "#8a8a8a", "#1f5fa8"
@@ -82,7 +82,7 @@ def plot_rewards(path: Path, rules: Sequence[Figures], cost: Cost, guided: Seque
             colour = ACCENT if one.rule in guided else INK
             x = getattr(one, cost)
             axes.plot([x, x], _bar(one), color=colour, linewidth=1.1, alpha=0.55, solid_capstyle="round", zorder=2)
-            face = "white" if one.gain is None else colour
+            face = "white" if one.rule == BASE else colour
             axes.plot(x, _height(one), "o", markersize=6.5, color=colour, markerfacecolor=face, zorder=3)
         if points and all(getattr(one, cost) > 0 for one in points):
             axes.set_xscale("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,10 +83,11 @@ def judge_all(
         left = [q for q in unique.values() if q.key not in journal or (retry and q.key in journal.failed)]
         with tqdm(total=len(unique), initial=len(unique) - len(left), desc="judge", unit="verdict",
                   disable=None if progress else True) as bar:  # fmt: skip
-            for question, found in judge.ask(left):
-                row = {"custom_id": question.key, "rule": question.rule, "prompt": question.prompt_id}
-                journal.append({**row, **found})
-                bar.update()
+            with closing(judge.ask(left)) as verdicts:  # whatever ends this, nothing more is asked
+                for question, found in verdicts:
+                    row = {"custom_id": question.key, "rule": question.rule, "prompt": question.prompt_id}
+                    journal.append({**row, **found})
+                    bar.update()
         missing = [key for key in unique if key not in journal]
         if missing:
             raise JudgeError(f"the judge gave no verdict on {len(missing)} of {len(unique)} questions")

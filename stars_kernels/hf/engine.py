@@ -228,11 +228,6 @@ class Engine:
         resolved, mode, began = self.resolve(config, settings), CallersMode(), time.monotonic()
         if self._owner == threading.get_ident():
             raise RuntimeError("the engine is decoding in this very thread, which would wait for itself")
-        if self.models.sharded:
-            raise ValueError(
-                "the model is shared out between processes, to which requests would come in different orders; expected "
-                "decode or stream, called alike in each of them"
-            )
 
         def tell(event: StarsEvent) -> None:
             try:
@@ -243,6 +238,11 @@ class Engine:
         def ticket() -> tuple[Live, Ticket]:
             with self._lock:
                 self._check_open()
+                if self.models.sharded:
+                    raise ValueError(
+                        "the model is shared out between processes, to which requests would come in different orders; "
+                        "expected decode or stream, called alike in each of them"
+                    )
                 known = resolved if calibration is None else self.with_calibration(resolved, calibration)
                 call = Call(self.models, known, calibration, texts=True, mode=mode, cancels=[cancelled], began=began)
                 (request,) = call.admit_all([prompt], None if request_id is None else [request_id])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +129,7 @@ def _of_folder(folder: Path) -> Run:
     calibration = None if manifest.calibration is None else manifest.calibration.to_dict()
     return Run(
         folder.resolve().name, manifest.config, calibration, manifest.models, manifest.versions, rows,
-        max(len(manifest.prompts), len(rows)), _seconds(folder / COSTS),
+        max(len(manifest.prompts), len(rows)), _seconds(costs.values()),
     )  # fmt: skip
 
 
@@ -140,12 +140,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
-def _seconds(costs: Path) -> float | None:
+def _seconds(costs: Collection[Mapping[str, Any]]) -> float | None:
     """Return for how long a run decoded, in all its starts; None where that was not kept."""
-    costs_of_answers = [*_lines(costs)]
-    if not costs_of_answers or not all("elapsed" in cost for cost in costs_of_answers):
+    if not costs or not all("elapsed" in cost for cost in costs):
         return None
-    return float(sum(cost["elapsed"] for cost in costs_of_answers))
+    return float(sum(cost["elapsed"] for cost in costs))
 
 
 def _of_outputs(path: Path) -> Run:

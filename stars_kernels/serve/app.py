@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
@@ -60,18 +59,18 @@ def make_app(
             made with other models.
     """
     service = Service(engine, calibration, model_name, limits or Limits())
-    app = FastAPI(title="stars-kernels", version=stars_kernels.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="stars-kernels", version=stars_kernels.__version__, openapi_url=None)
     app.state.service = service
     app.add_middleware(Gate, metrics=service.metrics, api_key=api_key)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _told)
 
-    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_documented(ChatBody))
+    @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         """Answer a chat."""
         return await _answer(service, request, ChatBody)
 
-    @app.post("/v1/completions", response_model=None, openapi_extra=_documented(TextBody))
+    @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response:
         """Go on with texts."""
         return await _answer(service, request, TextBody)
@@ -262,9 +261,3 @@ async def _told(request: Request, error: Exception) -> Response:
 
 def _model(service: Service) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.began, "owned_by": "stars-kernels"}
-
-
-def _documented(kind: type[Any]) -> dict[str, Any]:
-    """Return what /openapi.json says of a route's body."""
-    schema = json.loads(json.dumps(kind.model_json_schema(ref_template="#/components/schemas/{model}")))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

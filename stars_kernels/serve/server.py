@@ -133,4 +133,6 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(f"port {port} of {host} cannot be taken, expected one that is free: {error.strerror}") from None
+        raise ConnectionError(
+            f"port {port} of {host} cannot be taken, expected one that is free: {error.strerror}"
+        ) from None

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ import torch
 from typer.testing import CliRunner
 
 from stars_kernels.cli.app import app
-from stars_kernels.data import StarsPredictor, read_results, run_file, run_file_ray
+from stars_kernels.data import PromptLine, StarsPredictor, read_results, run_file, run_file_ray
 from stars_kernels.data import ray as ray_module
 from stars_kernels.data.ray import is_fatal
 from stars_kernels.data.run import MANIFEST, RESULTS
+from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.errors import DecodeError
 from stars_kernels.hf.by_name import engine_by_name
 from tests.data.test_run import fixed
@@ -232,6 +235,33 @@ def test_columns():
         ray_module._lines_of({"id": [1], "text": ["Hi"]})
     with pytest.raises(TypeError, match="the batch is of type list, expected columns"):
         ray_module._lines_of([1])
+
+
+def test_an_actor_that_differs_is_refused(home):
+    """As where a machine has another version of a model under the same name."""
+    names = {"model": str(home / "lm"), "reward_model": [REWARD], "device": "cpu"}
+    worker = ray_module._Worker(1, names, StarsConfig(reward_threshold=1.0, beta=1.0, **SET))
+    config, manifest = worker.plan(None, [PromptLine("a", "Hi", 1)], None)
+    ((line_id, row, cost),) = worker.answer(config, manifest, [PromptLine("a", "Hi", 1)])
+    assert line_id == "a" and row["text"] and cost["counts"]["sampled"] > 0
+    other = replace(manifest, models={**manifest.models, "model": "LlamaForCausalLM 0123"})
+    with pytest.raises(ValueError, match=r'an actor of Ray differs .*: models: model is "Llama.*", it was ".* 0123"'):
+        worker.answer(config, other, [PromptLine("a", "Hi", 1)])
+
+
+def test_when_all_actors_have_died():
+    dead = MagicMock()  # Ray as the pool knows it
+    dead.exceptions.RayActorError, dead.exceptions.RayTaskError = type("Died", (Exception,), {}), KeyError
+    dead.get.side_effect = dead.exceptions.RayActorError("it was shot")
+    dead.wait.side_effect = lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:])
+    dead.remote().return_value.remote.return_value.answer.remote.side_effect = lambda *given: object()
+    pool = ray_module._Pool(dead, ray_module._Place(2, "cpu", 1.0), {}, StarsConfig())
+    with pytest.raises(ChildProcessError, match=r"the first actor died 4 times before the run began. .*it was shot"):
+        pool.plan()
+    lines = [PromptLine(i, "Hi", i) for i in range(10)]
+    with pytest.warns(RuntimeWarning, match="an actor died 4 times and is given up, while it answered 3 prompts"):
+        with pytest.raises(ChildProcessError, match="all actors have died, and 4 more prompts are left"):
+            list(pool.answers(lines, StarsConfig(), ray_module.Manifest({}, {}, {}, None, {}), per_call=3))
 
 
 def test_what_is_fatal():

