@@ -76,7 +76,7 @@ def test_rules_and_calibrations(names, tmp_path):
     ("given", "why"),
     [
         (dict(), "reward_model is missing, expected -M reward_model=NAME"),
-        (dict(reward_model="rm", segment_sise=3), "unknown argument 'segment_sise'; did you mean 'segment-size'?"),
+        (dict(reward_model="rm", segment_sise=3), "unknown argument 'segment_sise'; did you mean 'segment_size'?"),
         (dict(reward_model="rm", xyz=3), "unknown argument 'xyz', expected reward_model, device, dtype, calibration"),
         (dict(reward_model="rm", rule="best"), "rule is 'best', expected one of"),
         (dict(reward_model="{rm}", beta=1.0), "reward_threshold or beta is missing, expected -M reward_threshold=R"),
