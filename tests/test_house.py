@@ -14,7 +14,7 @@ FILES = {
     for package in PACKAGES
     for file in (ROOT / package).rglob("*.py")
 }
-ORDER = ["versions", "ops", "decoder", "hf", "api", "data", "evaluation", "report", "serve", "cli"]
+ORDER = ["versions", "extras", "ops", "decoder", "hf", "api", "data", "evaluation", "report", "serve", "cli"]
 """Of stars_kernels: what imports what stands before it."""
 ORDER_OF_HF = ["view", "cache", "loading", "text", "proposing", "scoring"]
 """Of hf: a folder imports those before it, and hf's own files; the engine imports all."""

@@ -40,6 +40,7 @@ def calibrate(
     samples: Annotated[int | None, typer.Option(min=1, help="Plain continuations, in all; 64 if not given.")] = None,
     quantile: Annotated[float | None, typer.Option(help="r* is this quantile of their rewards; 0.9.")] = None,
     acceptance: Annotated[float | None, typer.Option(help="Share of them to be accepted at r*; 0.25.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of a continuation, as of the answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number; 0.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of StarsConfig: NAME=VALUE.")] = None,
     config: Options = None,
@@ -56,7 +57,8 @@ def calibrate(
       stars calibrate -m MODEL -r RM -i prompts.jsonl -o calibration.json --plot calibration.svg
     """
     with told_errors():
-        names = ("model", "reward_model", "input", "output", "limit", "device", "dtype", "seed", "plot")
+        names = ("model", "reward_model", "input", "output", "limit", "device", "dtype", "seed", "plot",
+                 "max_new_tokens")  # fmt: skip
         flags = {name: value for name, value in locals().items() if name in names}
         own = {"samples": samples, "quantile": quantile, "acceptance": acceptance}
         flags |= {f"calibration_{name}": value for name, value in own.items()}

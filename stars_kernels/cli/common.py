@@ -48,11 +48,18 @@ def told_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except (StarsError, DecodeError, JudgeError, OSError) as error:
         code = 2 if isinstance(error, FileNotFoundError | FileExistsError | ConnectionError) else 1
-        stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
+        stderr.print(f"[red]error[/]: {escape(_told(error))}", soft_wrap=True)
         raise typer.Exit(code) from None
     except (ValueError, TypeError, ImportError) as error:  # ImportError: of an extra that is not installed
         stderr.print(f"[red]error[/]: {escape(message_of(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says, of a file that is missing without its number."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return message_of(error)
 
 
 def load_models(options: dict[str, Any], settings: dict[str, Any]) -> Loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ from stars_kernels.cli.common import (
     switch,
     told_errors,
 )
-from stars_kernels.data import Summary, load_prompts, run_file, run_file_ray
+from stars_kernels.data import Summary, load_prompts, read_results, run_file, run_file_ray
+from stars_kernels.data.run import RESULTS
 from stars_kernels.decoder.naming import rule_names
 from stars_kernels.decoder.output import Calibration, StarsEvent
 from stars_kernels.hf.engine import Engine
@@ -33,6 +35,8 @@ OF_RAY = ("actors", "address")
 """Options of a run by Ray, which need `ray`."""
 OF_RUN = OF_MODELS | {"rule", "input", "output", "limit", "stream", "overwrite", "retry", "calibration", "ray", *OF_RAY}
 """Options of `stars run` that are no settings of a call."""
+SHOWN = 3
+"""Reasons of failures that are told."""
 
 
 def run(
@@ -156,6 +160,15 @@ def _print_piece(event: StarsEvent) -> None:
         print(json.dumps({"custom_id": event.request_id, "text": event.text}, ensure_ascii=False), flush=True)
 
 
+def _tell_failures(summary: Summary) -> None:
+    """Tell why prompts failed, the most frequent reasons first."""
+    reasons = Counter(row["error"] for row in read_results(summary.folder) if "error" in row)
+    for reason, count in reasons.most_common(SHOWN):
+        stderr.print(f"[red]{count} failed[/]: {escape(reason)}", soft_wrap=True)
+    more = f" has {len(reasons) - SHOWN} more reasons;" if len(reasons) > SHOWN else " has them all;"
+    stderr.print(f"{escape(str(summary.folder / RESULTS))}{more} --retry tries those again that failed", soft_wrap=True)
+
+
 def _sum_up(summary: Summary) -> None:
     """Tell what a run has come to; where some prompts have no answer, the exit code is 1."""
     left = summary.prompts - summary.answers - summary.errors
@@ -168,6 +181,6 @@ def _sum_up(summary: Summary) -> None:
     if left:
         stderr.print("the same command goes on")
     if summary.errors:
-        stderr.print("--retry tries those again that failed")
+        _tell_failures(summary)
     if left or summary.errors:
         raise typer.Exit(1)

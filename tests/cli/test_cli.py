@@ -239,3 +239,29 @@ def test_a_report(models, tmp_path):
     ):
         told = stars("report", *arguments, code=2).stderr
         assert told.startswith("error: ") and why in told and "Traceback" not in told
+
+
+def test_the_version():
+    assert stars("--version").stdout == f"{stars_kernels.__version__}\n"
+
+
+def test_why_prompts_failed_is_told(models, tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "one", "max_tokens": 3}\n{"prompt": ""}\n{"prompt": ""}\nno row\n{"x": 1}\n'
+    )
+    command = ["run", *models, *FEW, *TARGET, "-i", tmp_path / "p.jsonl", "-o", tmp_path / "out"]
+    told = stars(*command, code=1).stderr
+    assert "0 of 5 prompts answered, 5 failed" in told and told.count(" failed: ") == 3
+    assert "1 failed: line 1: it has max_tokens" in told and "results.jsonl has 2 more reasons" in told
+
+
+def test_a_missing_calibration_is_named(models):
+    told = stars("run", *models, "--calibration", "nothing.json", "Hi", code=2).stderr
+    assert told == "error: nothing.json: No such file or directory\n"
+
+
+def test_calibrate_takes_the_length_of_answers(models, tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    command = ["calibrate", *models, "-i", tmp_path / "p.txt", "--samples", "4", "--max-new-tokens", "5"]
+    stars(*command, "-o", tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json").sampled <= 4 * 5
