@@ -118,21 +118,20 @@ def test_figures(run, tmp_path):
     assert cards["Accepted"]["value"] == f"{total['accepted'] / total['attempts']:.1%}"
     assert cards["Tokens per rejection"]["value"] == f"{total['rejected'] / total['rejections']:,.1f}"
     assert cards["Sampled tokens"]["value"] == f"{sum(cost['counts']['sampled'] for cost in costs):,}"
-    assert cards["Tokens a second"]["value"] == f"{tokens / max(cost['elapsed'] for cost in costs):,.1f}"
+    assert cards["Tokens a second"]["value"] == f"{tokens / sum(cost['elapsed'] for cost in costs):,.1f}"
     assert overview["runs"][0]["phases"]["commit"] == pytest.approx(0.2)
     assert len(overview["runs"][0]["calibration"]) == 64
 
 
 def test_seconds_of_a_run_that_was_stopped(run, tmp_path):
-    """Of each start until its last answer; nothing where that is not known."""
+    """Of all its starts; nothing where that is not known."""
     rows = [json.loads(line) for line in (run / RESULTS).read_text().splitlines()]
     costs = [json.loads(line) for line in (run / COSTS).read_text().splitlines()]
-    times = [(1.0, 5.0), (1.0, 2.0), (9.0, 6.0), (9.0, 7.5)] * 3
-    when = [{**cost, "start": start, "elapsed": elapsed} for cost, (start, elapsed) in zip(costs, times, strict=True)]
-    (found,) = read_runs(write_rows(tmp_path / "stopped", rows, when))
-    assert found.seconds == 12.5
+    when = [{**cost, "elapsed": elapsed} for cost, elapsed in zip(costs, [5.0, 2.0, 0.5] * 4, strict=True)]
+    (found,) = read_runs(write_rows(tmp_path / "stopped", rows, [{**when[0], "elapsed": 99.0}, *when]))
+    assert found.seconds == 30.0  # a prompt that was answered twice counts once
     for cost in costs:
-        del cost["start"]
+        del cost["elapsed"]
     (found,) = read_runs(write_rows(tmp_path / "before", rows, costs))
     assert found.seconds is None
 
