@@ -68,8 +68,8 @@ def calibrate(
             raise UsageError(f"--{'input' if source is None else 'output'} is missing, expected a file")
         lines = load_prompts(source, options.get("limit"))
         bad = next((line for line in lines if isinstance(line, BadLine)), None)
-        if bad is not None or not lines:
-            raise UsageError(bad.error if bad is not None else f"{source} has no prompts, expected one at least")
+        if bad is not None:
+            raise UsageError(bad.error)
         picture = options.get("plot")
         if picture is not None:
             require("matplotlib", "eval")

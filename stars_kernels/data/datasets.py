@@ -85,16 +85,20 @@ def load_prompts(source: Path | str, limit: int | None = None) -> list[PromptLin
     Raises:
         ConnectionError: the data set is not on this machine and cannot be fetched.
         ImportError: the library `datasets` is not installed.
-        OSError, ValueError: as `read_prompts`.
+        OSError, ValueError: as `read_prompts`; also where there are no prompts.
     """
     name = str(source)
-    if name not in NAMES or Path(source).exists():
+    if name in NAMES and not Path(source).exists():
+        lines = list(_named(name)[:limit])
+    else:
         try:
-            return read_prompts(Path(source), limit)
+            lines = read_prompts(Path(source), limit)
         except FileNotFoundError as error:
             told = f"there is no such file of prompts, and no such name: expected a file, or one of {', '.join(NAMES)}"
             raise FileNotFoundError(error.errno, told, name) from None
-    return list(_named(name)[:limit])
+    if not lines:
+        raise ValueError(f"{source} has no prompts, expected one at least")
+    return lines
 
 
 @cache

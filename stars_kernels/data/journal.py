@@ -100,6 +100,12 @@ class Journal:
         self.close()
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a journal that may be growing."""
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.endswith("\n"))  # else it is being written
+
+
 def _opened(path: Path) -> FileIO:
     return FileIO(path, "ab+")  # without a buffer: what was appended is with the operating system
 

@@ -24,7 +24,7 @@ from stars_kernels.data.manifest import Manifest
 from stars_kernels.data.prompts import KEYS, BadLine, PromptLine, id_of, prompt_of
 from stars_kernels.data.run import Line, Row, Summary, answers, described, line_name, opened_run, planned
 from stars_kernels.decoder.calibration import is_calibrated
-from stars_kernels.decoder.checks import is_int
+from stars_kernels.decoder.checks import check_count_or_none
 from stars_kernels.decoder.config import Settings, StarsConfig, resolve_config
 from stars_kernels.decoder.errors import causes, message_of
 from stars_kernels.decoder.memory import is_out_of_memory
@@ -157,7 +157,7 @@ def run_file_ray(
     """
     resolved = resolve_config(config, settings)
     _check_times(resolved)
-    _check_count("per_call", per_call)
+    check_count_or_none("per_call", per_call)
     with _connected(address) as ray:
         place = _place_of(ray, actors, device)
         pool = _Pool(ray, place, _names(model, reward_model, place.device, dtype), resolved)
@@ -236,11 +236,6 @@ def _check_times(config: StarsConfig) -> None:
         raise ValueError(f"max_time is {config.max_time}, expected None: with Ray it would hold for each batch anew")
 
 
-def _check_count(name: str, count: int | None) -> None:
-    if count is not None and not (is_int(count) and count >= 1):
-        raise ValueError(f"{name} is {count!r}, expected 1 or more, or None")
-
-
 def _lines_of(batch: Mapping[str, Any]) -> list[Line]:
     """Return the prompts of a batch of columns."""
     if not isinstance(batch, Mapping):
@@ -313,7 +308,7 @@ class _Place:
 
 def _place_of(ray: Any, actors: int | None, device: str | None) -> _Place:
     """Share the cluster out: a GPU an actor, or else the CPUs of each machine evenly."""
-    _check_count("actors", actors)
+    check_count_or_none("actors", actors)
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device is {device!r}, expected cpu, cuda or None: Ray gives each actor its GPU")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.data.datasets import load_prompts
-from stars_kernels.data.journal import Journal
+from stars_kernels.data.journal import Journal, read_rows
 from stars_kernels.data.manifest import Manifest, hashes, tokenizer_fingerprint, versions
 from stars_kernels.data.prompts import BadLine, PromptLine
 from stars_kernels.data.texts import attempt_texts
 from stars_kernels.decoder.calibration import is_calibrated, with_target
-from stars_kernels.decoder.checks import is_int
+from stars_kernels.decoder.checks import check_count_or_none
 from stars_kernels.decoder.config import Settings, StarsConfig
 from stars_kernels.decoder.errors import message_of
 from stars_kernels.decoder.output import Calibration, StarsEvent, StarsOutput
@@ -103,16 +102,8 @@ def run_file(
 
 
 def read_results(folder: Path | str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a run's results: of an answer as `run_file` kept it, or an id and an error."""
-    with (Path(folder) / RESULTS).open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # else it is being written
-                yield json.loads(line)
-
-
-def check_limit(limit: Any) -> None:
-    if limit is not None and not (is_int(limit) and limit >= 1):
-        raise ValueError(f"limit is {limit!r}, expected 1 or more, or None")
+    """Read the rows of a run's results: of an answer as `run_file` kept it, or an id and an error."""
+    return read_rows(Path(folder) / RESULTS)
 
 
 @contextmanager
@@ -186,10 +177,8 @@ def opened_run(
     Lines that hold no prompt are errors at once. The other arguments, and what is raised: as `run_file`.
     """
     began, folder = time.monotonic(), Path(folder)
-    check_limit(limit)
+    check_count_or_none("limit", limit)
     lines = load_prompts(prompts)
-    if not lines:
-        raise ValueError(f"{prompts} has no prompts, expected one at least")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         held.enter_context(locked(folder))
@@ -235,7 +224,7 @@ def planned(
     if before is not None:
         calibration = before.calibration if calibration is None else calibration
     elif calibration is None and not is_calibrated(config):
-        calibration = engine.calibrate(readable_prompts(engine, lines, config), config=config)
+        calibration = engine.calibrate(readable_prompts(engine, lines, config.calibration_samples), config=config)
     if calibration is not None and not is_calibrated(config):
         config = with_target(config, calibration.reward_threshold, calibration.beta)
     return config, Manifest(*described(engine), config.to_dict(), calibration, hashes(lines))
@@ -266,14 +255,14 @@ def _begin(folder: Path, before: Manifest | None, now: Manifest, overwrite: bool
     now.save(folder / MANIFEST)
 
 
-def readable_prompts(engine: Engine, lines: Sequence[Line], config: StarsConfig) -> list[Any]:
-    """Return the first prompts that can be read, as many as are calibrated on.
+def readable_prompts(engine: Engine, lines: Sequence[Line], most: int) -> list[Any]:
+    """Return the first prompts that can be read, so many at most.
 
     Raises ValueError where none can be read.
     """
     found: list[Any] = []
     for line in lines:
-        if len(found) == config.calibration_samples:
+        if len(found) == most:
             break
         if isinstance(line, PromptLine) and engine.check([line.prompt])[0] is None:
             found.append(line.prompt)

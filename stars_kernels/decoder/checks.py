@@ -27,6 +27,12 @@ def check_count(settings: object, name: str, below: int | None = None) -> None:
     object.__setattr__(settings, name, value)
 
 
+def check_count_or_none(name: str, count: Any) -> None:
+    """Refuse what is neither an integer >= 1 nor None."""
+    if count is not None and not (is_int(count) and count >= 1):
+        raise ValueError(f"{name} is {count!r}, expected 1 or more, or None")
+
+
 def check_number(
     settings: object, name: str, valid: Callable[[float], bool], expected: str, optional: bool = False
 ) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from stars_kernels.data.datasets import load_prompts
 from stars_kernels.data.journal import write_whole
 from stars_kernels.data.prompts import PromptLine
-from stars_kernels.data.run import RESULTS, Line, Summary, check_limit, locked, read_results, readable_prompts, run_file
+from stars_kernels.data.run import RESULTS, Line, Summary, locked, read_results, readable_prompts, run_file
 from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
+from stars_kernels.decoder.checks import check_count_or_none
 from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.output import Calibration
 from stars_kernels.decoder.rules import BestOf, Plain, Stars
@@ -91,7 +92,7 @@ def compare(
         OSError: a file cannot be read or written; what was written is whole.
     """
     require("matplotlib", "eval")
-    check_limit(limit)
+    check_count_or_none("limit", limit)
     if judge is not None and judge.pairwise and engine.models.tokenizer is None:
         raise ValueError("the engine has no tokenizer, expected one: a judge of pairs reads texts")
     if engine.prefix_cache:
@@ -102,8 +103,6 @@ def compare(
     tell, folder = tell or (lambda told: None), Path(folder)
     configs = _configs(engine, rules)
     lines = load_prompts(prompts)
-    if not lines:
-        raise ValueError(f"{prompts} has no prompts, expected one at least")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         known = _calibration(engine, lines, folder, list(configs.values()), calibration, overwrite, tell)
@@ -166,7 +165,7 @@ def _calibration(
     base = engine.config.replace(rule=None, seed=configs[0].seed)
     if given is None:
         tell("calibrating r* and beta")
-        given = engine.calibrate(readable_prompts(engine, lines, base), config=base)
+        given = engine.calibrate(readable_prompts(engine, lines, base.calibration_samples), config=base)
     engine.with_calibration(base, given)  # refuses that of other models
     write_whole(path, [(json.dumps(given.to_dict(), indent=2) + "\n").encode()])
     return given
@@ -199,7 +198,7 @@ def _warm_up(
         path = folder / RULES / name
         done = {row["custom_id"] for row in read_results(path)} if (path / RESULTS).exists() and not overwrite else ()
         if wanted - set(done):
-            some = readable_prompts(engine, lines, engine.config.replace(calibration_samples=8))
+            some = readable_prompts(engine, lines, 8)
             engine.decode(some, rule=BestOf(4), max_new_tokens=4, seed=0, progress=False, errors="return")
             return
 

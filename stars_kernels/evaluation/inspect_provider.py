@@ -12,7 +12,6 @@ from stars_kernels.decoder.calibration import is_calibrated
 from stars_kernels.decoder.naming import SETTINGS, near, rule_of
 from stars_kernels.decoder.output import Calibration, StarsOutput
 from stars_kernels.hf.by_name import engine_by_name
-from stars_kernels.hf.text.prompts import Codec
 
 try:
     from inspect_ai.model import (
@@ -123,8 +122,7 @@ class StarsAPI(ModelAPI):
             raise ValueError(f"the tool {tools[0].name!r} is given, expected none: answers are text alone")
         messages = [_message_of(message) for message in input]
         output = await self.engine.adecode(messages, request_id=self._id_of(messages), config=_settings_of_call(config))
-        codec = Codec(self.engine.models.tokenizer, (), ())
-        return _output_of(self.model_name, len(codec.encode(messages).ids), output)
+        return _output_of(self.model_name, output)
 
     def _id_of(self, messages: list[dict[str, str]]) -> str:
         """Name a request by its sample, epoch and chat, and how many equal ones this sample had asked before.
@@ -182,15 +180,15 @@ def _message_of(message: ChatMessage) -> dict[str, str]:
     return {"role": message.role, "content": message.text}
 
 
-def _output_of(model: str, prompt_tokens: int, output: StarsOutput) -> ModelOutput:
+def _output_of(model: str, output: StarsOutput) -> ModelOutput:
     message = ChatMessageAssistant(content=output.text or "", model=model, source="generate")
     reason = STOP_REASONS.get(output.finish_reason, "unknown")
     told = output.to_dict()
     names = ("reward", "prompt_reward", "finish_reason", "counts")
-    written = len(output.token_ids)
+    read, written = output.counts.prompt, len(output.token_ids)
     return ModelOutput(
         model=model,
         choices=[ChatCompletionChoice(message=message, stop_reason=reason)],
-        usage=ModelUsage(input_tokens=prompt_tokens, output_tokens=written, total_tokens=prompt_tokens + written),
+        usage=ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written),
         metadata={name: told[name] for name in names} | {"seed": output.config.seed},
     )

@@ -126,7 +126,7 @@ def _language_model(model: PreTrainedModel, tokenizer: object, what: str) -> Che
 
 def _reward(model: PreTrainedModel, what: str) -> Check:
     labels = str(model.config.num_labels)
-    if what.endswith("encoder"):
+    if type(model).__name__ in ENCODERS:
         view: nn.Module = eval_copy(model)
         facts = {"path": "an encoder: reads a whole text at a time", **_size(model), "labels": labels}
     else:

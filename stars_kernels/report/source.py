@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.data import read_results
+from stars_kernels.data.journal import read_rows
 from stars_kernels.data.manifest import Manifest
 from stars_kernels.data.run import COSTS, MANIFEST, RESULTS
 from stars_kernels.data.texts import attempt_texts
@@ -117,9 +118,10 @@ def _of_folder(folder: Path) -> Run:
     if not path.exists():
         raise ValueError(f"{folder} has {RESULTS} but no {MANIFEST}, expected both")
     manifest = Manifest.load(path)
+    kept = folder / COSTS
     try:
         results = {row["custom_id"]: row for row in read_results(folder)}  # of rows with one id the last counts
-        costs = {cost["custom_id"]: cost for cost in _lines(folder / COSTS)}
+        costs = {cost["custom_id"]: cost for cost in (read_rows(kept) if kept.exists() else ())}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} has a line that is no row of a run ({error!r}), expected rows alone") from None
     rows = [
@@ -131,13 +133,6 @@ def _of_folder(folder: Path) -> Run:
         folder.resolve().name, manifest.config, calibration, manifest.models, manifest.versions, rows,
         max(len(manifest.prompts), len(rows)), _seconds(costs.values()),
     )  # fmt: skip
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a file of JSON lines that may be growing; none where there is no file."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _seconds(costs: Collection[Mapping[str, Any]]) -> float | None:
