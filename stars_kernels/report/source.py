@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from stars_kernels.decoder.output import StarsOutput
 
 EXPECTED = "a folder of `stars run` or `stars compare`, or a file of outputs as StarsOutput.to_dict() gives them"
 
+PLAIN = "plain"
+"""The name of plain sampling among the rules of `stars compare`."""
 OF_OUTPUTS = {field.name for field in fields(StarsOutput)} - {"memory_limits"}
 
 
@@ -67,6 +70,13 @@ class Run:
         return self.config if self.config.get("rule") is None else self.config["rule"].get("settings", {})
 
     @cached_property
+    def mean_reward(self) -> float:
+        """Of the answers whose reward is a number; -inf where there is none."""
+        rewards = [float(row.answer["reward"]) for row in self.rows if row.answer is not None]
+        finite = [reward for reward in rewards if math.isfinite(reward)]
+        return sum(finite) / len(finite) if finite else -math.inf
+
+    @cached_property
     def eos(self) -> frozenset[int]:
         """The ids that end an answer, as far as they are known."""
         own = self.config.get("eos_token_id")
@@ -75,7 +85,7 @@ class Run:
 
 
 def read_runs(source: Path) -> list[Run]:
-    """Read what lies at `source`: one run, or the first two of a folder of `stars compare`.
+    """Read what lies at `source`: one run, or two of a folder of `stars compare` (`_to_show`).
 
     Raises:
         OSError: it cannot be read.
@@ -91,11 +101,19 @@ def read_runs(source: Path) -> list[Run]:
     folders = sorted(file.parent for file in source.glob(f"rules/*/{RESULTS}"))
     if not folders:
         raise ValueError(f"{source} has neither {RESULTS} nor rules/*/{RESULTS}, expected {EXPECTED}")
-    runs = [_of_folder(folder) for folder in folders[:2]]
+    runs = _to_show([_of_folder(folder) for folder in folders])
     if len(folders) > 2:
         names = ", ".join(folder.name for folder in folders)
         runs[0] = _noted(runs[0], f"Two of {len(folders)} rules are shown ({names}); --beside chooses others.")
     return runs
+
+
+def _to_show(runs: Sequence[Run]) -> list[Run]:
+    """Choose two of the rules compared: the one with the highest mean reward, and plain sampling beside it."""
+    by_reward = sorted(runs, key=lambda run: run.mean_reward, reverse=True)
+    best = next((run for run in by_reward if run.name != PLAIN), by_reward[0])
+    others = [run for run in by_reward if run is not best]
+    return [best, *sorted(others, key=lambda run: run.name != PLAIN)[:1]]
 
 
 def with_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> Run:

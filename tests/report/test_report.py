@@ -181,10 +181,12 @@ def test_two_runs_and_ids_that_look_alike(tmp_path):
 
 
 def test_a_folder_of_a_comparison(tmp_path):
+    rewards = {}
     for i, name in enumerate(("stars", "plain", "best")):
-        write_run(tmp_path / "rules" / name, 3, seed=i)
+        folder = write_run(tmp_path / "rules" / name, 3, seed=i)
+        rewards[name] = sum(json.loads(line)["reward"] for line in (folder / "results.jsonl").read_text().splitlines())
     overview, _ = parts_of(write_report(tmp_path, tmp_path / "page.html"))
-    assert overview["names"] == ["best", "plain"]
+    assert overview["names"] == [max(("stars", "best"), key=rewards.__getitem__), "plain"]
     assert "Two of 3 rules are shown (best, plain, stars)" in overview["notes"][0]
     with pytest.raises(ValueError, match=r"has several runs, expected one beside another: as .*rules/NAME"):
         write_report(tmp_path, tmp_path / "page.html", tmp_path / "rules" / "stars")
