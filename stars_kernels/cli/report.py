@@ -26,7 +26,7 @@ def report(
     ] = None,
     max_mb: Annotated[float, typer.Option(help="What the page may weigh; texts of rejected attempts go first.")] = 20.0,
 ) -> None:
-    """Show a run as one HTML page that needs nothing else: its figures, prompts, and every attempt at every segment.
+    """Show a run as one HTML page that needs nothing else: its figures, prompts, and every attempt.
 
     A run with --set trace=full keeps the texts of rejected attempts, which are shown then.
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from stars_kernels.cli.app import app
+from stars_kernels.cli.app import COMMANDS, app
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
-NAMES = [command.name or command.callback.__name__ for command in app.registered_commands]
+NAMES = list(COMMANDS)
 LINE = re.compile(rf"^ {{4,}}(stars (?:{'|'.join(NAMES)})\b.*)$", re.MULTILINE)
 SMALL = ["--set", "max_new_tokens=9"]
 FEW = {
