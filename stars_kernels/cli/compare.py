@@ -105,6 +105,8 @@ def compare(
         settings = shared_settings(options)
         rules = rules_of(options.get("rules"), settings)
         judge = judge_options(options.get("judge"))
+        if judge is not None and "function" in judge:
+            function_of("judge: function", judge["function"])  # says what is wrong with it before models are loaded
         target = options.get("calibration")
         known = None if target is None else Calibration.load(target)
         flag = {name: switch(name, options.get(name)) for name in ("overwrite", "retry")}
@@ -202,6 +204,7 @@ def _show(found: Comparison) -> None:
         table.add_row(escape(one.rule), told(one.gain, "+"), *wins, *costs)
     Console().print(table)
     stderr.print(f"tables and pictures: {escape(str(found.folder / 'comparison.md'))}", soft_wrap=True)
+    stderr.print(f"to look at the answers: stars report {escape(str(found.folder))}", soft_wrap=True)
     if found.left:
         stderr.print(f"{found.left} answers are left: the same command goes on")
     if found.errors:

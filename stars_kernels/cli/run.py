@@ -26,7 +26,8 @@ from stars_kernels.cli.common import (
     told_errors,
 )
 from stars_kernels.data import Summary, load_prompts, read_results, run_file, run_file_ray
-from stars_kernels.data.run import RESULTS
+from stars_kernels.data.manifest import Manifest
+from stars_kernels.data.run import MANIFEST, RESULTS
 from stars_kernels.decoder.naming import rule_names
 from stars_kernels.decoder.output import Calibration, StarsEvent
 from stars_kernels.hf.engine import Engine
@@ -173,11 +174,14 @@ def _sum_up(summary: Summary) -> None:
     """Tell what a run has come to; where some prompts have no answer, the exit code is 1."""
     left = summary.prompts - summary.answers - summary.errors
     speed = f", {summary.tokens / summary.seconds:.1f} tokens/s" if summary.tokens else ""
+    folder, seed = escape(str(summary.folder)), Manifest.load(summary.folder / MANIFEST).config["seed"]
     stderr.print(
-        f"{summary.answers} of {summary.prompts} prompts answered, {summary.errors} failed, {left} left{speed}: "
-        f"{escape(str(summary.folder))}",
+        f"{summary.answers} of {summary.prompts} prompts answered, {summary.errors} failed, {left} left{speed}, "
+        f"seed {seed}: {folder}",
         soft_wrap=True,
     )
+    if summary.answers:
+        stderr.print(f"to look at them: stars report {folder}", soft_wrap=True)
     if left:
         stderr.print("the same command goes on")
     if summary.errors:

@@ -20,9 +20,11 @@ from stars_kernels.cli.common import (
     RewardModels,
     Seed,
     engine_of,
+    models_of,
     stderr,
     told_errors,
 )
+from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.decoder.naming import rule_names
 from stars_kernels.decoder.output import Calibration
 
@@ -87,10 +89,14 @@ def _serve(options: dict[str, Any], settings: dict[str, Any]) -> None:
     """Check what can be checked before models are loaded, then serve."""
     from stars_kernels.serve import Limits
     from stars_kernels.serve import serve as serve_engine
+    from stars_kernels.serve.asked import check_target
 
     given = {name: options[name] for name in LIMITS if options.get(name) is not None}
     limits, key, target = Limits(**given), api_key_of(options.get("api_key_env")), options.get("calibration")
     known = None if target is None else Calibration.load(target)
+    if known is None:
+        models_of(options)  # says what is missing of them
+        check_target(StarsConfig(**settings))
     own = {name: options[name] for name in ("host", "port") if options.get(name) is not None}
     logging.basicConfig(format="%(message)s")
     with engine_of(options, settings) as engine:

@@ -248,7 +248,9 @@ def _begin(folder: Path, before: Manifest | None, now: Manifest, overwrite: bool
             told = before.differences(now, results.answered)
         if told:
             shown = "".join(f"\n  {line}" for line in told[:20]) + ("\n  ..." if len(told) > 20 else "")
-            raise ValueError(f"{folder} holds another run; expected the same one, another folder, or overwrite:{shown}")
+            raise ValueError(
+                f"{folder} holds another run; expected the same one, another folder, or overwrite (--overwrite):{shown}"
+            )
     if overwrite:
         for name in (RESULTS, COSTS):
             (folder / name).unlink(missing_ok=True)

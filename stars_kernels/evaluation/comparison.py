@@ -160,7 +160,9 @@ def _calibration(
     if path.exists() and not overwrite:
         kept = Calibration.load(path)
         if given not in (None, kept):
-            raise ValueError(f"{path} is another calibration than the one given, expected the same, or overwrite")
+            raise ValueError(
+                f"{path} is another calibration than the one given, expected the same, or overwrite (--overwrite)"
+            )
         given = kept
     base = engine.config.replace(rule=None, seed=configs[0].seed)
     if given is None:

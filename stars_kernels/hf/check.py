@@ -18,6 +18,7 @@ from stars_kernels.hf.loading.language_model import (
     eos_ids,
     load_language_model,
     name_of,
+    reading,
     unwrapped,
 )
 from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, REWARD_MODELS, load_reward_model
@@ -97,7 +98,8 @@ def _class_of(model: ModelOrPath, trust_remote_code: bool) -> str:
     path = os.path.expanduser(model)
     if path.endswith(".gguf"):
         return "a GGUF file's causal language model"
-    named = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
+    with reading("model", path):
+        named = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
     return str(named[0])
 
 

@@ -67,12 +67,17 @@ def target_of(engine: Engine, calibration: Calibration | None) -> Target | None:
         target = calibration.reward_threshold, calibration.beta
     elif isinstance(own, Stars) and own.reward_threshold is not None:
         target = own.reward_threshold, own.beta
-    if not is_calibrated(_with(engine.config, target)):
+    check_target(_with(engine.config, target))
+    return target
+
+
+def check_target(config: StarsConfig) -> None:
+    """Refuse settings of a server whose rule needs r* and beta and has none."""
+    if not is_calibrated(config):
         raise ValueError(
             "the server's rule needs r* and beta, which are not known; expected --calibration FILE, made by `stars "
             "calibrate -m MODEL -r RM -i prompts.jsonl -o FILE`, or --reward-threshold and --beta, or another --rule"
         )
-    return target
 
 
 def asked_of(body: Any, engine: Engine, target: Target | None, limits: Limits) -> Asked:

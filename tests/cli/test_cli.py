@@ -265,3 +265,23 @@ def test_calibrate_takes_the_length_of_answers(models, tmp_path):
     command = ["calibrate", *models, "-i", tmp_path / "p.txt", "--samples", "4", "--max-new-tokens", "5"]
     stars(*command, "-o", tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json").sampled <= 4 * 5
+
+
+def test_a_model_that_is_nowhere_is_named(models):
+    for arguments, name in (
+        (["check", "nosuch/model"], "model 'nosuch/model'"),
+        (["run", "-m", "nosuch/model", "-r", models[3], "Hi"], "model 'nosuch/model'"),
+        (["run", *models[:2], "-r", "nosuch/rm", "Hi"], "reward_model 'nosuch/rm'"),
+    ):
+        told = stars(*arguments, code=1).stderr
+        assert f"error: {name} cannot be read, neither as a folder nor as a model of the hub: " in told
+        assert told.count("\n") == 1
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n")
+    (tmp_path / "c.yaml").write_text("rules: {stars: {}}\njudge: {function: 'nosuch:judge'}\n")
+    gone = ["-m", "nosuch/model", "-r", "nosuch/rm"]
+    told = stars("compare", tmp_path / "c.yaml", *gone, "-i", tmp_path / "p.txt", "-o", tmp_path / "out", code=2).stderr
+    assert "'nosuch:judge'" in told and "nosuch/model" not in told
+    assert "the server's rule needs r* and beta" in stars("serve", *gone, code=2).stderr

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def check_path(argument: str, model: object) -> None:
         )
 
 
+@contextmanager
+def reading(argument: str, path: str) -> Iterator[None]:
+    """Say of an OSError in this block which model could not be read; transformers' own text may name none."""
+    try:
+        yield
+    except OSError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise OSError(
+            f"{argument} {path!r} cannot be read, neither as a folder nor as a model of the hub: {why}"
+        ) from error
+
+
 def load_language_model(
     model: ModelOrPath,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -53,12 +66,13 @@ def load_language_model(
     """Return the model, loaded with its tokenizer where it is a path; refuse by name a class that is not tested."""
     if isinstance(model, str | os.PathLike):
         path, options = _source(model)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options,
-            output_loading_info=True, **options,
-        )  # fmt: skip
+        with reading(argument, path):
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=not options,
+                output_loading_info=True, **options,
+            )  # fmt: skip
         model, info = loaded
         if new := sorted(info["missing_keys"]):
             raise ValueError(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from stars_kernels.hf.families import CLASSIFIERS
-from stars_kernels.hf.loading.language_model import check_model, has_tokenizer, name_of, unwrapped
+from stars_kernels.hf.loading.language_model import check_model, has_tokenizer, name_of, reading, unwrapped
 from stars_kernels.hf.view.layout import vocabulary
 
 PROCESS_MODELS = tuple(
@@ -142,10 +142,11 @@ def load_reward_model(
     """
     if isinstance(model, str | os.PathLike):
         path = os.path.expanduser(model)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        loaded, info = _auto_class(config.architectures).from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
+        with reading("reward_model", path):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            loaded, info = _auto_class(config.architectures).from_pretrained(
+                path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
         new = sorted(info["missing_keys"])
         check_model(loaded, "reward_model", REWARD_MODELS, EXPECTED)
         if tokenizer is None and has_tokenizer(path):
