@@ -283,5 +283,5 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(tmp_path):
     (tmp_path / "c.yaml").write_text("rules: {stars: {}}\njudge: {function: 'nosuch:judge'}\n")
     gone = ["-m", "nosuch/model", "-r", "nosuch/rm"]
     told = stars("compare", tmp_path / "c.yaml", *gone, "-i", tmp_path / "p.txt", "-o", tmp_path / "out", code=2).stderr
-    assert "'nosuch:judge'" in told and "nosuch/model" not in told
+    assert "judge: function nosuch:judge: No module named 'nosuch'" in told and "nosuch/model" not in told
     assert "the server's rule needs r* and beta" in stars("serve", *gone, code=2).stderr
