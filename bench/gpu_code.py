@@ -21,6 +21,7 @@ DATA = {  # kernel: the source lines whose loads carry its data; indices and len
     "_gather": r"tl\.load\(logits \+ row",
     "_lm_head_race": r"tl\.load\(w \+ d\b",
     "_reward_head": r"tl\.load\((hidden|weight|norm_weight) \+ d\b",
+    "_rms_norm": r"tl\.load\((x \+ row|weight) \+ d\b",
     "_commit": r"tl\.load\(suffix \+ word",
 }
 MMA = r"[HQIO]MMA|HGMMA|UTC[HQIO]MMA"

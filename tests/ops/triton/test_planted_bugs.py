@@ -8,8 +8,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from stars_kernels.ops.triton import fork_attention, kv_commit
-from tests.ops.triton import test_fork_attention, test_kv_commit
+from stars_kernels.ops.triton import fork_attention, kv_commit, rms_norm
+from tests.ops.triton import test_fork_attention, test_kv_commit, test_rms_norm
 from tests.ops.triton.conftest import SANITIZED
 
 sanitized = pytest.mark.skipif(not SANITIZED, reason="only ttsem sees it: make sanitize")
@@ -40,6 +40,10 @@ def commit(device, monkeypatch):
     test_kv_commit.assert_commits(test_kv_commit.make_case(torch.float32), device)
 
 
+def norm_a_row(device, monkeypatch):
+    test_rms_norm.test_norms(device, torch.float32, (1027,))
+
+
 def attend_in_splits(device, monkeypatch):
     for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 1)):
         monkeypatch.setattr(fork_attention, name, value)
@@ -65,6 +69,11 @@ def attend_in_splits(device, monkeypatch):
         pytest.param(
             kv_commit, TICKET, f"{TICKET}; taken = tl.load(length)",
             commit, "race", "both touch element", id="a length read beside its ticket",
+        ),
+        pytest.param(
+            rms_norm, "(normed * factor).to(out.dtype.element_ty), mask=d < SIZE)",
+            "(normed * factor).to(out.dtype.element_ty))",
+            norm_a_row, "oob_write", "past the end of the tensor passed as `out`", id="a row's store without its mask",
         ),
         pytest.param(
             fork_attention, "begin_out += split.to(tl.int64) * size", "begin_out += 0 * size",
