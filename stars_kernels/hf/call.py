@@ -30,7 +30,7 @@ from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.modes import CallersMode
 from stars_kernels.hf.progress import Progress
-from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.graphs import CudaCapture, Graphs
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
@@ -60,9 +60,9 @@ class Workspace:
         self.graphs = self.make_graphs(device)
 
     @staticmethod
-    def make_graphs(device: torch.device) -> SegmentGraphs | None:
+    def make_graphs(device: torch.device) -> Graphs | None:
         """Make what captures segments; None where there are no graphs."""
-        return SegmentGraphs(CudaCapture(device)) if device.type == "cuda" else None
+        return Graphs(CudaCapture(device)) if device.type == "cuda" else None
 
     def clear(self) -> None:
         """Give the memory back, and for the rest of the call take no more than is needed."""
