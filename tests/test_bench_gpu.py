@@ -111,7 +111,7 @@ def test_decode_on_a_gpu(graphs, monkeypatch, capsys):
         )
     }
     assert all(row.target is None and row.ratio > 0 and row.floor > 0 for row in rows)
-    assert sum(made.replays for made in graphs) > 10
+    assert sum(made.counts.replays for made in graphs) > 10
     printed = capsys.readouterr().out
     assert printed.index("check in float64") < printed.index("check CUDA graphs") < printed.index("time, one prompt")
 

@@ -164,10 +164,10 @@ def test_graphs_of_a_batch_are_those_of_the_code():
         wide = padded(Rows(one.tolist(), one, one, one, one), bucket_of(len(one)))
         if len(wide) > len(buffers[-1]):  # they grow with the largest round
             buffers.append(torch.empty(len(wide)))
-        before = len(seen), graphs.replays
+        before = len(seen), graphs.counts.replays
         graphs.keep(buffers[-1])
         graphs.run(len(wide), lambda: None)
-        expected.append((graphs.replays > before[1], len(seen) > before[0]))
+        expected.append((graphs.counts.replays > before[1], len(seen) > before[0]))
     assert [(s.graph, s.captured) for s in batch.steps] == expected
     assert batch.counts == {"rounds": 10, "eager": sum(not g for g, _ in expected), "capturing": len(seen)}
     spent = batch.seconds(GIVEN)

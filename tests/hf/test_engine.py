@@ -134,7 +134,7 @@ def test_graphs_stay(monkeypatch, fp32):
     monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     with Engine(lm, rm, eos_token_id=(), width=2, **SET) as engine:
         first = engine.decode(PROMPTS, seed=3)
-        assert captures and graphs.replays
+        assert captures and graphs.counts.replays
         engine.decode(PROMPTS, seed=3)  # captures what was met once
         captures.clear()
         assert told(engine.decode(PROMPTS, seed=3)) == told(first)
@@ -157,7 +157,7 @@ def test_graphs_are_bounded():
         for size in range(200):
             graphs.run(size, lambda size=size: done.append(size))
     assert done == 2 * list(range(200))
-    assert len(graphs._captured) <= 64
+    assert len(graphs.holds) <= 64
 
 
 def test_an_open_run_decodes_as_a_call_does_and_holds_the_turn(fp32):

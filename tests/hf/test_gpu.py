@@ -109,7 +109,7 @@ def test_graphs_change_nothing(graphs, prompts, filters):
     models = on_gpu(torch.float32)
     settings = dict(SETTINGS, width=NOT_PADDED, **filters)
     outputs = stars_kernels.decode(*models, PROMPTS[:prompts], **settings)
-    assert sum(made.replays for made in graphs) > 3
+    assert sum(made.counts.replays for made in graphs) > 3
     expected = stars_kernels.decode(*models, PROMPTS[:prompts], graphs=False, **settings)
     assert answers(outputs) == answers(expected)
     assert [o.reward for o in outputs] == [o.reward for o in expected]
@@ -127,7 +127,7 @@ def test_padded_graphs(graphs):
     """Padding makes matrices of other shapes, which may round otherwise: rarely enough to tip a choice in float32."""
     models = on_gpu(torch.float32)
     outputs = stars_kernels.decode(*models, PROMPTS, width=3, **SETTINGS)
-    assert sum(made.replays for made in graphs) > 3
+    assert sum(made.counts.replays for made in graphs) > 3
     share = share_of_equal(outputs, stars_kernels.decode(*models, PROMPTS, width=3, graphs=False, **SETTINGS))
     print(f"padded graphs, float32: {share:.0%} of the answers are those of eager segments")
     assert share >= 0.8
@@ -183,7 +183,7 @@ def test_a_replay_waits_for_nothing(monkeypatch):
 
     class Watched(Graphs):
         def run(self, key, work):
-            if key not in self._captured:
+            if key not in self.holds:
                 return super().run(key, work)
             watched.append(key)
             with no_waiting():

@@ -103,11 +103,15 @@ class ForkCache(Cache):
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
         self._forked, self.names, self._waiting, self._opened = slot.to(self.device), [], None, []
-        for group in self.groups:
-            group.make_room(slot.shape[0])
+        self.make_room(slot.shape[0])
         if self.states is not None:
             self.states.fork(self._forked)
         self.select(slice(slot.shape[0]))
+
+    def make_room(self, rows: int) -> None:
+        """Take the memory of as many rows, those of padding included; what rows held before may be lost."""
+        for group in self.groups:
+            group.make_room(rows)
 
     def open(self, wave: Sequence[int]) -> int:
         """Let these of the forked rows, in rising order, lie behind those of the waves before; no row is in two waves.
@@ -146,9 +150,12 @@ class ForkCache(Cache):
         self.select(slice(len(kept)), held)
         return held
 
-    def select(self, rows: slice, held: int = 0) -> None:
-        """Let the next forwards extend these of the forked rows alone, behind the first `held` tokens of their own."""
-        self.slot, self.held, self._selected = self._forked[rows], held, rows
+    def select(self, rows: slice, held: int = 0, slot: Tensor | None = None) -> None:
+        """Let the next forwards extend these of the forked rows alone, behind the first `held` tokens of their own.
+
+        slot: the slot of each, and of padding behind the last, for which there is room; None = those of the fork.
+        """
+        self.slot, self.held, self._selected = self._forked[rows] if slot is None else slot, held, rows
         self._layers = self._bind(rows)
         self._send()
         if self.states is not None:

@@ -1,17 +1,18 @@
-"""The steps of a segment as CUDA graphs: to read a token of every row and to draw the next is one launch.
+"""CUDA graphs: to read a token of every row and to draw the next is one launch, and so is a reward model's pass.
 
 A step is static: nothing in it waits for the host, and what changes (which slots, attempts and positions, and which
 step it is) is read from a few tensors, and written to others, that stay where they are. So one graph serves all steps
-of all rounds, and as rows are padded to a bucket, few graphs serve all numbers of rows. Capturing needs every kernel
-compiled, so a bucket's first step runs eagerly and its second is captured.
+of all rounds, and as rows are padded to a bucket, few graphs serve all numbers of rows. A pass is static in the same
+way. Capturing needs every kernel compiled, so a bucket's first step runs eagerly and its second is captured.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -101,23 +102,47 @@ def captured(run: Callable[[], Result], capture: AbstractContextManager[object])
         raise error from cause
 
 
-class Graphs:
-    """The graphs of one model and one place in memory, the newest MAX_GRAPHS of them, and what they have cost."""
+@dataclass
+class Counts:
+    """What graphs have cost and saved; seconds: of the host, for the captures."""
 
-    def __init__(self, capture: Capture) -> None:
+    captures: int = 0
+    seconds: float = 0.0
+    replays: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.captures - other.captures, self.seconds - other.seconds, self.replays - other.replays)
+
+    def __str__(self) -> str:
+        return f"{self.captures} captured in {self.seconds:.2f} s, {self.replays} replays"
+
+
+class Graphs:
+    """The graphs of one model and one place in memory, the newest MAX_GRAPHS of them."""
+
+    def __init__(self, capture: Capture, counts: Counts | None = None) -> None:
+        """counts: what this one's captures and replays are added to; None = its own."""
         self.capture = capture
+        self.counts = Counts() if counts is None else counts
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, Work] = {}
         self._storage: object = None
-        self.captures = self.replays = 0
-        self.seconds = 0.0
-        """Of the host, for the captures."""
+        self._parts: dict[object, Graphs] = {}
+
+    def part(self, name: object) -> Graphs:
+        """Return the graphs of another model, which are counted and cleared with these."""
+        return self._parts.setdefault(name, Graphs(self.capture, self.counts))
+
+    @property
+    def holds(self) -> Sequence[Hashable]:
+        """Return the keys of what is captured, the oldest first; those of parts are not among them."""
+        return list(self._captured)
 
     def keep(self, *tensors: Tensor) -> None:
         """Forget the graphs unless all that they work on, these tensors, lies where it did, and as it did."""
         storage = [(t.untyped_storage().data_ptr(), t.storage_offset(), t.dtype, t.stride()) for t in tensors]
         if storage != self._storage:
-            self.clear()
+            self._forget()
             self._storage = storage
 
     def run(self, key: Hashable, work: Work) -> None:
@@ -131,11 +156,17 @@ class Graphs:
                 self._captured.pop(next(iter(self._captured)))
             began = time.perf_counter()
             self._captured[key] = self.capture(work)
-            self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - began
+            self.counts.captures += 1
+            self.counts.seconds += time.perf_counter() - began
         self._captured[key]()
-        self.replays += 1
+        self.counts.replays += 1
 
     def clear(self) -> None:
-        """Forget all graphs, and the memory that they hold."""
+        """Forget all graphs, those of parts too, and the memory that they hold."""
+        self._forget()
+        for part in self._parts.values():
+            part.clear()
+
+    def _forget(self) -> None:
         self._seen.clear()
         self._captured.clear()

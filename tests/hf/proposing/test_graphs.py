@@ -34,11 +34,12 @@ def test_answers_are_the_sequential_loops(lm, rm, graphs, size):
     """At every width and number of slots, also where rows end early; a replay has no number of the host's."""
     config = StarsConfig(seed=3, reward_threshold=2.0, beta=0.5, max_new_tokens=16, segment_size=size, max_attempts=6)
     expected = [sequential_decode(lm, rm, prompt, i, config, EOS_IDS) for i, prompt in enumerate(PROMPTS)]
-    for width, slots in ((1, 5), (3, 2), ("auto", 3)):
-        shaped = config.replace(width=width, batch_size=slots, eos_token_id=EOS_IDS)
+    for width, slots, wave in ((1, 5, 1), (3, 2, 2), ("auto", 3, 4)):
+        shaped = config.replace(width=width, wave=wave, batch_size=slots, eos_token_id=EOS_IDS)
         outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=range(5), config=shaped)
         assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
-        assert graphs.pop().replays > 3
+        counts = graphs.pop().counts
+        assert counts.replays > 3 and str(counts) in [output.backends["graphs"] for output in outputs]
     assert any(tokens[-1] in EOS_IDS for tokens, _ in expected)
 
 
@@ -49,18 +50,35 @@ def test_one_graph_serves_all_steps_of_all_sizes(graphs):
     with Engine(*models, **settings) as engine:
         engine.decode(PROMPTS, rule=BestOf(2))  # the longest segments: memory for them is memory for the others
         (made,) = graphs
-        assert (made.captures, made.replays) == (1, 19)
+        assert (made.counts.captures, made.counts.replays) == (1, 19)
         for size in (8, 3, 5, 8):
             engine.decode(PROMPTS, segment_size=size)
-    assert made.captures <= 10 and made.replays > 100
+    assert len(made.holds) <= 10 and made.counts.replays > 100
 
 
 def test_calibration_and_early_ends_too(lm, rm, graphs, monkeypatch):
     settings = dict(seed=5, max_new_tokens=12, segment_size=5, width=2, eos_token_id=[EOS, 3, 77, 130])
-    outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    outputs = stars_kernels.decode(lm, [rm, tiny_reward_model(seed=4)], PROMPTS, **settings)
     monkeypatch.undo()
-    expected = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    expected = stars_kernels.decode(lm, [rm, tiny_reward_model(seed=4)], PROMPTS, **settings)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+
+
+def test_reward_passes(lm, rm, graphs, monkeypatch):
+    """Of two models, in waves of 9 rows, and 6 or 3 behind them, each padded to a bucket; no attempt is accepted."""
+    settings = dict(
+        seed=3, reward_threshold=1e3, beta=1.0, accept="hard", max_attempts=9, width=5, wave=3, max_new_tokens=12,
+        segment_size=4, eos_token_id=(), temperature=2.0,
+    )  # fmt: skip
+    models = lm, [rm, tiny_reward_model(seed=4)]
+    with Engine(*models, **settings) as engine:
+        outputs = engine.decode(PROMPTS[:3])
+        for made in (graphs[0].part("rewards").part(i) for i in range(2)):
+            assert {key[:3] for key in made.holds} == {(10, 0, 4), (6, 9, 4), (3, 9, 4)}
+    monkeypatch.undo()
+    expected = stars_kernels.decode(*models, PROMPTS[:3], **settings)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert [[s.rewards for s in o.segments] for o in outputs] == [[s.rewards for s in o.segments] for o in expected]
 
 
 def rows_of(count, first=0):
@@ -99,7 +117,7 @@ def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_numbers():
         given.fill_(i)
         graphs.run("a", work)
         assert found.tolist() == [2 * i] * 4 and given.tolist() == [i + 1] * 4
-    assert len(captured) == graphs.captures == 1 and graphs.replays == 3 and graphs.seconds > 0
+    assert len(captured) == graphs.counts.captures == 1 and graphs.counts.replays == 3 and graphs.counts.seconds > 0
     graphs.keep(given, found)
     graphs.run("b", work)
     assert len(captured) == 1, "another key starts eagerly"

@@ -167,7 +167,7 @@ def test_segments_as_graphs(lm, width, fuse):
     graphs, config = Graphs(capture), CONFIGS["fallback"].replace(width=width)
     loop = loop_with(lm, linear(), config, graphs=graphs, fuse=fuse)
     assert decided(loop) == decided(loop_with(lm, linear(), config))
-    assert graphs.replays > 1
+    assert graphs.counts.replays > 1
     check_rewards(loop, plain_reward(lm, linear()))
 
 
