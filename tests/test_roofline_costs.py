@@ -12,7 +12,7 @@ from bench.kernels import GPUS, MODELS, Kernel, Model, smooth_max
 from bench.schedule import Job, Round, best_width
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.cache import open_cache
-from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of, padded
+from stars_kernels.hf.proposing.graphs import Graphs, bucket_of, padded
 from stars_kernels.ops.triton import fork_attention
 from tests.launch_count import Launches, llama_view
 from tests.ops.test_fork_attention import make_case
@@ -147,7 +147,7 @@ def test_fork_attention_is_launched_in_as_many_splits(monkeypatch, prompts, pref
 
 
 def test_graphs_of_a_batch_are_those_of_the_code():
-    """The same rounds through SegmentGraphs, with a stand-in for the capture: which are eager, captured, replayed."""
+    """The same rounds through Graphs, with a stand-in for the capture: which are eager, captured, replayed."""
     job = replace(JOBS[1], prompts=8)
     counts = [(64, 2), (64, 2), (40, 3), (64, 2), (40, 3), (9, 4), (80, 4), (64, 2), (64, 2), (9, 4)]
     rounds = [Round(1.0, prompts, width, 150.0) for prompts, width in counts]
@@ -158,14 +158,16 @@ def test_graphs_of_a_batch_are_those_of_the_code():
         seen.append("captured")
         return run
 
-    graphs, peak, expected = SegmentGraphs(capture), 0, []
+    graphs, buffers, expected = Graphs(capture), [torch.empty(0)], []
     for prompts, width in counts:
         one = torch.zeros(prompts * width, dtype=torch.int64)
         wide = padded(Rows(one.tolist(), one, one, one, one), bucket_of(len(one)))
-        peak = max(peak, len(wide))  # the buffers grow with the largest round
-        before = len(seen), graphs.replays
-        graphs.run(lambda rows: rows.slot[:, None], wide, "settings", peak)
-        expected.append((graphs.replays > before[1], len(seen) > before[0]))
+        if len(wide) > len(buffers[-1]):  # they grow with the largest round
+            buffers.append(torch.empty(len(wide)))
+        before = len(seen), graphs.counts.replays
+        graphs.keep(buffers[-1])
+        graphs.run(len(wide), lambda: None)
+        expected.append((graphs.counts.replays > before[1], len(seen) > before[0]))
     assert [(s.graph, s.captured) for s in batch.steps] == expected
     assert batch.counts == {"rounds": 10, "eager": sum(not g for g, _ in expected), "capturing": len(seen)}
     spent = batch.seconds(GIVEN)
