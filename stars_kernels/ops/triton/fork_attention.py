@@ -48,7 +48,7 @@ def settings(dtype: torch.dtype, size: int) -> dict[str, int]:
     if dtype == torch.float32:  # no tensor cores: IEEE products from registers
         return {"block_m": 16, "block_n": 32 if size <= 64 else 16, "num_warps": 8, "num_stages": 1}
     if size <= 128:
-        return {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
+        return {"block_m": 64, "block_n": 32, "num_warps": 8, "num_stages": 3}
     return {"block_m": 32, "block_n": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -181,7 +181,7 @@ def _fork_attention(
         values = arena_value + slot * prefix_value_slot + kv_head * prefix_value_head
         begin, share, splits = _splits(prefix, window, WINDOW, SPLIT_KEYS, MAX_SPLITS, BLOCK_N)
         dealt = splits > whole
-        for part in range(reader, tl.where(dealt, splits + 1, 1), readers):
+        for part in tl.range(reader, tl.where(dealt, splits + 1, 1), readers, disable_licm=True):
             first = tl.where(dealt, part, 0)
             last = tl.where(dealt, tl.minimum(part + 1, splits), splits)
             place = tl.where(dealt, part, -1)
@@ -272,7 +272,7 @@ def _block(
         span = tl.where(used <= 16, 16, tl.where(used <= 32, 32, tl.cdiv(used, BLOCK_N) * BLOCK_N))
         near_row, far_row = first_row + first // per_row, first_row + (end - 1) // per_row
         part_high, part_total, part_acc = _nothing(BLOCK_M, BLOCK_DV)
-        for start in range(0, (far_row - near_row + 1) * span, BLOCK_N):
+        for start in tl.range(0, (far_row - near_row + 1) * span, BLOCK_N, num_stages=1):
             n = start + tl.arange(0, BLOCK_N)
             n_row, slot = near_row + n // span, n % span
             there = n_row <= far_row

@@ -156,10 +156,11 @@ def test_strided_inputs(device):
 
 OF_ROWS = ("query", "suffix_key", "suffix_value", "suffix_len", "query_len", "prompt")
 BITS = [
-    pytest.param(torch.bfloat16, {}, id="bf16, S=1"),
     pytest.param(torch.bfloat16, {"steps": 3, "window": 140, "softcap": 1.5, "sinks": True}, id="bf16, S=3, together"),
-    pytest.param(torch.float16, {"suffix_len": [20, 3, 33, 1, 17], "query_len": [1] * 5, "slots": 33}, id="fp16, long"),
-    pytest.param(torch.float32, {"steps": 3}, id="fp32, S=3"),
+    pytest.param(
+        torch.bfloat16, {"suffix_len": [20, 3, 33, 1, 17], "query_len": [1] * 5, "slots": 33}, id="bf16, long"
+    ),
+    pytest.param(torch.float32, {}, id="fp32"),
 ]
 
 
@@ -203,7 +204,7 @@ def test_the_room_for_parts_is_bounded(device):
         assert cut.row_blocks == 1 or cut.together == 1
         assert cut.together * steps * 4 <= 64 * cut.row_blocks
         assert 1 <= cut.readers <= max(1, cut.stored)
-    attended(make_case(dtype=torch.float32), device)  # the fixture wants a launch
+    attended(make_case(prompt=(1,), suffix_len=[1], query_len=[1], dtype=torch.float32), device)  # a fixture wants one
 
 
 def test_zero_rows(device):
