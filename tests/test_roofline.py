@@ -245,7 +245,7 @@ def test_vllm_is_charged_prefixes_by_row_and_favoured_elsewhere():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 @pytest.mark.parametrize(("rows", "steps"), [(4, 15), (4, 1), (33, 1), (2, 30)])
 def test_a_prefix_is_read_as_often_as_the_kernel_reads_it(monkeypatch, rows, steps):
-    """Each tile of 64 keys is two products: those with a prefix of 320, less those without."""
+    """Each tile of 32 keys is two products: those with a prefix of 320, less those without."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     def products(prefix):
@@ -263,7 +263,7 @@ def test_a_prefix_is_read_as_often_as_the_kernel_reads_it(monkeypatch, rows, ste
     monkeypatch.setattr(fork_attention, "MAX_SPLITS", 1)
     model = replace(MODELS["llama-3-8b"], heads=4, kv_heads=1)
     assert fork_attention.settings(torch.bfloat16, 128)["block_m"] == kernels.QUERY_BLOCK
-    assert products(320) - products(0) == 2 * 5 * kernels.prefix_reads(model, rows, steps)
+    assert products(320) - products(0) == 2 * 10 * kernels.prefix_reads(model, rows, steps)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
