@@ -43,7 +43,11 @@ CONSTANTS = (  # (module, names, source)
     ),
     (kernels, ("STEP_LAUNCHES",), f"{CODE}: of a forward outside its layers, at most"),
     (kernels, ("FUSED_ELEMENTWISE",), f"{ESTIMATE}: of a layer whose element-wise kernels were fused; not built"),
-    (kernels, ("QUERY_BLOCK", "MAX_SPLITS", "TARGET_PROGRAMS", "SPLIT_KEYS"), f"{CODE}: triton/fork_attention.py"),
+    (
+        kernels,
+        ("QUERY_BLOCK", "SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"),
+        f"{CODE}: triton/fork_attention.py",
+    ),
     (kernels, ("CHUNK", "GROUP", "HEAD_BLOCK"), f"{CODE}: triton/segment_sample.py, triton/lm_head_sample.py"),
     (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
     (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),

@@ -24,10 +24,9 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 8, 11, 16, 20)  # up to 1280 rows
 STEPS = (1, 2, 7, 15, 16, 17, 32, 64)  # tokens of a segment, or of a prompt that is read
 PREFIXES = (1, 2, 15, 16, 100, 256, 257, 1152, 4096, 8191, 8192)  # slots a prompt
 VARIANTS = {
-    # 16, 32, 64 or 128 queries a program, with and without splits
-    "attention bf16": {"_fork_attention": 8, "_merge": 1},
-    "attention fp32": {"_fork_attention": 2, "_merge": 1},
-    "attention bf16, window": {"_fork_attention": 8, "_merge": 1},
+    "attention bf16": {"_fork_attention": 1, "_merge": 1},
+    "attention fp32": {"_fork_attention": 1, "_merge": 1},
+    "attention bf16, window": {"_fork_attention": 1, "_merge": 1},
     # top-k, top-p and both
     "sample": {"_race": 1, "_finish": 1, "_groups": 2, "_bound": 3, "_gather": 1, "_draw": 3},
     "lm_head": {"_lm_head_race": 3, "_lm_head_finish": 1},  # 16, 32 or 64 rows a program

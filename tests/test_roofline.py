@@ -133,9 +133,8 @@ def test_numbers_that_are_the_packages():
     assert (prefill.PREFILL_TOKENS, prefill.PREFILL_PIECES) == (costs.PREFILL_TOKENS, costs.PREFILL_PIECES)
     assert all(schedule.bucket_of(n) == graphs.bucket_of(n) for n in range(1, 2000))
     at = fork_attention
-    assert (at.MAX_SPLITS, at.TARGET_PROGRAMS, at.SPLIT_KEYS) == (
-        kernels.MAX_SPLITS, kernels.TARGET_PROGRAMS, kernels.SPLIT_KEYS,
-    )  # fmt: skip
+    for name in ("SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"):
+        assert getattr(at, name) == getattr(kernels, name), name
     assert (sampling.CHUNK, sampling.GROUP, lm_head.BLOCK_V) == (kernels.CHUNK, kernels.GROUP, kernels.HEAD_BLOCK)
 
 
@@ -154,7 +153,7 @@ def test_known_kernels():
     assert by_name["step: fork_attention"].flops == 4 * 256 * 32 * 128 * 207.5
     assert by_name["RM: fork_attention"].flops == 4 * 256 * 15 * 32 * 128 * (200 + 8)  # causal: 1 to 15 own keys
     moved = 2 * 2 * 256 * 15 * 32 * 128
-    assert by_name["RM: fork_attention"].bytes == kv * (2 * 64 * 200 + 256 * 15) + moved  # 240 queries: two blocks
+    assert by_name["RM: fork_attention"].bytes == kv * (4 * 64 * 200 + 256 * 15) + moved  # 60 queries a row: 4 blocks
     assert by_name["step: linears"].bytes == 2 * 32 * m.linears
     assert by_name["RM: reward_head"].bytes == 2 * 4096 * 257 + 4 * 256
     assert by_name["step: linears"].calls == 14
@@ -263,7 +262,7 @@ def test_a_prefix_is_read_as_often_as_the_kernel_reads_it(monkeypatch, rows, ste
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: (count.append(None), dot(*args))[1])
     monkeypatch.setattr(fork_attention, "MAX_SPLITS", 1)
     model = replace(MODELS["llama-3-8b"], heads=4, kv_heads=1)
-    assert fork_attention.settings(torch.bfloat16, 128)["max_m"] == kernels.QUERY_BLOCK
+    assert fork_attention.settings(torch.bfloat16, 128)["block_m"] == kernels.QUERY_BLOCK
     assert products(320) - products(0) == 2 * 10 * kernels.prefix_reads(model, rows, steps)
 
 

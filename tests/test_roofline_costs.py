@@ -1,5 +1,6 @@
 """Floors, launches, graphs and bands of `python -m bench roofline`, against counts by hand and by the code itself."""
 
+import itertools
 import math
 from dataclasses import fields, replace
 
@@ -15,7 +16,6 @@ from stars_kernels.hf.cache import open_cache
 from stars_kernels.hf.proposing.graphs import Graphs, bucket_of, padded
 from stars_kernels.ops.triton import fork_attention
 from tests.launch_count import Launches, llama_view
-from tests.ops.test_fork_attention import make_case
 
 TINY = Model("tiny", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=5000)
 H100 = GPUS["h100"]
@@ -65,8 +65,11 @@ def test_floors_of_fork_attention():
     keys, queries = (100 + 3 * 7) * 2 * 2 * 2 * 2, 3 * 4 * 2 * 2
     assert one.bytes == keys + 2 * queries
     assert one.flops == 2 * 2 * 3 * 4 * 2 * 107
-    split, merge = kernels.fork_attention(TINY, "", 3, 1, splits=2, **at)
-    partial = 2 * 3 * 4 * (2 + 1 + 1) * 4  # accumulator, maximum and sum in fp32
+    whole, merge = kernels.fork_attention(TINY, "", 3, 1, splits=4, **at)  # one split of a prefix is not stored
+    assert whole == one and merge.bytes == 0
+    split, merge = kernels.fork_attention(TINY, "", 3, 1, splits=4, **at | {"prefix": 300.0})
+    keys += 200 * 2 * 2 * 2 * 2
+    partial = (2 + 1) * 3 * 4 * (2 + 1 + 1) * 4  # two splits and the suffix: accumulator, maximum and sum in fp32
     assert split.bytes == keys + queries + partial and merge.bytes == partial + queries
 
 
@@ -116,34 +119,22 @@ def test_launches_of_a_prefill_in_sum():
     assert costs.launches(costs.prefill(short)) * 8 == forwards
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
-@pytest.mark.parametrize(("prompts", "prefix", "steps"), [(1, 300, 1), (1, 1100, 1), (3, 600, 1), (1, 1100, 15)])
-def test_fork_attention_is_launched_in_as_many_splits(monkeypatch, prompts, prefix, steps):
-    seen = []
-    for name, splits_of in (("_fork_attention", lambda grid, args: grid[2]), ("_merge", lambda grid, args: args[6])):
-
-        class Fake:
-            def __init__(self, name=name, splits_of=splits_of):
-                self.name, self.splits_of = name, splits_of
-
-            def __getitem__(self, grid):
-                return lambda *args, **options: seen.append((self.name, self.splits_of(grid, args)))
-
-        monkeypatch.setattr(fork_attention, name, Fake())
-    rows = [p for p in range(prompts) for _ in range(4)]
-    case = make_case(
-        steps=steps, shape=(4, 2, 16, 16), dtype=torch.bfloat16, lengths=(prefix,) * prompts, prompt=rows,
-        suffix_len=[steps] * len(rows), query_len=[steps] * len(rows),
-    )  # fmt: skip
-    slots = case["arena_key"].shape[0] / prompts
-    fork_attention.fork_attention_triton(**{"window": 0, "softcap": 0.0, "sinks": None} | case)
-    model = replace(TINY, heads=4, kv_heads=2, head_dim=16)
-    splits = kernels.attention_splits(model, prompts, len(rows), steps, slots)
-    modelled = kernels.fork_attention(
-        model, "", len(rows), steps, prefixes=1, prefix=prefix, own=1, calls=1, splits=splits
-    )
-    assert [s for _, s in seen] == [splits] * len(modelled)
-    assert (prefix < 512) == (splits == 1)
+def test_fork_attention_makes_room_for_as_many_parts():
+    model = replace(TINY, heads=8, kv_heads=2, head_dim=64)
+    found = set()
+    for prompts, steps, width, slots in itertools.product((1, 3, 64), (1, 15), (1, 4, 20, 33), (80, 300, 3000)):
+        rows, per_row = prompts * width, steps * 4
+        cut = fork_attention.plan(rows, prompts, prompts * slots, per_row, 2, 64, kernels.QUERY_BLOCK)
+        splits = kernels.attention_splits(model, prompts, rows, steps, slots)
+        assert splits == max(1, cut.stored)
+        blocks = -(-rows // cut.together) * cut.row_blocks
+        assert prompts > 1 or blocks == kernels.prefix_reads(model, width, steps)
+        modelled = kernels.fork_attention(
+            model, "", rows, steps, prefixes=blocks, prefix=200.0, own=1, calls=1, splits=splits
+        )
+        assert len(modelled) == 1 + bool(cut.stored)
+        found.add(splits > 1)
+    assert found == {False, True}
 
 
 def test_graphs_of_a_batch_are_those_of_the_code():

@@ -45,7 +45,7 @@ def norm_a_row(device, monkeypatch):
 
 
 def attend_in_splits(device, monkeypatch):
-    for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 1)):
+    for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 8)):
         monkeypatch.setattr(fork_attention, name, value)
     test_fork_attention.test_long_prefix(device, 3, torch.float32)
 
@@ -76,8 +76,8 @@ def attend_in_splits(device, monkeypatch):
             norm_a_row, "oob_write", "past the end of the tensor passed as `out`", id="a row's store without its mask",
         ),
         pytest.param(
-            fork_attention, "begin_out += split.to(tl.int64) * size", "begin_out += 0 * size",
-            attend_in_splits, "race", "both touch element", id="all splits write to one place",
+            fork_attention, "begin_out = place.to(tl.int64) * size", "begin_out = place.to(tl.int64) * 0",
+            attend_in_splits, "race", "both touch element", id="all parts are stored in one place",
         ),
     ],
 )  # fmt: skip
@@ -91,8 +91,8 @@ def test_a_fault_in_a_kernel(device, monkeypatch, plant, module, line, other, ch
 @pytest.mark.parametrize(
     "line",
     [
-        "tl.store(stats + at_out, high, mask=written)",
-        "tl.store(partial + (at_out[:, None] * DV + dv), acc, mask=written[:, None] & (dv < DV))",
+        "tl.store(stats + begin_out + at_out, high, mask=written)",
+        "tl.store(partial + (begin_out + at_out)[:, None] * DV + dv, acc, mask=written[:, None] & (dv < DV))",
     ],
 )
 def test_an_unwritten_read(device, monkeypatch, plant, line):
