@@ -14,7 +14,6 @@ launcher decides by the shapes (bench/kernels.py has them, tests/test_roofline.p
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,18 +43,15 @@ from stars_kernels.hf.proposing.graphs import SegmentGraphs
 from stars_kernels.hf.view.layout import layout_of
 from stars_kernels.ops.philox import STREAM_SAMPLE
 
-FREE = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "unbind", "split", "split_with_sizes",
-        "detach", "lift_fresh_copy")  # fmt: skip
+FREE = ("_unsafe_view", "empty", "new_empty", "split_with_sizes", "unbind")
 """Ops that move nothing, beside those that the dispatcher knows as views."""
-LINEAR_OPS = ("addmm", "linear", "mm")
+LINEAR_OPS = ("addmm", "mm")
 """A linear layer, its bias included: one product of cuBLAS."""
 ONE = (
-    "__and__", "add", "all", "any", "arange", "argmax", "bitwise_and", "bitwise_not", "bmm", "cat", "clamp", "clone", "copy",
-    "cos", "cumsum", "embedding", "eq", "fill", "full", "full_like", "gather", "ge", "gt", "index", "index_add", "index_select", "le",
-    "logical_and", "logical_not", "lt", "maximum", "mean", "minimum", "mul", "ne", "neg", "new_full", "new_zeros",
-    "ones", "ones_like", "pow", "reciprocal", "rsqrt", "rsub", "scalar_tensor", "silu", "sin", "stack", "sub", "sum", "where", "zero",
-    "zeros", "zeros_like", "_to_copy",
-    "index_put_",
+    "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "cat", "clamp", "clone", "copy", "cos", "cumsum",
+    "embedding", "full_like", "gather", "ge", "index", "index_add", "index_put_", "index_select", "lt", "mean",
+    "minimum", "mul", "neg", "ones_like", "pow", "rsqrt", "scalar_tensor", "silu", "sin", "sub", "where", "zero",
+    "zeros", "zeros_like",
 )  # fmt: skip
 SEVERAL = {"index_put": 2, "isin": 4}
 """index_put: a copy first. isin of a few numbers: fill, compare, reduce, copy."""
@@ -140,8 +136,8 @@ def models_of(family: str, layers: int, dtype: torch.dtype) -> tuple[PreTrainedM
 
 @cache
 def seen(
-    family: str, layers: int, *, dtype: torch.dtype = torch.bfloat16, segment: int = 5, prompts: int = 2, width: int = 2,
-    wave: int | None = None, accepted: bool = True,
+    family: str, layers: int, *, dtype: torch.dtype = torch.bfloat16, segment: int = 5, prompts: int = 2,
+    width: int = 2, wave: int | None = None, accepted: bool = True,
 ) -> Counter[tuple[str, str]]:  # fmt: skip
     """Count a call's prefill, and one round of it; by part and op.
 
@@ -152,8 +148,8 @@ def seen(
     """
     torch.manual_seed(0)
     config = StarsConfig(
-        segment_size=segment, max_new_tokens=4 * segment, width=width, wave=wave or width, batch_size=prompts, accept="hard",
-        reward_threshold=-1e6 if accepted else 1e6, beta=1.0, top_k=4, seed=0, eos_token_id=(EOS,),
+        segment_size=segment, max_new_tokens=4 * segment, width=width, wave=wave or width, batch_size=prompts,
+        accept="hard", reward_threshold=-1e6 if accepted else 1e6, beta=1.0, top_k=4, seed=0, eos_token_id=(EOS,),
     )  # fmt: skip
     call = Call(Models(*models_of(family, layers, dtype), None, False, pack_as=False), config)
     call.serving.eager = None
