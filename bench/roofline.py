@@ -19,7 +19,7 @@ from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
 from bench.rivals import RIVALS
 from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job, best_width
 from bench.tables import bullets, table
-from bench.variants import BUILT, NOT_BUILT, Batch, Contestant, as_built, batches, contestants, one_batch, tokens
+from bench.variants import BUILT, NOT_BUILT, Contestant, contestants, one_batch, one_call, tokens
 from demo.arguments import output_file, share, whole
 
 HEADING = "MODEL, not a measurement"
@@ -74,8 +74,8 @@ def ratios(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
 def calls(job: Job) -> list[dict[str, Any]]:
     """Where the seconds of a call go, and what it launches for a token of an answer, as built and fused."""
     parts = {
-        "first call": Batch.joined(as_built(batches(job))),
-        "shipped": Batch.joined(as_built(batches(job), kept=True)),
+        "first call": one_call(job, kept=False),
+        "shipped": one_call(job, kept=True),
         "tuned": one_batch(job),
         "eager": one_batch(job, graph=False),
         "fused": one_batch(job, fused=True),
@@ -186,7 +186,7 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "vLLM: prefix caching, a request of `width` samples per prompt and segment, attention reads a prefix once a "
         "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards",
         "in vLLM's favour: graphs captured before, no launch costs anything, element-wise kernels for nothing, our "
-        "draws without their searches, our bookkeeping",
+        "draws without their searches, our bookkeeping, no wait of the host between waves",
         "this package takes Llama and Qwen2 in bf16 on a GPU by the same path: Qwen2.5-0.5B stands for a small model "
         "with a large vocabulary",
     ]
@@ -195,7 +195,7 @@ def conditions(args: argparse.Namespace) -> list[str]:
 def constants() -> list[dict[str, Any]]:
     """The table of what has no band."""
     return [
-        {"name": name, "value": f"{getattr(module, name)}".strip("()"), "source": source}
+        {"name": name, "value": f"{getattr(module, name)}".strip("(),"), "source": source}
         for module, names, source in CONSTANTS for name in names
     ]  # fmt: skip
 
@@ -285,6 +285,8 @@ def made(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[dict[str, Any],
     report: dict[str, Any] = {"heading": HEADING, "assumptions": listed(), "conditions": conditions(args)}
     text = [
         "# Roofline",
+        "How fast this package would decode on four GPUs, by formula, next to a vLLM without flaw that does the same "
+        "work. A ratio below 1 is a loss.",
         f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU. "
         "`python -m bench roofline` prints this page.",
         "A cell with brackets is a band: the middle of all assumptions, and in brackets their slow and their fast end. "

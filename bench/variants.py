@@ -71,22 +71,25 @@ NOT_BUILT = {
 def contestants(job: Job) -> dict[str, Contestant]:
     """All, by name."""
     mine = [
-        first_call(job), shipped(job), tuned(job), waves(job, "waves"), steady(job, "eager", graph=False),
+        defaults(job, "first call", kept=False), defaults(job, "shipped", kept=True),
+        tuned(job), waves(job, "waves"), steady(job, "eager", graph=False),
         tuned(job, fused=True), waves(job, "fused, waves", fused=True),
     ]  # fmt: skip
     return {c.name: c for c in [*mine, *(rival(job, r) for r in RIVALS)]}
 
 
-def first_call(job: Job) -> Contestant:
-    call = Batch.joined(as_built(batches(job)))
-    return Contestant("first call", tokens(job), cache(lambda given: call.seconds(given).total))
+def defaults(job: Job, name: str, kept: bool) -> Contestant:
+    call = one_call(job, kept)
+    return Contestant(name, tokens(job), cache(lambda given: call.seconds(given).total))
 
 
-def shipped(job: Job) -> Contestant:
-    call = Batch.joined(as_built(batches(job), kept=True))
-    return Contestant("shipped", tokens(job), cache(lambda given: call.seconds(given).total))
+@cache
+def one_call(job: Job, kept: bool) -> Batch:
+    """With the defaults, one batch after the other."""
+    return Batch.joined(as_built(batches(job), kept))
 
 
+@cache
 def batches(job: Job) -> list[tuple[Job, list[Round]]]:
     """As decoded by default."""
     size = auto_batch(job)
@@ -192,6 +195,7 @@ def steady(job: Job, name: str, graph: bool, fused: bool = False) -> Contestant:
     return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
 
 
+@cache
 def one_batch(job: Job, graph: bool = True, fused: bool = False) -> Batch:
     """All prompts side by side, in a call that captures nothing."""
     rounds = _best_rounds(job, graph, fused)

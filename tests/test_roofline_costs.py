@@ -284,8 +284,7 @@ def test_launches_of_a_round_by_hand():
 
 def test_later_calls_find_the_graphs_of_the_first():
     job = JOBS[1]
-    parts = variants.batches(job)
-    first, later = (variants.Batch.joined(variants.as_built(parts, kept=kept)) for kept in (False, True))
+    first, later = (variants.one_call(job, kept) for kept in (False, True))
     assert first.counts["capturing"] > 0 and first.counts["eager"] > 0
     assert later.counts == {"rounds": first.counts["rounds"], "eager": 0, "capturing": 0}
     (run, issued), (run_later, issued_later) = first.launched, later.launched
