@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bench import counted
 from bench.assumptions import Values
 
 BF16 = 2  # bytes of a weight, a key, a value, a logit
@@ -16,11 +17,8 @@ L2_BYTES = 40e6  # of the smallest of these GPUs: activations that fit cost no b
 RACE_FLOPS = 150  # vector operations for a token's key in the race: 1/4 of Philox4x32-10, two logarithms
 FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
-LINEARS, ELEMENTWISE = 7, 32  # launches of a layer beside attention, transformers' Llama in bf16
 FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
-PREFILL_ELEMENTWISE = 36  # of a layer, whatever the number of prompts
-QUERY_BLOCK = 64  # queries for which fork_attention reads a prefix once: whole rows x tokens x heads of a group
-STEP_LAUNCHES = 35  # of a forward outside its layers: embedding, rotary table, final norm, positions
+QUERY_BLOCK = 32  # queries for which fork_attention reads a prefix once: whole rows x tokens x heads of a group
 CHUNK, GROUP = 2048, 64  # segment_sample: tokens of a program, tokens behind one maximum
 HEAD_BLOCK = 128  # lm_head_sample: tokens of a program
 # fork_attention: how a prefix is split, and from which number of splits on programs share it
@@ -209,9 +207,9 @@ def forward(
     layers, moved = m.layers, 0 if cached else new
     kernels = [
         Kernel(f"{name}: linears", BF16 * layers * (m.linears + moved * around), 2 * layers * m.linears * new,
-               calls=calls, launches=LINEARS * layers),
+               calls=calls, launches=counted.LINEARS * layers),
         Kernel(f"{name}: element-wise", layers * moved * elementwise, calls=calls,
-               launches=(FUSED_ELEMENTWISE if fused else ELEMENTWISE) * layers + STEP_LAUNCHES),
+               launches=(FUSED_ELEMENTWISE if fused else counted.ELEMENTWISE) * layers + counted.FORWARD),
         *fork_attention(m, name, rows, tokens, prefixes=prefixes, prefix=prefix, own=own, calls=calls * layers,
                         splits=splits, reread=reread),
     ]  # fmt: skip
@@ -269,6 +267,11 @@ def lm_head_sample(m: Model, name: str, rows: float, calls: int) -> list[Kernel]
 def kv_commit(m: Model, name: str, tokens: float, calls: int = 1) -> Kernel:
     """Read and write keys and values of `tokens` tokens of all layers; lengths and offsets beside them are nothing."""
     return Kernel(f"{name}: kv_commit", 2 * m.kv_bytes * tokens, calls=calls)
+
+
+def around(name: str, launches: int, calls: float = 1) -> Kernel:
+    """Return the small launches around forwards and ops: positions, lengths, copies of a few numbers."""
+    return Kernel(f"{name}: around", 0, calls=calls, launches=launches)
 
 
 def reward_head(m: Model, name: str, rows: float) -> Kernel:

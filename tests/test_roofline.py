@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from bench import costs, kernels, rivals, roofline, schedule, variants
+from bench import costs, counted, kernels, rivals, roofline, schedule, variants
 from bench.assumptions import perfect, values
 from bench.kernels import GPUS, MODELS
 from bench.schedule import Job
 from stars_kernels import StarsConfig
 from stars_kernels.decoder import width as decoder_width
 from stars_kernels.hf import sizing
-from stars_kernels.hf.cache import open_cache, prefill
+from stars_kernels.hf.cache import prefill
 from stars_kernels.hf.proposing import graphs
 from stars_kernels.hf.sizing import Gpu, round_cost
 from stars_kernels.hf.view.copying import view_of
@@ -30,7 +30,6 @@ from stars_kernels.ops.triton import lm_head_sample as lm_head
 from stars_kernels.ops.triton import segment_sample as sampling
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
-from tests.launch_count import Launches, llama_view
 from tests.ops.test_fork_attention import make_case
 
 ROOT = Path(__file__).parents[1]
@@ -72,27 +71,8 @@ def test_parameters_and_kv_are_those_of_the_model_in_transformers(name):
     linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
     assert model.num_parameters() == m.parameters == PARAMETERS[name]
     assert sum(linear.weight.numel() for linear in linears) == m.linears
-    assert len(linears) == kernels.LINEARS
+    assert len(linears) == counted.LINEARS
     assert m.kv_bytes == KV_BYTES[name]
-
-
-def test_launches_of_a_layer_are_those_of_a_step_of_the_engine():
-    def count(layers):
-        view = llama_view(layers)
-        cache = open_cache(view, [8], 4)
-        cache.fork(torch.tensor([0, 0]))
-        with torch.no_grad(), Launches() as launched, cache.extend(1) as inputs:
-            view(input_ids=torch.ones(2, 1, dtype=torch.long), **inputs)
-        return launched.seen
-
-    one, two = count(1), count(2)
-    layer = two - one
-    attention = layer.pop("fork_attention")
-    linears = sum(layer.pop(name, 0) for name in ("linear", "mm", "addmm"))
-    assert (attention, linears) == (1, kernels.LINEARS)
-    assert sum(layer.values()) == kernels.ELEMENTWISE, layer
-    outside = sum(one.values()) - sum((two - one).values())
-    assert outside <= kernels.STEP_LAUNCHES + 1  # the LM head counts apart
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -225,7 +205,7 @@ def test_monotone(graph):
     assert seconds(replace(JOB, gpu=GPUS["a100"]), graph=graph) >= base
     assert seconds(JOB, graph=False) >= seconds(JOB, graph=True)
     assert all(a > b for a, b in zip(map(JOB.rounds, range(1, 20)), map(JOB.rounds, range(2, 21)), strict=True))
-    speeds = [variants.kept(replace(JOB, acceptance=a)).speed(GIVEN) for a in (0.1, 0.25, 0.5, 1.0)]
+    speeds = [variants.tuned(replace(JOB, acceptance=a)).speed(GIVEN) for a in (0.1, 0.25, 0.5, 1.0)]
     assert speeds == sorted(speeds)
 
 
