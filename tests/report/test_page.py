@@ -316,3 +316,14 @@ def test_each_rule(visit, runs, tmp_path):
         target = write_report(write_rows(tmp_path / f"{len(rows)}", rows, []), tmp_path / "page.html")
         page = visit(target.as_uri() + ("#/1" if rows else ""))
         assert page.get_by_text("\u2212∞" if rows else "No prompt is like that.").first.is_visible()
+
+
+def test_each_run_s_target_is_drawn_where_they_differ(visit, tmp_path):
+    first, second = (write_run(tmp_path / name, 4, seed=3) for name in ("first", "second"))
+    manifest = second / "manifest.json"
+    text = manifest.read_text()
+    assert '"reward_threshold": 0.8' in text
+    manifest.write_text(text.replace('"reward_threshold": 0.8', '"reward_threshold": 0.6'))
+    for beside, drawn in ((first, ["r* 0.800"]), (second, ["r* of first 0.800", "r* of second 0.600"])):
+        page = visit(write_report(first, tmp_path / f"{beside.name}.html", beside).as_uri())
+        assert page.locator("figure svg").first.locator("text.target").all_text_contents() == drawn

@@ -68,9 +68,9 @@ function ends(values) {
   return [low - room, high + room];
 }
 
-/* Bars of several series side by side in each bin, each as a share of its series; and r* as a line. */
-function histogram(series, target) {
-  const [low, high] = ends([...series.flatMap((one) => one.values), target]);
+/* Bars of several series side by side in each bin, each as a share of its series; and a line for each target, [name, r*]. */
+function histogram(series, targets) {
+  const [low, high] = ends([...series.flatMap((one) => one.values), ...targets.map(([, value]) => value)]);
   const bins = 20;
   const heights = series.map(({ values }) => {
     const finite = values.filter(Number.isFinite);
@@ -81,7 +81,7 @@ function histogram(series, target) {
   const top = Math.max(...heights.flat(), 1e-9);
   const plot = s(
     "svg",
-    { class: "plot", role: "img", "aria-label": toldOf(series, target) },
+    { class: "plot", role: "img", "aria-label": toldOf(series, targets) },
     levels(
       ticks(0, top, 3),
       (value) => percent(1 - value / top),
@@ -110,17 +110,17 @@ function histogram(series, target) {
   );
   plot.append(s("line", { class: "axis", x1: 0, x2: "100%", y1: "100%", y2: "100%" }));
   for (const tick of ticks(low, high, 5)) plot.append(below((tick - low) / (high - low), shortTick(tick)));
-  if (Number.isFinite(target)) {
+  targets.forEach(([name, target], i) => {
     const x = (target - low) / (high - low);
     plot.append(
       s("line", { class: "target", x1: percent(x), x2: percent(x), y1: -6, y2: "100%" }),
       s(
         "text",
-        { class: "target", x: percent(x), y: -10, "text-anchor": x > 0.9 ? "end" : "middle" },
-        `r* ${reward(target)}`,
+        { class: "target", x: percent(x), y: -10 - 14 * i, "text-anchor": x > 0.9 ? "end" : "middle" },
+        `${name} ${reward(target)}`,
       ),
     );
-  }
+  });
   return h(
     "figure",
     {},
@@ -129,9 +129,9 @@ function histogram(series, target) {
   );
 }
 
-function toldOf(series, target) {
+function toldOf(series, targets) {
   const means = series.map(({ name, values }) => `${name}: mean ${reward(mean(values))}`);
-  return `Histogram of rewards. ${means.join("; ")}${Number.isFinite(target) ? `; r* ${reward(target)}` : ""}.`;
+  return `Histogram of rewards. ${[...means, ...targets.map(([name, target]) => `${name} ${reward(target)}`)].join("; ")}.`;
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;

@@ -49,19 +49,23 @@ function charts() {
     });
   const shown = series.filter((one) => one.values.length);
   const tests = data.rows.some((row) => /[af]/.test(row.sides[0]?.outcomes ?? ""));
-  const targets = data.runs.map((run) => number(run.target)).filter(Number.isFinite);
+  const known = data.runs.map((run, i) => [`r* of ${data.names[i]}`, number(run.target)]);
+  const finite = known.filter(([, target]) => Number.isFinite(target));
+  const targets = finite.every(([, target]) => target === finite[0][1])
+    ? finite.slice(0, 1).map(([, target]) => ["r*", target])
+    : finite;
   return h(
     "div",
     { class: "panels" },
-    shown.length > 0 && panel("Rewards", `${tests ? "wide" : "seven"}`, histogram(shown, targets[0] ?? NaN)),
+    shown.length > 0 && panel("Rewards", `${tests ? "wide" : "seven"}`, histogram(shown, targets)),
     tests &&
       panel(both ? `Segments of ${data.names[0]}, by attempts` : "Segments, by attempts", "slim", attemptsHistogram()),
     data.runs.some((run) => Object.keys(run.phases).length) &&
       panel(
-        "Seconds of an answer",
+        "Seconds an answer took",
         tests ? "slim" : "five",
         phases(),
-        h("p", {}, "Answers that were decoded side by side share their seconds."),
+        h("p", {}, "Of the start to the end of an answer, on average: answers decoded side by side take the same seconds."),
       ),
   );
 }
