@@ -64,9 +64,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class Suffix:
-    """A forward of a few tokens per row, stored in the suffixes at `where`: [S], or a slice."""
+    """A forward of a few tokens per row, stored in the suffixes at `where`."""
 
-    where: slice | Tensor
+    where: slice
     query_len: Tensor  # [R]
     suffix_len: Tensor  # [R]
 
