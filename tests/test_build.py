@@ -187,7 +187,7 @@ def test_1_installs_the_extension(install):
     if torch.version.cuda is None:
         assert info["cuda_reason"] == f"torch {torch.__version__} has no CUDA"
     code = (
-        "import stars_kernels as s; from stars_kernels import _C; "
+        "import torch, stars_kernels as s; from stars_kernels import _C; "
         "print(s.__file__, s.backends()['accept']['cpu'], ';'.join(_C.build_info()['cuda_archs']))"
     )
     env = os.environ | {"PYTHONPATH": str(package.parent)}
