@@ -17,6 +17,7 @@ CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 HOST_SECONDS = 2e-3  # a round's bookkeeping
+WAVE_SECONDS = HOST_SECONDS / 2  # of these, a wave's: the host reads its rewards, judges, and asks for the next one
 ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of each answer in it
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
@@ -116,18 +117,17 @@ class GpuCost:
 
     @property
     def waves(self) -> bool:
-        """Only for a function, which runs on the host: else the host would wait for the GPU once more in each wave."""
-        return self.asks
+        return self.asks or bool(self.rewards)
 
     def sample(self, rows: int) -> float:
         """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
         last = self._forward(self.model, 0, 1)
-        return HOST_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
+        return HOST_SECONDS - WAVE_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
 
     def score(self, rows: float) -> float:
-        """A forward of each reward model."""
+        """A forward of each reward model, and once more for the host to wait for the GPU."""
         asked = ASKED_SECONDS * (1 + rows) if self.asks else 0.0
-        return asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
+        return WAVE_SECONDS + asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
 
     def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
         """Seconds for `tokens` new tokens of each row."""
