@@ -18,11 +18,10 @@ from stars_kernels.data.manifest import Manifest
 from stars_kernels.data.run import COSTS, MANIFEST, RESULTS
 from stars_kernels.data.texts import attempt_texts
 from stars_kernels.decoder.output import StarsOutput
+from stars_kernels.evaluation.figures import BASE
 
 EXPECTED = "a folder of `stars run` or `stars compare`, or a file of outputs as StarsOutput.to_dict() gives them"
 
-PLAIN = "plain"
-"""The name of plain sampling among the rules of `stars compare`."""
 OF_OUTPUTS = {field.name for field in fields(StarsOutput)} - {"memory_limits"}
 
 
@@ -110,10 +109,9 @@ def read_runs(source: Path) -> list[Run]:
 
 def _to_show(runs: Sequence[Run]) -> list[Run]:
     """Choose two of the rules compared: the one with the highest mean reward, and plain sampling beside it."""
-    by_reward = sorted(runs, key=lambda run: run.mean_reward, reverse=True)
-    best = next((run for run in by_reward if run.name != PLAIN), by_reward[0])
-    others = [run for run in by_reward if run is not best]
-    return [best, *sorted(others, key=lambda run: run.name != PLAIN)[:1]]
+    plain = [run for run in runs if run.name == BASE]
+    others = sorted((run for run in runs if run.name != BASE), key=lambda run: run.mean_reward, reverse=True)
+    return [*others[:1], *plain, *others[1:]][:2]
 
 
 def with_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> Run:
