@@ -3,7 +3,9 @@
 A round is that of stars_kernels/decoder/round.py and stars_kernels/hf, in three phases: a step for the last
 token of each segment that the round before decided; segment - 1 steps of prompts x width rows, their first tokens from
 stored logits; the reward model's pass over all rows, decisions and commits. The model lets the host wait after each
-phase, where the engine waits once a round. A CUDA graph holds the second phase alone.
+phase, where the engine waits once a round. Launches are those of bench/counted.py. CUDA graphs: one holds the forward for
+last tokens, one a step of a segment (its first draw is eager), one the reward model's pass; what lies around them is
+issued launch by launch.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from bench import counted
 from bench.assumptions import Values
 from bench.kernels import (
-    PREFILL_ELEMENTWISE,
-    STEP_LAUNCHES,
     Gpu,
     Kernel,
+    around,
     attention_splits,
     forward,
     kv_commit,
@@ -26,9 +28,9 @@ from bench.kernels import (
     reward_head,
     segment_sample,
 )
-from bench.schedule import Job, bucket_of
+from bench.schedule import Job, Wave, bucket_of, waves
 
-ROUND_LAUNCHES = 100  # of a round outside the forwards and the ops: candidates' lengths and ends
+LATER_WAVE = "RM, later wave"
 PREFILL_TOKENS, PREFILL_PIECES = 1024, 64  # tokens and prompts of one forward: stars_kernels/hf/proposing/proposer.py
 
 
@@ -38,46 +40,60 @@ def ours(
 ) -> list[Kernel]:  # fmt: skip
     """A round of the engine.
 
-    padded: the segment's rows, to the bucket of its graph. wave: the columns that are scored first; the others of a
-    prompt only if none of these is accepted.
+    padded: the segment's rows, to the bucket of its graph. wave: the columns that are scored at once; the next ones of
+    a prompt only if none of these is accepted. None = all.
     """
     m, steps, rows, ready = job.model, job.segment - 1, prompts * width, prompts * job.decided(width)
     wide = bucket_of(rows) if padded else rows
     step = partial(forward, m, prefix=prefix, fused=fused_elementwise)
-    last = step("last token", ready, prefixes=ready, own=1, splits=splits(job, ready, 1))
-    last.append(kv_commit(m, "last token", ready))
+    last = graphed(step("last token", ready, prefixes=ready, own=1, splits=splits(job, ready, 1)))
+    last += [kv_commit(m, "last token", ready), around("last token", counted.LAST_TOKEN)]
 
     segment = segment_sample(m, "first token", wide, prompts, 1, filtered)  # its logits are always kept
     reads = prompts * prefix_reads(m, width)
-    segment += step(
-        "step", wide, prefixes=reads, own=job.segment / 2, calls=steps, head=not fused_head, splits=splits(job, wide, 1)
-    )
-    segment += (
-        lm_head_sample(m, "step", wide, steps) if fused_head else segment_sample(m, "step", wide, wide, steps, filtered)
-    )
+    segment += graphed(
+        [
+            *step("step", wide, prefixes=reads, own=job.segment / 2, calls=steps, head=not fused_head,
+                  splits=splits(job, wide, 1)),
+            *(lm_head_sample(m, "step", wide, steps) if fused_head
+              else segment_sample(m, "step", wide, wide, steps, filtered)),
+            around("step", counted.STEP, steps),
+        ]
+    )  # fmt: skip
+    segment.append(around("segment", counted.SEGMENT))
     phases = {"last token": last, "segment": segment}
 
-    first = width if wave is None else wave
-    phases["RM"] = judging(job, prompts, first, prefix, fused_elementwise)
-    if first < width:
-        undecided = prompts * (1 - job.acceptance) ** first
-        phases["RM, second wave"] = judging(job, undecided, width - first, prefix, fused_elementwise)
-    phases["RM"].append(kv_commit(m, "LM, RM", prompts * (job.segment - 0.5), calls=2))
-    return [k._replace(phase=name, graphed=name == "segment") for name, phase in phases.items() for k in phase]
+    first, *others = waves(job, prompts, width, width if wave is None else wave)
+    phases["RM"] = judging(job, first, prefix, fused_elementwise)
+    phases["RM"] += [
+        around("RM", counted.SCORE + (counted.WAVES if others else 0)),
+        around("round", counted.ROUND),
+        kv_commit(m, "LM, RM", prompts * (job.segment - 0.5), calls=2),
+    ]
+    for number, later in enumerate(others, start=2):
+        found = [*judging(job, later, prefix, fused_elementwise), around(LATER_WAVE, counted.WAVE)]
+        phases[f"RM, wave {number}"] = [k._replace(calls=later.happens * k.calls) for k in found]
+    return [k._replace(phase=p) for p, phase in phases.items() for k in phase]
 
 
-def judging(job: Job, prompts: float, width: int, prefix: float, fused: bool) -> list[Kernel]:
-    """The reward model's pass over `width` attempts of each prompt, and the decisions."""
-    m, rows = job.model, prompts * width
-    reads = prompts * prefix_reads(m, width, job.segment)
-    return [
-        *forward(
-            m, "RM", rows, job.segment, prefixes=reads, prefix=prefix, own=job.segment, head=False, fused=fused,
-            splits=splits(job, rows, job.segment),
-        ),
-        reward_head(m, "RM", rows),
-        Kernel("RM: bookkeeping", 0, launches=ROUND_LAUNCHES),
-    ]  # fmt: skip
+def graphed(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Let these kernels be a CUDA graph of their phase, replayed as often as the least frequent of them is called."""
+    return [k._replace(graphed=True) for k in kernels]
+
+
+def judging(job: Job, wave: Wave, prefix: float, fused: bool) -> list[Kernel]:
+    """The reward model's pass over the rows of a wave."""
+    m = job.model
+    reads = wave.prompts * prefix_reads(m, wave.rows / wave.prompts, job.segment)
+    return graphed(
+        [
+            *forward(
+                m, "RM", wave.rows, job.segment, prefixes=wave.prompts, reread=reads - wave.prompts, prefix=prefix,
+                own=job.segment, head=False, fused=fused, splits=splits(job, wave.rows, job.segment),
+            ),
+            reward_head(m, "RM", wave.rows),
+        ]
+    )  # fmt: skip
 
 
 def splits(job: Job, rows: float, tokens: int) -> int:
@@ -96,15 +112,26 @@ def prefill(job: Job, fused: bool = False) -> list[Kernel]:
             m, name, job.prompts / calls, n, prefixes=0, prefix=0, own=n, calls=calls, head=head, fused=fused
         ):
             if "element-wise" in k.name and not fused:
-                k = k._replace(launches=PREFILL_ELEMENTWISE * m.layers + STEP_LAUNCHES)
+                k = k._replace(launches=counted.PREFILL_ELEMENTWISE * m.layers + counted.FORWARD)
             kernels.append(k)
+    kernels += [around("prefill", counted.PREFILL, calls), around("prefill RM", counted.PREFILL_REWARD, calls)]
+    kernels.append(reward_head(m, "prefill RM", job.prompts / calls)._replace(calls=calls))
     return kernels
 
 
 def launches(kernels: Sequence[Kernel], graph: bool = False) -> float:
-    """That the host issues: a segment's graph is one."""
+    """That the host issues: a replay of a graph is one."""
     eager = [k for k in kernels if not (graph and k.graphed)]
-    return sum(k.calls * k.launches for k in eager) + (len(eager) < len(kernels))
+    return sum(k.calls * k.launches for k in eager) + (sum(replays(kernels).values()) if graph else 0)
+
+
+def replays(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """Replays of each phase's graph, by phase."""
+    found: dict[str, float] = {}
+    for k in kernels:
+        if k.graphed:
+            found[k.phase] = min(found.get(k.phase, k.calls), k.calls)
+    return found
 
 
 def issued_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool, given: Values) -> float:
@@ -118,11 +145,12 @@ def issued_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool, given: Valu
 
 
 def round_seconds(gpu: Gpu, kernels: Sequence[Kernel], graph: bool, given: Values) -> float:
-    waves = any("second wave" in k.phase for k in kernels)  # the host learns who is undecided once more
-    return given.host_seconds * (1.5 if waves else 1) + issued_seconds(gpu, kernels, graph, given)
+    later = sum(k.calls for k in kernels if k.name.startswith(LATER_WAVE))  # the host learns who is undecided once more
+    return given.host_seconds * (1 + later / 2) + issued_seconds(gpu, kernels, graph, given)
 
 
 def capture_seconds(kernels: Sequence[Kernel], given: Values) -> float:
-    """The host issues a segment's launches into a graph, while the GPU waits, and instantiates it."""
-    nodes = launches([k for k in kernels if k.graphed])
+    """The host issues the launches of each graph, while the GPU waits, and instantiates it: once for all its replays."""
+    often = replays(kernels)
+    nodes = sum(k.calls * k.launches / often[k.phase] for k in kernels if k.graphed)
     return nodes * (given.issue_seconds + given.node_seconds)

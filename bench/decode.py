@@ -222,7 +222,7 @@ def check_graphs(device: str) -> None:
             pass
         captured, proposer = [Result.of(answer) for answer in run.answers], run.round.proposer
         graphs = proposer.graphs if isinstance(proposer, ModelProposer) else None
-    if graphs is None or not graphs.replays:
+    if graphs is None or not graphs.counts.replays:
         raise CheckError("no segment was replayed from a CUDA graph")
     if captured != expected:
         raise CheckError(f"CUDA graphs and eager segments differ in float32:\n{captured}\n{expected}")

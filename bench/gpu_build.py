@@ -33,14 +33,10 @@ KNOWN: Known = {
     ("_fork_attention", "spills in a loop", "^Gemma-2-2B 8/4 x 256, "): (
         "Tiles of head size 256 fill the registers, and the kernel has a second pass, for values that are not finite."
     ),
-    ("_fork_attention", "spills", "^Llama-3-8B 32/8 x 128, 16 rows, score, bf16"): "Outside its loops, on one target.",
 }
 """(kernel, fault, pattern of its cases): why it stays. One that is gone is a fault itself."""
 KNOWN_OF: dict[str, Known] = {
     "3.6.0": {
-        ("_fork_attention", "spills", "^Llama-3-8B 32/8 x 128, prefill, bf16"): (
-            "Outside its loops, and not with Triton 3.9: left for a GPU to tell whether it costs anything."
-        ),
         ("_draw", "spills in a loop", "^128,256, top-p, fp32"): (
             "Two words on one target, and not with Triton 3.9: left for a GPU to tell whether it costs anything."
         ),

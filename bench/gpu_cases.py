@@ -67,6 +67,8 @@ def cases() -> Iterator[Case]:
     for size, norm, dtype in ((4096, False, "bf16"), (4096, True, "bf16"), (4096, False, "fp32"), (896, False, "bf16")):
         name = "norm and bias" if norm else "plain"
         yield Case((f"{size} features", name, dtype), partial(reward, dtype, size, norm))
+    for size, dtype in ((4096, "bf16"), (896, "bf16"), (128, "bf16"), (8192, "bf16"), (4096, "fp32")):
+        yield Case((f"rms_norm of {size}", f"{BATCH * WIDTH} rows", dtype), partial(norm_rows, dtype, size))
     for key, dtype in (("llama-3-8b", "bf16"), ("llama-7b", "bf16"), ("qwen2.5-0.5b", "bf16"), ("llama-3-8b", "fp32")):
         m = MODELS[key]
         launch = partial(commit, dtype, m.layers, m.kv_heads, m.head_dim)
@@ -105,6 +107,10 @@ def reward(dtype: str, size: int, norm: bool, rows: int = BATCH * WIDTH, steps: 
     extras = (floats(dtype, 1), floats(dtype, size)) if norm else (None, None)
     hidden = floats(dtype, rows, steps, size)
     LAUNCHERS["reward_head"](hidden, integers(rows), floats(dtype, size), *extras, 1e-5)
+
+
+def norm_rows(dtype: str, size: int, rows: int = BATCH * WIDTH) -> None:
+    LAUNCHERS["rms_norm"](floats(dtype, rows, 1, size), floats(dtype, size), 1e-5)
 
 
 def commit(

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), "gfx942"
 DATA = {  # kernel: the source lines whose loads carry its data; indices and lengths may be narrow
-    "_fork_attention": r"tl\.load\((keys|values)\b",
+    "_fork_attention": r"tl\.load\((k_at|v_at)\b",
     "_merge": r"tl\.load\(partial\b",
     "_race": r"tl\.load\(logits \+ at",
     "_groups": r"tl\.load\(logits \+ at",
     "_gather": r"tl\.load\(logits \+ row",
     "_lm_head_race": r"tl\.load\(w \+ d\b",
     "_reward_head": r"tl\.load\((hidden|weight|norm_weight) \+ d\b",
+    "_rms_norm": r"tl\.load\((x \+ row|weight) \+ d\b",
     "_commit": r"tl\.load\(suffix \+ word",
 }
 MMA = r"[HQIO]MMA|HGMMA|UTC[HQIO]MMA"

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bench import counted
 from bench.assumptions import Values
 
 BF16 = 2  # bytes of a weight, a key, a value, a logit
@@ -16,14 +17,12 @@ L2_BYTES = 40e6  # of the smallest of these GPUs: activations that fit cost no b
 RACE_FLOPS = 150  # vector operations for a token's key in the race: 1/4 of Philox4x32-10, two logarithms
 FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
-LINEARS, ELEMENTWISE = 7, 32  # launches of a layer beside attention, transformers' Llama in bf16
 FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
-PREFILL_ELEMENTWISE = 36  # of a layer, whatever the number of prompts
-QUERY_BLOCK = 128  # queries for which fork_attention reads a prefix once: rows x tokens x heads of a group
-STEP_LAUNCHES = 35  # of a forward outside its layers: embedding, rotary table, final norm, positions
+QUERY_BLOCK = 32  # queries for which fork_attention reads a prefix once: whole rows x tokens x heads of a group
 CHUNK, GROUP = 2048, 64  # segment_sample: tokens of a program, tokens behind one maximum
 HEAD_BLOCK = 128  # lm_head_sample: tokens of a program
-MAX_SPLITS, TARGET_PROGRAMS, SPLIT_KEYS = 16, 264, 256  # fork_attention: into how many parts a prefix is split
+# fork_attention: how a prefix is split, and from which number of splits on programs share it
+SPLIT_KEYS, MAX_SPLITS, TARGET_PROGRAMS, WHOLE_SPLITS, WORKSPACE = 256, 16, 264, 8, 128 << 20
 
 
 @dataclass(frozen=True)
@@ -139,18 +138,27 @@ def smooth_max(limits: tuple[float, ...], ridge: float) -> float:
 
 def prefix_reads(m: Model, rows: float, tokens: float = 1) -> int:
     """Of fork_attention for a prompt with that many rows."""
-    return math.ceil(rows * tokens * m.heads / m.kv_heads / QUERY_BLOCK)
+    per_row = tokens * m.heads / m.kv_heads
+    return math.ceil(rows / max(1, QUERY_BLOCK // per_row)) * math.ceil(per_row / QUERY_BLOCK)
+
+
+def attention_whole(blocks: float) -> int:
+    """Splits of a prefix up to which one program of fork_attention reads it all, where so many programs do."""
+    return 1 if blocks < TARGET_PROGRAMS else WHOLE_SPLITS
 
 
 def attention_splits(m: Model, prompts: float, rows: float, tokens: int, slots: float) -> int:
-    """Parts in which fork_attention reads a prefix; from two on a second kernel merges them.
+    """Parts of a query for which fork_attention makes room, to be merged by a second kernel; 1: there is none.
 
     slots: of the arena for a prompt, its answer included.
     """
-    per_prompt = math.ceil(rows / max(1, math.ceil(prompts))) * tokens * m.heads // m.kv_heads
-    block = min(QUERY_BLOCK, max(16, 1 << (per_prompt - 1).bit_length()))
-    busy = math.ceil(min(prompts, rows)) * -(-per_prompt // block) * m.kv_heads
-    return max(1, min(MAX_SPLITS, TARGET_PROGRAMS // busy, int(slots) // SPLIT_KEYS))
+    prompts, rows, per_row = math.ceil(prompts), math.ceil(rows), tokens * m.heads // m.kv_heads
+    usual = math.ceil(rows / max(1, prompts))  # rows of a prompt
+    together = math.ceil(usual / math.ceil(usual / max(1, QUERY_BLOCK // per_row)))
+    blocks = math.ceil(rows / together) * math.ceil(per_row / QUERY_BLOCK) * m.kv_heads
+    parts = min(MAX_SPLITS, math.ceil(prompts * int(slots) / SPLIT_KEYS)) + 1
+    room = parts * rows * tokens * m.heads * (m.head_dim + 2) * 4
+    return 1 if parts <= attention_whole(blocks) + 1 or room > WORKSPACE else parts
 
 
 def fork_attention(
@@ -159,20 +167,23 @@ def fork_attention(
 ) -> list[Kernel]:  # fmt: skip
     """Read `prefix` tokens `prefixes` times from memory and `reread` times from L2, and each row's own tokens once.
 
-    Keys and values of one layer; with several splits, their results in fp32 and a merge.
+    Keys and values of one layer; where there is room for `splits` parts, those that are stored, in fp32, and a merge.
     """
     queries = rows * tokens * m.query_size
     keys = prefix + own - (tokens - 1) / 2  # that a query sees, on average
     token = 2 * m.kv_size * BF16
-    partial = splits * rows * tokens * m.heads * (m.head_dim + 2) * 4  # accumulator, maximum, sum
+    parts = min(MAX_SPLITS, math.ceil(prefix / SPLIT_KEYS)) + 1  # the last one is the row's own tokens
+    stored = splits > 1 and parts - 1 > attention_whole(prefixes * m.kv_heads)
+    partial = parts * rows * tokens * m.heads * (m.head_dim + 2) * 4 if stored else 0  # accumulator, maximum, sum
     out = BF16 * queries
     kernels = [
         Kernel(f"{name}: fork_attention", token * (prefixes * prefix + rows * own) + BF16 * queries
-               + (out if splits == 1 else partial), 4 * queries * keys, l2_bytes=token * reread * prefix, calls=calls,
+               + (partial or out), 4 * queries * keys, l2_bytes=token * reread * prefix, calls=calls,
                attention=True)
     ]  # fmt: skip
     if splits > 1:
-        kernels.append(Kernel(f"{name}: fork_attention merge", partial + out, calls=calls))
+        moved = partial + out if stored else 0  # a prefix that one program read is not merged
+        kernels.append(Kernel(f"{name}: fork_attention merge", moved, calls=calls))
     return kernels
 
 
@@ -196,9 +207,9 @@ def forward(
     layers, moved = m.layers, 0 if cached else new
     kernels = [
         Kernel(f"{name}: linears", BF16 * layers * (m.linears + moved * around), 2 * layers * m.linears * new,
-               calls=calls, launches=LINEARS * layers),
+               calls=calls, launches=counted.LINEARS * layers),
         Kernel(f"{name}: element-wise", layers * moved * elementwise, calls=calls,
-               launches=(FUSED_ELEMENTWISE if fused else ELEMENTWISE) * layers + STEP_LAUNCHES),
+               launches=(FUSED_ELEMENTWISE if fused else counted.ELEMENTWISE) * layers + counted.FORWARD),
         *fork_attention(m, name, rows, tokens, prefixes=prefixes, prefix=prefix, own=own, calls=calls * layers,
                         splits=splits, reread=reread),
     ]  # fmt: skip
@@ -256,6 +267,11 @@ def lm_head_sample(m: Model, name: str, rows: float, calls: int) -> list[Kernel]
 def kv_commit(m: Model, name: str, tokens: float, calls: int = 1) -> Kernel:
     """Read and write keys and values of `tokens` tokens of all layers; lengths and offsets beside them are nothing."""
     return Kernel(f"{name}: kv_commit", 2 * m.kv_bytes * tokens, calls=calls)
+
+
+def around(name: str, launches: int, calls: float = 1) -> Kernel:
+    """Return the small launches around forwards and ops: positions, lengths, copies of a few numbers."""
+    return Kernel(f"{name}: around", 0, calls=calls, launches=launches)
 
 
 def reward_head(m: Model, name: str, rows: float) -> Kernel:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench import costs, kernels, rivals, schedule
+from bench import costs, counted, kernels, rivals, schedule
 from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
-from bench.costs import launches, ours, round_seconds
+from bench.costs import ours, round_seconds
 from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
 from bench.rivals import RIVALS
 from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job, best_width
 from bench.tables import bullets, table
-from bench.variants import BUILT, NOT_BUILT, Batch, Contestant, batches, contestants, one_batch
+from bench.variants import BUILT, NOT_BUILT, Contestant, contestants, one_batch, one_call, tokens
 from demo.arguments import output_file, share, whole
 
 HEADING = "MODEL, not a measurement"
@@ -27,27 +27,30 @@ SEGMENTS = (15, 30)
 KERNEL_WIDTH = 4  # of the table of kernels
 WORTH = 1.05  # a fused LM head is kept from here on: `lm_head_sample`
 RATIOS = (  # (ours, rival)
+    ("first call", "vLLM"),
     ("shipped", "vLLM"),
     ("tuned", "vLLM"),
     ("tuned", "vLLM, L2"),
     ("tuned", "vLLM, requests"),
-    ("graphs kept", "vLLM, L2"),
+    ("waves", "vLLM, L2, waves"),
     ("fused", "vLLM, L2"),
-    ("waves", "vLLM, L2"),
+    ("fused, waves", "vLLM, L2, waves"),
 )
 CONSTANTS = (  # (module, names, source)
     (
-        kernels,
-        ("LINEARS", "ELEMENTWISE", "PREFILL_ELEMENTWISE"),
-        f"{CODE}: launches a layer, counted",
+        counted,
+        tuple(name for name in vars(counted) if name.isupper()),
+        "counted: bench/counted.py, by tests/test_launches.py",
     ),
-    (kernels, ("STEP_LAUNCHES",), f"{CODE}: of a forward outside its layers, at most"),
     (kernels, ("FUSED_ELEMENTWISE",), f"{ESTIMATE}: of a layer whose element-wise kernels were fused; not built"),
-    (kernels, ("QUERY_BLOCK", "MAX_SPLITS", "TARGET_PROGRAMS", "SPLIT_KEYS"), f"{CODE}: triton/fork_attention.py"),
+    (
+        kernels,
+        ("QUERY_BLOCK", "SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"),
+        f"{CODE}: triton/fork_attention.py",
+    ),
     (kernels, ("CHUNK", "GROUP", "HEAD_BLOCK"), f"{CODE}: triton/segment_sample.py, triton/lm_head_sample.py"),
     (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
     (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),
-    (costs, ("ROUND_LAUNCHES",), f"{ESTIMATE}: of a round outside forwards and ops"),
     (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposing/proposer.py"),
     (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
     (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
@@ -72,24 +75,30 @@ def ratios(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
     return job.row | {f"{mine} / {rival}": found[mine].against(found[rival]) for mine, rival in RATIOS}
 
 
-def graphs(job: Job) -> list[dict[str, Any]]:
-    """Where the seconds of a batch go, as built; the first batch stands for all."""
-    parts: dict[str, Batch] = {"shipped": batches(job)[0], "tuned": one_batch(job)}
+def calls(job: Job) -> list[dict[str, Any]]:
+    """Where the seconds of a call go, and what it launches for a token of an answer, as built and fused."""
+    parts = {
+        "first call": one_call(job, kept=False),
+        "shipped": one_call(job, kept=True),
+        "tuned": one_batch(job),
+        "eager": one_batch(job, graph=False),
+        "fused": one_batch(job, fused=True),
+    }
     rows = []
-    for name, batch in parts.items():
-        spent = batch.seconds(values())
-        kernels = batch.steps[0].kernels
+    for name, call in parts.items():
+        spent = call.seconds(values())
+        run, issued = call.launched
         rows.append(
             job.row
-            | {"variant": name, "prompts": batch.job.prompts}
-            | batch.counts
+            | {"contestant": name, "prompts": job.prompts}
+            | call.counts
             | {
                 "prefill s": spent.prefill,
                 "rounds s": spent.rounds,
                 "captures s": spent.captures,
                 "captures": f"{spent.captures / spent.total:.0%}",
-                "launches a round, eager": launches(kernels),
-                "with a graph": launches(kernels, True),
+                "launches per accepted token": run / tokens(job),
+                "of these by the host": issued / tokens(job),
             }
         )
     return rows
@@ -169,8 +178,10 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "decisions and commits. The host is taken to wait at the end of each and to issue ahead inside a phase alone "
         "(as built it waits once a round: no credit is given for that); a CUDA graph holds the segment, padded to its "
         "bucket, the other two are issued launch by launch",
-        "graphs are lost with each batch: of a bucket's segments the first is eager, the second is captured (the host "
-        "issues every launch of it) and replayed, the others are replayed",
+        "memory and graphs outlive a call: in an engine's first call a bucket's first segment is eager, its second is "
+        "captured (the host issues every launch of it) and replayed; later calls replay what is there",
+        "launches are counted in the engine itself, copies from the host among them (bench/launches.py says what "
+        "cannot be seen there); those of an op follow from its shapes",
         "a prompt's prefill is packed with others: one attention call a layer",
         f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
         "group), so more than once where a segment is scored; what L2 saves of that is not counted",
@@ -179,7 +190,7 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "vLLM: prefix caching, a request of `width` samples per prompt and segment, attention reads a prefix once a "
         "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards",
         "in vLLM's favour: graphs captured before, no launch costs anything, element-wise kernels for nothing, our "
-        "draws without their searches, our bookkeeping",
+        "draws without their searches, our bookkeeping, no wait of the host between waves",
         "this package takes Llama and Qwen2 in bf16 on a GPU by the same path: Qwen2.5-0.5B stands for a small model "
         "with a large vocabulary",
     ]
@@ -188,7 +199,7 @@ def conditions(args: argparse.Namespace) -> list[str]:
 def constants() -> list[dict[str, Any]]:
     """The table of what has no band."""
     return [
-        {"name": name, "value": f"{getattr(module, name)}".strip("()"), "source": source}
+        {"name": name, "value": f"{getattr(module, name)}".strip("(),"), "source": source}
         for module, names, source in CONSTANTS for name in names
     ]  # fmt: skip
 
@@ -197,10 +208,10 @@ def losses(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], prom
     """In words: where graphs lose to none, and for each ratio where the middle is below 1."""
     if not rows:
         return []
-    slower = sum(row["tuned"].middle < row["eager"].middle for row in found)
+    slower = sum(row["first call"].middle < row["eager"].middle for row in found)
     lines = [
-        f"{prompts} at a time, as built: graphs that are captured for each batch anew make `tuned` slower than "
-        f"`graphs=False` in {slower} of {len(found)} cells."
+        f"{prompts} at a time: the captures of an engine's first call make it slower than `graphs=False` in {slower} "
+        f"of {len(found)} cells."
     ]
     for mine, rival in RATIOS:
         column = f"{mine} / {rival}"
@@ -278,6 +289,8 @@ def made(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[dict[str, Any],
     report: dict[str, Any] = {"heading": HEADING, "assumptions": listed(), "conditions": conditions(args)}
     text = [
         "# Roofline",
+        "How fast this package would decode on four GPUs, by formula, next to a vLLM without flaw that does the same "
+        "work. A ratio below 1 is a loss.",
         f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU. "
         "`python -m bench roofline` prints this page.",
         "A cell with brackets is a band: the middle of all assumptions, and in brackets their slow and their fast end. "
@@ -302,8 +315,8 @@ def made(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[dict[str, Any],
     report["too large"] = too_large
     text += [bullets(f"Does not fit: {line}" for line in too_large)]
 
-    report["graphs"] = rows = [row for job in fitting for row in graphs(job)]
-    text += [f"## {HEADING}: a batch as built, its rounds and where its seconds go", table(rows)]
+    report["calls"] = rows = [row for job in fitting for row in calls(job)]
+    text += [f"## {HEADING}: a call, where its seconds go and what it launches", table(rows)]
 
     report["constants"] = constants()
     text += ["## Assumptions", table(report["assumptions"]), table(report["constants"]), bullets(report["conditions"])]

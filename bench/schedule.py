@@ -97,6 +97,12 @@ class Round(NamedTuple):
     prefix: float  # tokens
 
 
+class Wave(NamedTuple):
+    happens: float  # with this probability
+    prompts: float  # still undecided, if it happens
+    rows: float
+
+
 Choose = Callable[[float, float], int]
 """(prompts, tokens of a prefix) -> width."""
 Cost = Callable[[float, int, float], float]
@@ -156,6 +162,18 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
             after[done + 1, 0] = after.get((done + 1, 0), 0.0) + p * (1 - miss)
         states = {s: p for s, p in after.items() if p > 0 and s[0] < NEW_TOKENS // job.segment}
     return rounds
+
+
+def waves(job: Job, prompts: float, width: int, wave: int) -> list[Wave]:
+    """Return how a round's columns are scored, `wave` at a time; the next ones only for prompts that took none."""
+    found = []
+    for done in range(0, width, wave):
+        undecided = (1 - job.acceptance) ** done
+        happens = 1 - (1 - undecided) ** prompts
+        if happens > 0:
+            left = prompts * undecided / happens
+            found.append(Wave(happens, left, left * min(wave, width - done)))
+    return found
 
 
 def bucket_of(rows: float) -> int:

@@ -5,15 +5,16 @@ Each chooses its widths at the middle values; its rounds then cost what the valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from bench.assumptions import ENDS, End, Values, values
-from bench.costs import capture_seconds, issued_seconds, ours, prefill, round_seconds
-from bench.kernels import Kernel
-from bench.rivals import RIVALS, Rival, perfect_seconds, vllm, vllm_seconds
+from bench.costs import capture_seconds, issued_seconds, launches, ours, prefill, round_seconds
+from bench.counted import ELEMENTWISE
+from bench.kernels import FUSED_ELEMENTWISE, Kernel
+from bench.rivals import RIVALS, Pass, Rival, perfect_seconds, vllm, vllm_seconds
 from bench.schedule import NEW_TOKENS, Job, Round, auto_batch, auto_width, best_width, bucket_of, schedule
 
 
@@ -51,44 +52,50 @@ class Contestant:
         return Band(min(ratios("slow", "fast")), middle, max(ratios("fast", "slow")))
 
 
-NOT_BUILT = {
-    "graphs kept": "graphs outlive their batch, all captured before",
-    "fused": "and four element-wise kernels a layer instead of 32",
-    "waves": "graphs kept, and the reward model reads a round's first columns, then the others of undecided prompts",
-}
+WAVES = (1, 2, 4, 8)
+"""Columns scored at once, of which the best are taken."""
 BUILT = {
-    "shipped": 'the defaults: batch_size and width "auto", graphs of one batch',
-    "tuned": "all prompts in one batch, the best width of the model, graphs dropped with the batch",
-    "eager": "the same with graphs=False",
+    "first call": 'the defaults, batch_size and width "auto", in the first call of an engine: it captures its graphs',
+    "shipped": "the defaults in a later call, whose memory and graphs are there",
+    "tuned": "all prompts in one batch, the best width of the model; the graphs are there",
+    "waves": "as `tuned`, and the reward model reads a round in waves, where that is faster (`wave=`; by default a GPU "
+    "reads all at once)",
+    "eager": "as `tuned`, with graphs=False",
+}
+NOT_BUILT = {
+    "fused": f"as `tuned`, and {FUSED_ELEMENTWISE} element-wise kernels a layer instead of {ELEMENTWISE}",
+    "fused, waves": "both",
 }
 
 
 def contestants(job: Job) -> dict[str, Contestant]:
     """All, by name."""
-    mine = [shipped(job), tuned(job), eager(job), kept(job), kept(job, fused=True), waves(job)]
+    mine = [
+        defaults(job, "first call", kept=False), defaults(job, "shipped", kept=True),
+        tuned(job), waves(job, "waves"), steady(job, "eager", graph=False),
+        tuned(job, fused=True), waves(job, "fused, waves", fused=True),
+    ]  # fmt: skip
     return {c.name: c for c in [*mine, *(rival(job, r) for r in RIVALS)]}
 
 
-def shipped(job: Job) -> Contestant:
-    parts = batches(job)
-    return Contestant("shipped", tokens(job), cache(lambda given: sum(b.seconds(given).total for b in parts)))
+def defaults(job: Job, name: str, kept: bool) -> Contestant:
+    call = one_call(job, kept)
+    return Contestant(name, tokens(job), cache(lambda given: call.seconds(given).total))
 
 
-def batches(job: Job) -> list[Batch]:
+@cache
+def one_call(job: Job, kept: bool) -> Batch:
+    """With the defaults, one batch after the other."""
+    return Batch.joined(as_built(batches(job), kept))
+
+
+@cache
+def batches(job: Job) -> list[tuple[Job, list[Round]]]:
     """As decoded by default."""
     size = auto_batch(job)
     sizes = [min(size, job.prompts - done) for done in range(0, job.prompts, size)]
-    made = {size: as_built(alone := replace(job, prompts=size), schedule(alone, auto_width(alone))) for size in sizes}
+    made = {size: (alone := replace(job, prompts=size), schedule(alone, auto_width(alone))) for size in set(sizes)}
     return [made[size] for size in sizes]
-
-
-def tuned(job: Job) -> Contestant:
-    batch = one_batch(job)
-    return Contestant("tuned", tokens(job), cache(lambda given: batch.seconds(given).total))
-
-
-def one_batch(job: Job) -> Batch:
-    return as_built(job, _best_rounds(job, graph=True))
 
 
 class Spent(NamedTuple):
@@ -112,9 +119,16 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
+    """What is decoded: prompts that are read, then rounds."""
+
     job: Job
     begin: list[Kernel]
     steps: list[Step]
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """One after the other."""
+        return Batch(parts[0].job, [k for b in parts for k in b.begin], [s for b in parts for s in b.steps])
 
     def seconds(self, given: Values) -> Spent:
         gpu = self.job.gpu
@@ -133,50 +147,81 @@ class Batch:
             "capturing": sum(s.happens for s in self.steps if s.captured),
         }
 
+    @property
+    def launched(self) -> tuple[float, float]:
+        """Launches that the GPU runs, and those that the host issues: a graph's are one."""
+        begin = launches(self.begin)
+        runs = sum(s.happens * launches(s.kernels) for s in self.steps)
+        return begin + runs, begin + sum(s.happens * launches(s.kernels, s.graph) for s in self.steps)
 
-def as_built(job: Job, rounds: list[Round]) -> Batch:
-    """A batch that begins without a graph, as stars_kernels/hf/proposing/graphs.py does it.
 
-    The first segment of a bucket runs eagerly, the second is captured and replayed; a larger bucket than any before
-    moves the buffers, and all graphs are lost.
+def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> list[Batch]:
+    """The batches of a call, as stars_kernels/hf/proposing/graphs.py runs them.
+
+    A bucket's graphs are captured in its first round (a step at its second use, so within the segment); a larger bucket
+    than any before moves the buffers, and all graphs are lost. kept: an earlier call like it has left memory and graphs.
     """
-    seen: set[int] = set()
     captured: set[int] = set()
     peak = 0
-    steps = []
-    for r in rounds:
-        bucket = bucket_of(r.prompts * r.width)
-        if bucket > peak:
-            seen, captured, peak = set(), set(), bucket
-        steps.append(Step(r.happens, _round(job, r), bucket in seen, bucket in seen and bucket not in captured))
-        if bucket in seen:
+    made = []
+    for job, rounds in parts:
+        steps = []
+        for r in rounds:
+            bucket = bucket_of(r.prompts * r.width)
+            if bucket > peak:
+                captured, peak = set(), bucket
+            steps.append(Step(r.happens, _round(job, r), graph=True, captured=not kept and bucket not in captured))
             captured.add(bucket)
-        seen.add(bucket)
-    return Batch(job, prefill(job), steps)
+        made.append(Batch(job, prefill(job), steps))
+    return made
 
 
-def eager(job: Job) -> Contestant:
-    return _steady(job, "eager", graph=False)
+def tuned(job: Job, fused: bool = False) -> Contestant:
+    return steady(job, "fused" if fused else "tuned", graph=True, fused=fused)
 
 
-def kept(job: Job, fused: bool = False) -> Contestant:
-    return _steady(job, "fused" if fused else "graphs kept", graph=True, fused=fused)
+def steady(job: Job, name: str, graph: bool, fused: bool = False) -> Contestant:
+    batch = one_batch(job, graph, fused)
+    return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
 
 
-def waves(job: Job) -> Contestant:
-    """The first wave of each round is the best for it, and all columns where that is no gain."""
-    rounds, begin, found = _best_rounds(job, graph=True), prefill(job), []
-    for r in rounds:
-        options = [_round(job, r, wave=c) for c in range(1, r.width + 1)]
-        found.append((r.happens, min(options, key=lambda kernels: round_seconds(job.gpu, kernels, True, values()))))
-    return Contestant("waves", tokens(job), _total(job, begin, found, graph=True))
+@cache
+def one_batch(job: Job, graph: bool = True, fused: bool = False) -> Batch:
+    """All prompts side by side, in a call that captures nothing."""
+    rounds = _best_rounds(job, graph, fused)
+    steps = [Step(r.happens, _round(job, r, padded=graph, fused_elementwise=fused), graph, False) for r in rounds]
+    return Batch(job, prefill(job, fused), steps)
+
+
+def waves(job: Job, name: str, fused: bool = False) -> Contestant:
+    """The waves of each round are the best for it: all columns at once where others are no gain."""
+    steps = []
+    for r in _best_rounds(job, graph=True, fused=fused):
+        options = [_round(job, r, wave=w, fused_elementwise=fused) for w in waves_of(r.width)]
+        steps.append(
+            Step(r.happens, min(options, key=lambda k: round_seconds(job.gpu, k, True, values())), True, False)
+        )
+    batch = Batch(job, prefill(job, fused), steps)
+    return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
+
+
+def waves_of(width: int) -> list[int]:
+    return [*(w for w in WAVES if w < width), width]
 
 
 def rival(job: Job, which: Rival) -> Contestant:
     def cost(prompts: float, width: int, prefix: float) -> float:
         return vllm_seconds(job.gpu, vllm(job, prompts, width, prefix, which), prompts * width, values(), which)
 
-    rounds = [(r, vllm(job, r.prompts, r.width, r.prefix, which)) for r in schedule(job, best_width(job, cost))]
+    def best(r: Round) -> list[Pass]:
+        """With the best waves for it, where it has any."""
+        options = [
+            vllm(job, r.prompts, r.width, r.prefix, which, wave)
+            for wave in (waves_of(r.width) if which.waves else [r.width])
+        ]
+        return min(options, key=lambda p: vllm_seconds(job.gpu, p, r.prompts * r.width, values(), which))
+
+    rounds = [(r, best(r)) for r in schedule(job, best_width(job, cost))]
     begin = prefill(job)
 
     def seconds(given: Values) -> float:
@@ -204,21 +249,3 @@ def _best_rounds(job: Job, graph: bool, fused: bool = False) -> list[Round]:
 
 def _round(job: Job, r: Round, **how: Any) -> list[Kernel]:
     return ours(job, r.prompts, r.width, r.prefix, **{"padded": True} | how)
-
-
-def _steady(job: Job, name: str, graph: bool, fused: bool = False) -> Contestant:
-    rounds = _best_rounds(job, graph, fused)
-    found = [(r.happens, _round(job, r, padded=graph, fused_elementwise=fused)) for r in rounds]
-    return Contestant(name, tokens(job), _total(job, prefill(job, fused), found, graph))
-
-
-def _total(
-    job: Job, begin: list[Kernel], rounds: Iterable[tuple[float, list[Kernel]]], graph: bool
-) -> Callable[[Values], float]:
-    @cache
-    def seconds(given: Values) -> float:
-        return issued_seconds(job.gpu, begin, False, given) + sum(
-            happens * round_seconds(job.gpu, kernels, graph, given) for happens, kernels in rounds
-        )
-
-    return seconds

@@ -16,7 +16,10 @@ void rms_norm_row(const T* x, const A* weight, int64_t size, A eps, T* y) {
   for (int64_t step = kParts / 2; step > 0; step /= 2)
     for (int64_t i = 0; i < step; ++i) part[i] += part[i + step];
   const A scale = 1 / static_cast<A>(__builtin_sqrt(part[0] / size + eps));
-  for (int64_t i = 0; i < size; ++i) narrow(widen(x[i]) * scale * weight[i], y[i]);
+  for (int64_t i = 0; i < size; ++i) {
+    narrow(widen(x[i]) * scale, y[i]);  // rounded before the product, as LlamaRMSNorm does
+    narrow(widen(y[i]) * weight[i], y[i]);
+  }
 }
 
 }  // namespace STARS_ISA

@@ -126,7 +126,7 @@ def decode(
         calibration: gives `reward_threshold` and `beta` where the settings do not. Without it, they are calibrated once
             per call from plain continuations of the given prompts.
         cancel: an event; once it is set, by any thread, all answers end as they are, with the reason "cancelled". As
-            with `max_time`, it is looked at before each token, or before a segment that is a CUDA graph.
+            with `max_time`, it is looked at before each token is drawn or, on a GPU, enqueued.
         errors: "raise", or "return": a prompt that fails has the exception that ended it in place of its output.
         trust_remote_code: passed on when a model is loaded; only tested classes of transformers are decoded, so it can
             matter to a tokenizer alone.

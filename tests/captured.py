@@ -1,55 +1,100 @@
-"""A stand-in for CUDA's graphs on a CPU: what was captured runs again, and sees nothing but fixed memory."""
+"""A stand-in for CUDA's graphs on a CPU: operators are recorded with what they were given, and run again on that."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stars_kernels.hf import call, serving
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import Graphs
+
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
+"""On a GPU their results wait for it: a number for the host, or a shape."""
+COPIES = {"lift_fresh"}
+"""What torch.tensor(...) does: a copy from the host."""
+
+TAKES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""What only takes memory."""
+
+
+def would_wait(function, args):
+    """Whether a GPU could not go on from this operator at once."""
+    name = function._schema.name.partition("::")[2]
+    indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+    return name in READS | COPIES or any(i is not None and i.dtype == torch.bool for i in indices)
+
+
+def memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Tape(TorchDispatchMode):
+    """Records a block's operators. As a capture does, it leaves what was there before as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.made: dict[int, torch.Tensor] = {}
+        """The newest tensor of each piece of memory that came to be in the block: nothing else may be read there."""
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function._schema.name.partition("::")[2]
+        if would_wait(function, args):
+            raise AssertionError(f"a capture would wait for {name}")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if function._schema.is_mutable:
+            for tensor in given:
+                if memory(tensor) not in self.made and memory(tensor) not in self._before:
+                    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                    self._before[memory(tensor)] = whole, whole.clone()
+        result = function(*args, **kwargs)
+        known = {memory(tensor) for tensor in given}
+        new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and memory(leaf) not in known]
+        self.made |= {memory(tensor): tensor for tensor in new}
+        if name not in TAKES:
+            self.calls.append((function, args, kwargs, new))
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for whole, before in self._before.values():
+            whole.copy_(before)
+        self._before.clear()
+
+    def replay(self) -> None:
+        """Run the operators again, each on the tensors and the numbers of the capture.
+
+        What they make has anything in it before: a graph's memory is another's as soon as it has run.
+        """
+        for tensor in self.made.values():
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            whole.fill_(0xFF)  # NaN, -1
+        for function, args, kwargs, new in self.calls:
+            known = {memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+            result = function(*args, **kwargs)
+            fresh = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            fresh = [leaf for leaf in fresh if memory(leaf) not in known]
+            for place, tensor in zip(new, fresh, strict=True):
+                place.copy_(tensor)
 
 
 def rerun(run):
-    """What a replay does: the same work on the same memory, its result where it was before."""
-    result = run()
-
-    def replay():
-        for place, tensor in zip(result, run(), strict=True):
-            place.copy_(tensor)
-        return result
-
-    return replay
-
-
-class Live(SegmentGraphs):
-    """Its replays run the newest segment: a GPU's have no Python, but only what was there at the capture.
-
-    So what a segment reads must be the same, and at the same place, whenever a key comes again.
-    """
-
-    def __init__(self, capture):
-        super().__init__(capture)
-        self.read = {}
-
-    def run(self, segment, rows, settings, storage):
-        self.segment, proposer, eos = segment, segment.func.__self__, segment.keywords["eos"]
-        if storage != self._storage:
-            self.read.clear()
-        logits, cache, head = proposer.logits, proposer.cache, proposer.head
-        read = (
-            logits.shape,
-            logits.data_ptr(),
-            eos.shape,
-            eos.data_ptr(),
-            cache.offsets.shape,
-            cache.storage,
-            head is None,
-        )
-        assert self.read.setdefault((len(rows), settings), read) == read
-        return super().run(lambda rows: self.segment(rows), rows, settings, storage)
+    """What a capture does: run() once, for nothing but to see what it does; returns what does it again."""
+    tape = Tape()
+    with tape:
+        run()
+    assert tape.calls, "an empty graph"
+    return tape.replay
 
 
 def segments_as_graphs(monkeypatch):
-    """Let decodes take the path of a GPU; returns the list of all SegmentGraphs that they make."""
+    """Let decodes take the path of a GPU; returns the list of all Graphs that they make."""
     made = []
 
     def recorded(device):
-        made.append(SegmentGraphs(rerun))
+        made.append(Graphs(rerun))
         return made[-1]
 
     monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(recorded))

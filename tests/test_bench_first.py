@@ -17,7 +17,7 @@ from bench.first import command, decodes, figures, launches, setting
 from bench.kernels import GPUS, MODELS, Model, smooth_max
 from bench.report import CheckError
 from stars_kernels.hf import call, serving
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import Graphs
 from tests.captured import rerun
 from tests.test_bench_gpu import FakeEvent
 
@@ -317,7 +317,7 @@ def test_the_gap_of_empty_kernels(gpu, monkeypatch):
 
 
 def test_a_round_from_graphs(gpu, monkeypatch):
-    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: SegmentGraphs(rerun)))
+    monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: Graphs(rerun)))
     monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     shape = gpu.shapes("tiny")[1]
     list(decodes.rounds(gpu, "tiny", shape, "eager"))

@@ -9,7 +9,8 @@ import torch
 from bench import __main__ as command
 from bench import calls, common, decode, machine, models, ops, ours, report, versions
 from stars_kernels.hf import call, serving
-from tests.captured import Live, rerun
+from stars_kernels.hf.proposing.graphs import Graphs
+from tests.captured import rerun
 
 RATES = machine.Rates(1e10, 1e11)
 
@@ -79,11 +80,11 @@ def test_a_gpu_is_not_timed_with_the_definitions(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """All SegmentGraphs that engines make, from stand-ins for CUDA graphs."""
+    """All Graphs that engines make, from stand-ins for CUDA graphs."""
     made = []
 
     def stand_in(device):
-        made.append(Live(rerun))
+        made.append(Graphs(rerun))
         return made[-1]
 
     monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(stand_in))
@@ -110,7 +111,7 @@ def test_decode_on_a_gpu(graphs, monkeypatch, capsys):
         )
     }
     assert all(row.target is None and row.ratio > 0 and row.floor > 0 for row in rows)
-    assert sum(made.replays for made in graphs) > 10
+    assert sum(made.counts.replays for made in graphs) > 10
     printed = capsys.readouterr().out
     assert printed.index("check in float64") < printed.index("check CUDA graphs") < printed.index("time, one prompt")
 

@@ -24,14 +24,14 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 8, 11, 16, 20)  # up to 1280 rows
 STEPS = (1, 2, 7, 15, 16, 17, 32, 64)  # tokens of a segment, or of a prompt that is read
 PREFIXES = (1, 2, 15, 16, 100, 256, 257, 1152, 4096, 8191, 8192)  # slots a prompt
 VARIANTS = {
-    # 16, 32, 64 or 128 queries a program, with and without splits
-    "attention bf16": {"_fork_attention": 8, "_merge": 1},
-    "attention fp32": {"_fork_attention": 2, "_merge": 1},
-    "attention bf16, window": {"_fork_attention": 8, "_merge": 1},
+    "attention bf16": {"_fork_attention": 1, "_merge": 1},
+    "attention fp32": {"_fork_attention": 1, "_merge": 1},
+    "attention bf16, window": {"_fork_attention": 1, "_merge": 1},
     # top-k, top-p and both
     "sample": {"_race": 1, "_finish": 1, "_groups": 2, "_bound": 3, "_gather": 1, "_draw": 3},
     "lm_head": {"_lm_head_race": 3, "_lm_head_finish": 1},  # 16, 32 or 64 rows a program
     "reward": {"_reward_head": 1},
+    "norm": {"_rms_norm": 1},
     "commit": {"_commit": 1},
     "accept": {"_accept": 1},
 }
@@ -39,7 +39,7 @@ VARIANTS = {
 
 def rounds():
     """The launches of each case of VARIANTS, by name."""
-    from bench.gpu_cases import FILTERS, attention, commit, judge, reward, sample, sample_head
+    from bench.gpu_cases import FILTERS, attention, commit, judge, norm_rows, reward, sample, sample_head
 
     shapes = [{"prompts": p, "rows": p * width} for p, width in itertools.product(PROMPTS, WIDTHS)]
     prefixes = [{"prefix": prefix} for prefix in PREFIXES]
@@ -63,6 +63,7 @@ def rounds():
     )
     rows = itertools.product((*PROMPTS, 1280), STEPS)
     yield "reward", [partial(reward, "bf16", HIDDEN, True, n, s) for n, s in rows]
+    yield "norm", [partial(norm_rows, "bf16", HIDDEN, n) for n in (*PROMPTS, 1280)]
     calls = [{name: n for name, n in call.items() if name != "slots"} for call in some]
     yield "commit", [partial(commit, "bf16", LAYERS, *HEADS[1:], **call) for call in calls]
     yield "accept", [partial(judge, "fp32", False, p, width) for p, width in itertools.product(PROMPTS, WIDTHS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from bench.report import CheckError
 from demo.naive import generate_options, naive_decode
 from stars_kernels import Engine, StarsConfig
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.scheduler import Run
 from stars_kernels.ops import segment_sample
 from stars_kernels.ops.philox import request_key
@@ -42,16 +41,6 @@ def settings(shape: Shape, rounds: int) -> StarsConfig:
     )  # fmt: skip
 
 
-class EagerSegments:
-    """In the place of SegmentGraphs: each segment is issued launch by launch."""
-
-    def run(self, segment: Callable[[Rows], Tensor], rows: Rows, settings: object, storage: object) -> Tensor:
-        return segment(rows)
-
-    def clear(self) -> None:
-        """There is nothing to forget."""
-
-
 class Stopwatch:
     """Times the parts of a run: seconds of each call, the device's work included."""
 
@@ -59,11 +48,11 @@ class Stopwatch:
         self._clock = clock
         proposer: Any = run.round.proposer
         if not graph:
-            proposer.graphs = EagerSegments()
+            proposer.graphs = None
         elif proposer.graphs is None:
             raise CheckError("the engine makes no CUDA graphs here")
         self.capture = self._timed(proposer.graphs, "capture") if graph else []
-        self.segment = self._timed(proposer.graphs, "run")
+        self.segment = self._timed(proposer, "_segment_of_graphs" if graph else "_segment")
         self.propose, self.score = self._timed(proposer, "propose"), self._timed(run.round.scorer, "score")
         self._commits = self._timed(proposer, "commit"), self._timed(run.round.scorer, "commit")
 

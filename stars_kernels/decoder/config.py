@@ -75,7 +75,7 @@ class StarsConfig:
     pack: for a model in fp32 on a CPU, keep a packed copy of the linear layers' weights: faster, as much memory again,
         and a row's result is the same to the bit whatever the rows beside it. "bfloat16" rounds the copy: half the
         memory, faster still, other answers.
-    graphs: on a GPU, run each segment as one CUDA graph.
+    graphs: on a GPU, launch each token's step, and each pass of a reward model over token ids, as one CUDA graph.
     eos_token_id: an id or several; None = the model's own, () = never end on a token.
     stop_strings: one or several; an answer ends with the token that completes one, and its text ends before it.
     calibration_samples: plain continuations sampled when r* or beta is not given.
@@ -84,7 +84,7 @@ class StarsConfig:
     progress: show a bar on runs longer than a few seconds.
     max_time: seconds that a call may take once its models are loaded, or None. Then all answers end as they are, with
         the reason "time": what is decided of them stays, the segment under decision goes. It is looked at before each
-        token, or before a segment that is a CUDA graph; what a reward function has begun is waited for.
+        token is drawn or, on a GPU, enqueued; what a reward function has begun is waited for.
     rule: what decides; None = `Stars` of the settings above that it takes.
     trace: "segments" keeps rewards, thresholds and lengths of all judged attempts, "full" their tokens too.
     resolved_rule: the rule, made of the settings of STARS where none is given.

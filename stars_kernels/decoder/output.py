@@ -169,7 +169,8 @@ class StarsOutput:
         beside it share them. A GPU's work shows where the host waits for it: for the rewards of each wave, in "judge".
     calibration: a `Calibration`; None where r* and beta were given as settings, or the rule has none.
     backends: which implementation of each op ran, and of the models' linear layers ("linear"); which logits processors
-        were asked ("processors").
+        were asked ("processors"); on a GPU how many CUDA graphs were captured since the call began, in how many
+        seconds, and how often any was replayed ("graphs").
     memory_limits: what running out of memory reduced, and to what: "batch_size", "width".
     """
 

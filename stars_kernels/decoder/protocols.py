@@ -200,7 +200,7 @@ class Proposer(Protocol):
 
         Args:
             plan: what the plans of the rows' slots have in common; size, attempts: the most of any.
-            check_stop: asked before each token, but inside a CUDA graph; raises where nobody wants the rows any more.
+            check_stop: asked before each token is enqueued; raises where nobody wants the rows any more.
         """
 
     def commit(self, commit: Commit) -> Settle:

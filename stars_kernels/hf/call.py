@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import secrets
@@ -30,7 +31,7 @@ from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.modes import CallersMode
 from stars_kernels.hf.progress import Progress
-from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs
+from stars_kernels.hf.proposing.graphs import Counts, CudaCapture, Graphs
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
@@ -58,11 +59,12 @@ class Workspace:
         self.buffers = Buffers()
         self.arenas = Arenas(self.buffers.grow_arenas)
         self.graphs = self.make_graphs(device)
+        self._counts = Counts()  # of the graphs, when the call began
 
     @staticmethod
-    def make_graphs(device: torch.device) -> SegmentGraphs | None:
+    def make_graphs(device: torch.device) -> Graphs | None:
         """Make what captures segments; None where there are no graphs."""
-        return SegmentGraphs(CudaCapture(device)) if device.type == "cuda" else None
+        return Graphs(CudaCapture(device)) if device.type == "cuda" else None
 
     def clear(self) -> None:
         """Give the memory back, and for the rest of the call take no more than is needed."""
@@ -75,12 +77,18 @@ class Workspace:
     def begin(self) -> None:
         """Make ready for a call."""
         self.arenas.spare = self.prefix_cache
+        self._counts = Counts() if self.graphs is None else dataclasses.replace(self.graphs.counts)
         if not self.prefix_cache:
             self.arenas.forget_texts()
 
     def end(self) -> None:
         """Keep the memory for the next call."""
         self.used = True
+
+    @property
+    def served(self) -> dict[str, str]:
+        """What its CUDA graphs have done since the call began, as an entry of `StarsOutput.backends`."""
+        return {} if self.graphs is None else {"graphs": str(self.graphs.counts - self._counts)}
 
 
 class Call:
@@ -299,8 +307,9 @@ class Call:
         answers = [self.answer_to(request) for request in requests]
         lm = models.lm
         hidden = HiddenStates(lm, buffers.part("hidden")) if models.rewarder.reads_hidden else None
-        scorer = models.rewarder.scorer(Workplace(lm.device, hidden, self.mode, buffers.part("rewards")))
         graphs = self.workspace.graphs if self.serving.eager is None else None
+        scored = None if graphs is None else graphs.part("rewards")
+        scorer = models.rewarder.scorer(Workplace(lm.device, hidden, self.mode, buffers.part("rewards"), scored))
         proposer = ModelProposer(
             lm, graphs, fuse=self.serving.unfused is None, hidden=hidden, processors=self.hooks.of_slots(),
             buffers=buffers.part("language model"),
@@ -394,7 +403,7 @@ class Call:
             counts=answer.counts,
             seconds={**calibrating, **own},
             calibration=self.calibration,
-            backends=dict(self.backends),
+            backends=self.backends | (self.workspace.served if self.serving.eager is None else {}),
             memory_limits=self.limits.halved,
         )
 

@@ -55,13 +55,13 @@ class Table:
         """first: what the others are like."""
         self.tickets: list[Ticket] = []
         with ExitStack() as held:
-            first.call.workspace = held.enter_context(workspace)
+            self._workspace = first.call.workspace = held.enter_context(workspace)
             self._run = first.call.shared_run(first.request, self._stop)
             self._held = held.pop_all()
 
     def seat(self, ticket: Ticket) -> None:
         """Let a ticket wait for a slot."""
-        ticket.call.limits = self._run.limits
+        ticket.call.limits, ticket.call.workspace = self._run.limits, self._workspace
         self.tickets.append(ticket)
         self._run.add(ticket.answer)
 

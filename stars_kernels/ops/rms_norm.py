@@ -1,4 +1,8 @@
-"""rms_norm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, one read of x."""
+"""rms_norm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, one read of x.
+
+As LlamaRMSNorm has it: the normed x is rounded to its dtype before it is multiplied by the weight, and so is the
+product. In fp32 and float64 the first rounding changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype).contiguous()
+    normed = F.rms_norm(wide, weight.shape, None, eps).to(x.dtype)
+    return (normed.to(wide.dtype) * weight.to(wide.dtype)).to(x.dtype).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,7 @@ from math import comb, log
 
 import pytest
 
-from bench import kernels
+from bench import counted, kernels
 from bench.assumptions import values
 from bench.costs import ours, round_seconds
 from bench.kernels import GPUS, MODELS
@@ -50,7 +50,10 @@ def test_the_constants_are_the_rooflines():
     assert (module.HOST_SECONDS, module.ISSUE_SECONDS) == (given.host_seconds, given.issue_seconds)
     assert module.LAUNCH_SECONDS == pytest.approx(given.gap_seconds + given.small_kernel_seconds)
     assert pytest.approx(log(2) / log(given.ridge), rel=0.01) == module.RIDGE
-    assert (module.STEP_LAUNCHES, module.L2_BYTES) == (kernels.STEP_LAUNCHES, kernels.L2_BYTES)
+    assert module.L2_BYTES == kernels.L2_BYTES
+    assert module.LAYER_LAUNCHES == counted.LINEARS + counted.ELEMENTWISE + 2  # attention, and where it splits a merge
+    draw = kernels.segment_sample(MODELS["llama-3-8b"], "", 1, 1, 1, filtered=True)
+    assert module.STEP_LAUNCHES == counted.FORWARD + 1 + counted.STEP + len(draw)  # one for the LM head
 
 
 def test_the_cpus_cost_would_not_do_on_a_gpu():

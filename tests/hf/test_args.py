@@ -151,7 +151,7 @@ def test_segments_as_graphs(lm, rm, monkeypatch, reward):
     made = segments_as_graphs(monkeypatch)
     found = decode(lm, rm)
     assert [(o.token_ids, o.reward) for o in found] == [(o.token_ids, o.reward) for o in expected]
-    assert sum(graphs.replays for graphs in made) > 3
+    assert sum(graphs.counts.replays for graphs in made) > 3
 
 
 def test_stop_strings_and_events(lm, rm):

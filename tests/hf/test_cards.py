@@ -163,7 +163,7 @@ def test_segments_as_graphs(lm, rm, monkeypatch, reward):
     rm = rm if reward == "model" else torch.nn.Linear(24, 1).double()
     expected = decode(lm, rm, width=4)
     made = segments_as_graphs(monkeypatch)
-    assert traced(decode(lm, rm, width=4)) == traced(expected) and sum(graphs.replays for graphs in made) > 3
+    assert traced(decode(lm, rm, width=4)) == traced(expected) and sum(graphs.counts.replays for graphs in made) > 3
 
 
 def test_stop_strings_and_events(lm, rm):

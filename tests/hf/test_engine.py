@@ -11,14 +11,13 @@ import torch
 
 import stars_kernels
 from stars_kernels import BestOf, Cards, Engine, Likelihood, RewardModel, StarsConfig
-from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.slots import Slots
 from stars_kernels.hf import call, serving
 from stars_kernels.hf.cache.buffers import Buffers
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import Graphs
 from stars_kernels.hf.view import layout
 from stars_kernels.hf.view.rewrites import packed
-from tests.captured import Live, rerun
+from tests.captured import rerun
 from tests.tiny import byte_tokenizer, tiny_language_model, tiny_reward_model
 
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10], [5, 6]]
@@ -130,33 +129,35 @@ def test_graphs_stay(monkeypatch, fp32):
         captures.append(1)
         return rerun(run)
 
-    graphs = Live(capture)
+    graphs = Graphs(capture)
     monkeypatch.setattr(call.Workspace, "make_graphs", staticmethod(lambda device: graphs))
     monkeypatch.setattr(serving.Serving, "_why_eager", lambda self: None)
     with Engine(lm, rm, eos_token_id=(), width=2, **SET) as engine:
         first = engine.decode(PROMPTS, seed=3)
-        assert captures and graphs.replays
+        assert captures and graphs.counts.replays
         engine.decode(PROMPTS, seed=3)  # captures what was met once
         captures.clear()
         assert told(engine.decode(PROMPTS, seed=3)) == told(first)
         assert not captures
-        for prompts in (PROMPTS[:1], PROMPTS[1:3], PROMPTS[:1], PROMPTS):  # `Live` holds what their segments read
-            for eos in ((), 7, [7, 8, 9]):
-                engine.decode(prompts, seed=4, eos_token_id=eos)
-                engine.decode(prompts, seed=4, eos_token_id=eos, rule=CARDS)
-        monkeypatch.undo()
-        longer = engine.decode([[9] * 140, *PROMPTS], seed=5)  # the arena moves: old graphs are worth nothing
-        assert told(longer) == told(stars_kernels.decode(lm, rm, [[9] * 140, *PROMPTS], seed=5, eos_token_id=(), **SET))
+        given, found = [], []
+        for prompts in (PROMPTS[:1], PROMPTS[1:3], PROMPTS[:1], PROMPTS):  # what graphs read is what they were given
+            for eos, rule in (((), CARDS), (7, None), ([7, 8, 9], CARDS)):
+                given.append((prompts, dict(seed=4, eos_token_id=eos, rule=rule)))
+                found.append(told(engine.decode(prompts, **given[-1][1])))
+        longer = told(engine.decode([[9] * 140, *PROMPTS], seed=5))  # the arena moves: old graphs are worth nothing
+    monkeypatch.undo()
+    with Engine(lm, rm, eos_token_id=(), width=2, **SET) as engine:
+        assert [told(engine.decode(prompts, **settings)) for prompts, settings in given] == found
+        assert told(engine.decode([[9] * 140, *PROMPTS], seed=5)) == longer
 
 
 def test_graphs_are_bounded():
-    graphs = SegmentGraphs(lambda run: run)
-    rows = Rows([0], *(torch.zeros(1, dtype=torch.int64) for _ in range(4)))
+    graphs, done = Graphs(lambda run: run), []
     for _ in range(2):
         for size in range(200):
-            (found,) = graphs.run(lambda rows, size=size: (rows.slot + size,), rows, size, ())
-            assert found.item() == size
-    assert len(graphs._captured) <= 64
+            graphs.run(size, lambda size=size: done.append(size))
+    assert done == 2 * list(range(200))
+    assert len(graphs.holds) <= 64
 
 
 def test_an_open_run_decodes_as_a_call_does_and_holds_the_turn(fp32):

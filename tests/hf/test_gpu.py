@@ -11,7 +11,7 @@ import torch
 import stars_kernels
 from stars_kernels import RewardModel
 from stars_kernels.hf import call
-from stars_kernels.hf.proposing.graphs import SegmentGraphs, bucket_of
+from stars_kernels.hf.proposing.graphs import Graphs, bucket_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.hf.scoring.test_encoder_rewards import encoder, pair_tokenizer
 from tests.hf.scoring.test_process_rewards import process_model
@@ -59,15 +59,15 @@ def no_waiting():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """All SegmentGraphs of the decodes of a test."""
+    """All Graphs of the decodes of a test."""
     made = []
 
-    class Recorded(SegmentGraphs):
+    class Recorded(Graphs):
         def __init__(self, capture):
             super().__init__(capture)
             made.append(self)
 
-    monkeypatch.setattr(call, "SegmentGraphs", Recorded)
+    monkeypatch.setattr(call, "Graphs", Recorded)
     return made
 
 
@@ -109,7 +109,7 @@ def test_graphs_change_nothing(graphs, prompts, filters):
     models = on_gpu(torch.float32)
     settings = dict(SETTINGS, width=NOT_PADDED, **filters)
     outputs = stars_kernels.decode(*models, PROMPTS[:prompts], **settings)
-    assert sum(made.replays for made in graphs) > 3
+    assert sum(made.counts.replays for made in graphs) > 3
     expected = stars_kernels.decode(*models, PROMPTS[:prompts], graphs=False, **settings)
     assert answers(outputs) == answers(expected)
     assert [o.reward for o in outputs] == [o.reward for o in expected]
@@ -127,7 +127,7 @@ def test_padded_graphs(graphs):
     """Padding makes matrices of other shapes, which may round otherwise: rarely enough to tip a choice in float32."""
     models = on_gpu(torch.float32)
     outputs = stars_kernels.decode(*models, PROMPTS, width=3, **SETTINGS)
-    assert sum(made.replays for made in graphs) > 3
+    assert sum(made.counts.replays for made in graphs) > 3
     share = share_of_equal(outputs, stars_kernels.decode(*models, PROMPTS, width=3, graphs=False, **SETTINGS))
     print(f"padded graphs, float32: {share:.0%} of the answers are those of eager segments")
     assert share >= 0.8
@@ -181,15 +181,15 @@ def test_a_replay_waits_for_nothing(monkeypatch):
     expected = stars_kernels.decode(*models, PROMPTS, **settings)
     watched = []
 
-    class Watched(SegmentGraphs):
-        def run(self, segment, rows, given, storage):
-            if storage != self._storage or (len(rows), given) not in self._captured:
-                return super().run(segment, rows, given, storage)
-            watched.append(len(rows))
+    class Watched(Graphs):
+        def run(self, key, work):
+            if key not in self.holds:
+                return super().run(key, work)
+            watched.append(key)
             with no_waiting():
-                return super().run(segment, rows, given, storage)
+                return super().run(key, work)
 
-    monkeypatch.setattr(call, "SegmentGraphs", Watched)
+    monkeypatch.setattr(call, "Graphs", Watched)
     assert answers(stars_kernels.decode(*models, PROMPTS, **settings)) == answers(expected)
     assert len(watched) > 3
 
@@ -239,15 +239,15 @@ def test_two_decodes_in_two_threads():
 def test_memory_does_not_grow_over_rounds(monkeypatch):
     models, allocated = on_gpu(torch.float32), []
 
-    class Measured(SegmentGraphs):
-        def run(self, *args):
+    class Measured(Graphs):
+        def keep(self, *args):
             allocated.append(torch.cuda.memory_allocated())
-            return super().run(*args)
+            return super().keep(*args)
 
-    monkeypatch.setattr(call, "SegmentGraphs", Measured)
+    monkeypatch.setattr(call, "Graphs", Measured)
     settings = dict(SETTINGS, reward_threshold=1000.0, beta=0.1, max_attempts=20, max_new_tokens=40, width=NOT_PADDED)
-    stars_kernels.decode(*models, PROMPTS[0], **settings)  # 10 segments of 5 rounds
-    assert len(allocated) == 50
+    stars_kernels.decode(*models, PROMPTS[0], **settings)  # 10 segments of 5 rounds, 9 last tokens
+    assert len(allocated) == 59
     print(f"allocated before a round: {allocated[0]} bytes, after the capture {max(allocated[5:25])}")
     assert max(allocated[25:]) <= max(allocated[5:25])
 

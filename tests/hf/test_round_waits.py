@@ -8,7 +8,7 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.cache import fork as cache
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.proposing import proposer
-from stars_kernels.hf.proposing.graphs import SegmentGraphs
+from stars_kernels.hf.proposing.graphs import Graphs
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.scoring.classifier import ClassifierScorer
 from stars_kernels.hf.scoring.own_head import OwnHeadScorer
@@ -36,7 +36,7 @@ def batch(rewards, graphs=False, wave=2, **answers):
         torch.manual_seed(2)
         parts.append(OwnHeadScorer(torch.nn.Linear(24, 1).double(), hidden))
     scorer = parts[0] if len(parts) == 1 else SumScorer([(part, 0.5) for part in parts])
-    replayed = SegmentGraphs(lambda run: run) if graphs else None
+    replayed = Graphs(lambda run: run) if graphs else None
     return loop_of(
         ModelProposer(view, replayed, hidden=hidden), scorer, CONFIG.replace(wave=wave), PROMPTS, range(3), **answers
     )

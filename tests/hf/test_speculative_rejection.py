@@ -197,7 +197,7 @@ def test_the_first_turn_as_graphs(lm, rm, monkeypatch, reward):
     made = segments_as_graphs(monkeypatch)
     for width in (2, 6):
         assert [told(o) for o in decode(lm, rm, config, width=width)] == [told(o) for o in expected]
-    assert sum(graphs.replays for graphs in made) > 0
+    assert sum(graphs.counts.replays for graphs in made) > 0
 
 
 def test_stop_strings_and_events(lm, rm):

@@ -32,11 +32,12 @@ def make_case(
     suffix_len=None,
     query_len=None,
     seed=0,
+    slots=None,
     **variant,
 ):
     """Arguments of fork_attention. Prefixes lie out of order; whatever must not be read is NaN."""
     heads, kv_heads, key_size, value_size = shape
-    rows, slots, g = len(prompt), max(steps, 6), generator(seed)
+    rows, slots, g = len(prompt), slots or max(steps, 6), generator(seed)
 
     def noise(*size):
         return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)

@@ -83,10 +83,9 @@ class ForkCache(Cache):
         return sum(group.arena.nbytes + group.suffix.nbytes for group in self.groups)
 
     @property
-    def storage(self) -> tuple[object, ...]:
-        """Where the buffers lie, and how; a captured graph of this cache is worth nothing once that has changed."""
-        tensors = [self.offsets, self.lengths, *(t for group in self.groups for t in (group.arena, group.suffix))]
-        return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
+    def tensors(self) -> list[Tensor]:
+        """The buffers: a captured graph of this cache is worth nothing once one of them lies elsewhere."""
+        return [self.offsets, self.lengths, *(t for group in self.groups for t in (group.arena, group.suffix))]
 
     def admit(self, admissions: Sequence[Admission]) -> dict[int, Sequence[int]]:
         """Let these slots hold what can be copied of their prompts; return what of each is to be read, by slot."""
@@ -104,11 +103,15 @@ class ForkCache(Cache):
     def fork(self, slot: Tensor) -> None:
         """Open one row for each entry of `slot` [R] on that slot's prefix; no key or value is copied."""
         self._forked, self.names, self._waiting, self._opened = slot.to(self.device), [], None, []
-        for group in self.groups:
-            group.make_room(slot.shape[0])
+        self.make_room(slot.shape[0])
         if self.states is not None:
             self.states.fork(self._forked)
         self.select(slice(slot.shape[0]))
+
+    def make_room(self, rows: int) -> None:
+        """Take the memory of as many rows, those of padding included; what rows held before may be lost."""
+        for group in self.groups:
+            group.make_room(rows)
 
     def open(self, wave: Sequence[int]) -> int:
         """Let these of the forked rows, in rising order, lie behind those of the waves before; no row is in two waves.
@@ -147,9 +150,12 @@ class ForkCache(Cache):
         self.select(slice(len(kept)), held)
         return held
 
-    def select(self, rows: slice, held: int = 0) -> None:
-        """Let the next forwards extend these of the forked rows alone, behind the first `held` tokens of their own."""
-        self.slot, self.held, self._selected = self._forked[rows], held, rows
+    def select(self, rows: slice, held: int = 0, slot: Tensor | None = None) -> None:
+        """Let the next forwards extend these of the forked rows alone, behind the first `held` tokens of their own.
+
+        slot: the slot of each, and of padding behind the last, for which there is room; None = those of the fork.
+        """
+        self.slot, self.held, self._selected = self._forked[rows] if slot is None else slot, held, rows
         self._layers = self._bind(rows)
         self._send()
         if self.states is not None:
@@ -247,11 +253,26 @@ class ForkCache(Cache):
             raise ValueError(f"{steps} tokens at once, expected 1: behind a state this model reads one at a time")
         if query_len is None:
             query_len = torch.full_like(self.slot, steps)
-        positions = self.lengths[self.slot][:, None] + torch.arange(start, start + steps, device=self.slot.device)
-        positions.clamp_(max=self.layout.limit - 1)  # of padding, which may lie where there are no learned positions
+        where = torch.arange(start, start + steps, device=self.slot.device)
         with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
-            yield self._arguments(positions)
+            yield self._arguments(self._positions(where))
         self.held = start + steps
+
+    @contextmanager
+    def extend_at(self, place: Tensor) -> Iterator[dict[str, Any]]:
+        """Forward [R, 1] suffix tokens of the open rows, the one at `place` [1]; yields the forward's arguments.
+
+        For CUDA graphs: the place is read by the device alone. The caller sees to it that the tokens before it are
+        there and that it is less than segment_size; `held` does not change.
+        """
+        one = torch.ones_like(self.slot)
+        with self._forward(Suffix(place, one, one + place)):
+            yield self._arguments(self._positions(place))
+
+    def _positions(self, where: Tensor) -> Tensor:
+        """[R, S] of the open rows' tokens at `where` [S] of their suffixes."""
+        positions = self.lengths[self.slot][:, None] + where
+        return positions.clamp_(max=self.layout.limit - 1)  # padding may lie where there are no learned positions
 
     def read(self, ids: Tensor, count: Tensor, forward: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
         """Read suffix tokens [R, S] of the open rows, count [R] of them real, in as few forwards as they allow.

@@ -25,6 +25,7 @@ class GatheredCache(ForkCache):
     def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
         """First find the places [R, T] in the arena that each row's keys come from, and which of them are real."""
         if isinstance(plan, Suffix):
+            assert isinstance(plan.where, slice)  # no tensor: these models have no CUDA graphs
             lengths, offsets = self.lengths[self.slot], self.offsets[self.slot]
             self._past, new = int(lengths.max()) + plan.where.start, plan.where.stop - plan.where.start
             prefix = self._past - plan.where.start
@@ -62,6 +63,7 @@ class GatheredCache(ForkCache):
         new = key_states.transpose(1, 2), value_states.transpose(1, 2)  # [B, S, Hkv, D]
         arenas, suffixes = (layer.arena_keys, layer.arena_values), (layer.keys, layer.values)
         if isinstance(plan, Suffix):
+            assert isinstance(plan.where, slice)
             for suffix, tokens in zip(suffixes, new, strict=True):
                 suffix[:, plan.where] = tokens
             new = layer.keys[:, : plan.where.stop], layer.values[:, : plan.where.stop]

@@ -95,9 +95,9 @@ class HiddenStates:
             vars(self).pop(name, None)
 
     @property
-    def storage(self) -> tuple[object, ...]:
-        """Where the buffers lie that a segment writes, and how."""
-        return tuple((tensor.data_ptr(), tensor.stride()) for tensor in (self.rows, self.logits))
+    def tensors(self) -> list[Tensor]:
+        """The buffers that a segment writes."""
+        return [self.rows, self.logits]
 
     def commit(self, commit: Commit, logits: Tensor) -> Settle:
         """Bring `logits` [P, V], those after the prefixes, up to the segments that become a part of their prefix.

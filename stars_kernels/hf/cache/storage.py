@@ -64,9 +64,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class Suffix:
-    """A forward of a few tokens per row, stored in the suffixes at `where`."""
+    """A forward of a few tokens per row, stored in the suffixes at `where`: [S], or a slice."""
 
-    where: slice
+    where: slice | Tensor
     query_len: Tensor  # [R]
     suffix_len: Tensor  # [R]
 

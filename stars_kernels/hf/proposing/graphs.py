@@ -1,15 +1,19 @@
-"""Whole segments as CUDA graphs: every forward, draw and feed-back of `segment_size` tokens is one launch.
+"""CUDA graphs: to read a token of every row and to draw the next is one launch, and so is a reward model's pass.
 
-A segment is static: its length is known, nothing in it waits for the host, and what changes from round to round (which
-slots, attempts and positions) is read from a few tensors. Rows are padded to a bucket, so that few graphs serve all
-rounds. Capturing needs every kernel compiled, so a bucket's first segment runs eagerly and its second is captured.
+A step is static: nothing in it waits for the host, and what changes (which slots, attempts and positions, and which
+step it is) is read from a few tensors, and written to others, that stay where they are. So one graph serves all steps
+of all rounds, and as rows are padded to a bucket, few graphs serve all numbers of rows. A pass is static in the same
+way. Capturing needs every kernel compiled, so a bucket's first step runs eagerly and its second is captured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +21,15 @@ from torch import Tensor
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK
 from stars_kernels.decoder.protocols import Rows
 
-Tensors = tuple[Tensor, ...]
-Segment = Callable[[Rows], Tensors]
-"""Rows -> what was drawn; reads nothing else that changes, but for what lies in buffers that stay where they are."""
-Capture = Callable[[Callable[[], Tensors]], Callable[[], Tensors]]
-"""A function without arguments -> one that does the same on the same memory, and returns the same tensors."""
+Result = TypeVar("Result")
+Work = Callable[[], None]
+"""Reads and writes nothing that changes, but for what lies in buffers that stay where they are."""
+Capture = Callable[[Work], Work]
+"""Work -> what does the same on the same memory, time and again. The work's Python runs once, and with no effect."""
 
 
 MAX_GRAPHS = 64
-"""Kept at a time: each holds some memory, and an engine may see segments of many sizes."""
+"""Kept at a time: each holds some memory, and an engine may see rows of many numbers and settings of many kinds."""
 
 
 def bucket_of(rows: int) -> int:
@@ -56,32 +60,30 @@ def streams_of(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stre
 class CudaCapture:
     """Captures the graphs of one workspace, in one pool of memory.
 
-    Two workspaces cannot share a pool: a graph's result lies in it until it is copied, and a replay of the other's may
-    come first.
+    They share it as none is replayed beside another, and none leaves a result in it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensors]) -> Callable[[], Tensors]:
+    def __call__(self, run: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         with ALLOCATOR_LOCK, torch.cuda.device(self._device):
             own, replays = streams_of(self._device)
             capture = torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
-            result = captured(run, capture)
+            captured(run, capture)
 
-        def replay() -> Tensors:
+        def replay() -> None:
             caller = torch.cuda.current_stream(replays.device)
             replays.wait_stream(caller)
             with torch.cuda.stream(replays):
                 graph.replay()
             caller.wait_stream(replays)
-            return result
 
         return replay
 
 
-def captured(run: Callable[[], Tensors], capture: AbstractContextManager[object]) -> Tensors:
+def captured(run: Callable[[], Result], capture: AbstractContextManager[object]) -> Result:
     """Return run()'s result, called inside of `capture`.
 
     Where run() fails, the end of the capture fails too, with an error that does not say why: it gets run()'s as cause.
@@ -100,42 +102,71 @@ def captured(run: Callable[[], Tensors], capture: AbstractContextManager[object]
         raise error from cause
 
 
-class SegmentGraphs:
-    """The captured segments of one model and one place in memory, the newest MAX_GRAPHS of them."""
+@dataclass
+class Counts:
+    """What graphs have cost and saved; seconds: of the host, for the captures."""
 
-    def __init__(self, capture: Capture) -> None:
+    captures: int = 0
+    seconds: float = 0.0
+    replays: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.captures - other.captures, self.seconds - other.seconds, self.replays - other.replays)
+
+    def __str__(self) -> str:
+        return f"{self.captures} captured in {self.seconds:.2f} s, {self.replays} replays"
+
+
+class Graphs:
+    """The graphs of one model and one place in memory, the newest MAX_GRAPHS of them."""
+
+    def __init__(self, capture: Capture, counts: Counts | None = None) -> None:
+        """counts: what this one's captures and replays are added to; None = its own."""
         self.capture = capture
-        self._seen: set[object] = set()
-        self._captured: dict[object, tuple[Rows, Callable[[], Tensors]]] = {}
+        self.counts = Counts() if counts is None else counts
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, Work] = {}
         self._storage: object = None
-        self.replays = 0
+        self._parts: dict[object, Graphs] = {}
 
-    def run(self, segment: Segment, rows: Rows, settings: object, storage: object) -> Tensors:
-        """segment(rows), from a graph where there is one.
+    def part(self, name: object) -> Graphs:
+        """Return the graphs of another model, which are counted and cleared with these."""
+        return self._parts.setdefault(name, Graphs(self.capture, self.counts))
 
-        settings: whatever else the segment is a function of. storage: names the buffers that it works on; once they
-        have moved, graphs of the old ones are worth nothing.
-        """
+    @property
+    def holds(self) -> Sequence[Hashable]:
+        """Return the keys of what is captured, the oldest first; those of parts are not among them."""
+        return list(self._captured)
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Forget the graphs unless all that they work on, these tensors, lies where it did, and as it did."""
+        storage = [(t.untyped_storage().data_ptr(), t.storage_offset(), t.dtype, t.stride()) for t in tensors]
         if storage != self._storage:
-            self.clear()
+            self._forget()
             self._storage = storage
-        key = (len(rows), settings)
+
+    def run(self, key: Hashable, work: Work) -> None:
+        """Do the work, from a graph where there is one. key: all that it is a function of, but for `keep`'s tensors."""
         if key not in self._seen:
-            drawn = segment(rows)
+            work()
             self._seen.add(key)
-            return drawn
+            return
         if key not in self._captured:
             while len(self._captured) >= MAX_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
-            static = rows.map(torch.clone, slots=())  # which change from round to round: a segment reads none
-            self._captured[key] = static, self.capture(lambda: segment(static))
-        static, replay = self._captured[key]
-        for place, column in zip(static.columns, rows.columns, strict=True):
-            place.copy_(column)
-        self.replays += 1
-        return tuple(tensor.clone() for tensor in replay())
+            began = time.perf_counter()
+            self._captured[key] = self.capture(work)
+            self.counts.captures += 1
+            self.counts.seconds += time.perf_counter() - began
+        self._captured[key]()
+        self.counts.replays += 1
 
     def clear(self) -> None:
-        """Forget all graphs, and the memory that they hold."""
+        """Forget all graphs, those of parts too, and the memory that they hold."""
+        self._forget()
+        for part in self._parts.values():
+            part.clear()
+
+    def _forget(self) -> None:
         self._seen.clear()
         self._captured.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_kernels import ops
 from stars_kernels.decoder.protocols import Admission, Commit, Proposal, Room, Rows, Settle, together
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.decoder.transfer import to_device
@@ -19,10 +17,10 @@ from stars_kernels.hf.cache import close_cache_of, reserve_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.cache.prefill import packed_chunks
-from stars_kernels.hf.proposing.draws import entropy, likeliest
-from stars_kernels.hf.proposing.graphs import SegmentGraphs, Tensors, bucket_of, padded
+from stars_kernels.hf.proposing.graphs import Graphs, bucket_of, padded
 from stars_kernels.hf.proposing.output_layer import hidden_of
 from stars_kernels.hf.proposing.processors import SlotProcessors
+from stars_kernels.hf.proposing.segment import Draws, Segment, Step, column
 from stars_kernels.hf.view.logits import logits_of
 
 NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -32,20 +30,21 @@ class ModelProposer:
     """`model` is a view (`hf.view.copying.view_of`).
 
     A candidate's last token is not read, as nothing is drawn behind it, until it is decided: by a forward of one row a
-    prompt. Where hidden states are wanted it is read as the others are, and leaves the logits for the next segment.
+    prompt. To read it with the others would cost a forward of all rows in each round, also in those that take none.
+    Where hidden states are wanted it is read so, and leaves the logits for the next segment.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        graphs: SegmentGraphs | None = None,
+        graphs: Graphs | None = None,
         fuse: bool = False,
         hidden: HiddenStates | None = None,
         processors: SlotProcessors | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        """graphs: runs segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only for
-        a model that `hf.proposing.output_layer.why_unfused` has nothing against.
+        """graphs: runs the steps of segments as CUDA graphs; None = eagerly. fuse: draw without storing logits; only
+        for a model that `hf.proposing.output_layer.why_unfused` has nothing against.
 
         hidden: where to keep the hidden states of prompts and candidates; None = they are not wanted.
         processors: asked for the logits of every token; with them, neither graphs nor fuse.
@@ -94,28 +93,16 @@ class ModelProposer:
         self._read_last([p for p in dict.fromkeys(rows.slots) if p in self.unread])
         if self.processors is not None:
             self.processors.forget()
-        wide = rows if self.graphs is None else padded(rows, bucket_of(len(rows)))
-        if self.hidden is not None:
-            self.hidden.open(len(wide))
+        given = (rows, plan, sampling, noise, eos, check_stop)
         if self.graphs is None or rows.held:  # a graph of rows that go on would serve one turn of a race
-            drawn = self._segment(rows, plan, sampling, noise, eos, check_stop)
+            tokens, logprobs, entropies = self._segment(*given)
         else:
-            self.cache.fork(wide.slot)  # its buffers grow before their place is asked for
-            kept = self.buffers.take("eos", eos.shape, eos.dtype, eos.device)[: len(eos)]  # where a graph may read it
-            kept.copy_(eos)
-            storage = (*self.cache.storage, self.logits.data_ptr(), kept.data_ptr())
-            storage += () if self.hidden is None else self.hidden.storage
-            count = plan.attempts if plan.draw == "likeliest" else None
-            sizes = (plan.size, len(self.logits), len(eos))  # of a row's tokens, the slots, the tokens that end one
-            settings = (*sizes, plan.draw, count, plan.entropy, self.head is not None, noise, *sampling.items())
-            eos = kept
-            run = functools.partial(self._segment, plan=plan, sampling=sampling, noise=noise, eos=eos)
-            drawn = tuple(tensor[: len(rows)] for tensor in self.graphs.run(run, wide, settings, storage))
+            tokens, logprobs, entropies = self._segment_of_graphs(self.graphs, *given)
         if plan.race:
             self.cache.names = list(zip(rows.slots, rows.attempts, strict=True))
-        self.candidates = drawn[0]
-        entropies = None if plan.entropy is None else drawn[2]
-        return Proposal(drawn[0], drawn[1], entropies, {} if self.processors is None else self.processors.errors)
+        self.candidates = tokens
+        errors = {} if self.processors is None else self.processors.errors
+        return Proposal(tokens, logprobs, None if plan.entropy is None else entropies, errors)
 
     def _segment(
         self,
@@ -124,73 +111,124 @@ class ModelProposer:
         sampling: dict[str, Any],
         noise: int,
         eos: Tensor,
-        check_stop: Callable[[], None] | None = None,
-    ) -> Tensors:
-        """Draw plan.size tokens of every row, and return the first fields of a `Proposal`.
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw plan.size tokens of every row; return them, their log-probabilities and entropies, [R, <= size] each.
 
-        On a GPU only processors wait for the host. check_stop: asked before each token; None in a graph.
+        On a GPU only processors wait for the host. check_stop: asked before each token.
         """
-        cache, held = self.cache, rows.held_tokens()
-        shape, bound = (len(rows), plan.size), plan.entropy
-        tokens = torch.empty(shape, dtype=torch.int64, device=self.device)
-        logprobs = torch.empty(shape, dtype=torch.float64, device=self.device)
-        entropies = None if bound is None else torch.full_like(logprobs, torch.nan)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        if self.hidden is not None:
+            self.hidden.open(len(rows))
+        segment, draws = Segment.begin(rows, plan.size, eos), self._draws(plan, sampling, noise)
         # Whether to stop once all rows have ended. A look is free on a CPU; processors wait for the host anyway.
         looks = (self.device.type == "cpu" and self.graphs is None) or self.processors is not None
+        held = rows.held_tokens()
         source: Tensor | None
         if rows.held:
             state, source = self._go_on(rows, held), None
         else:
-            cache.fork(rows.slot)
+            self.cache.fork(rows.slot)
             state, source = self.logits, rows.slot  # every first token comes from its slot's one row of logits
-        # From the second token on, `state` is what the last step's draws come from: logits, or hidden states if fused.
-        plain = plan.draw == "sample" and bound is None and is_unfiltered(sampling)
-        head = self.head if plain else None
         count = 0
         for step in range(plan.size):
-            if check_stop is not None:
-                check_stop()
+            check_stop()
             if self.processors is not None:
-                logits = state if source is None else state[source]
-                state, source = self.processors(rows, torch.cat([held, tokens[:, :step]], dim=1), logits, ended), None
-            if bound is not None and entropies is not None and step > 0:
-                entropies[:, step] = entropy(state)
-                ended |= entropies[:, step] >= bound
-                if looks and bool(ended.all()):
+                logits, before = state if source is None else state[source], segment.tokens[:, :step]
+                state, source = self.processors(rows, torch.cat([held, before], dim=1), logits, segment.ended), None
+            if step > 0 and plan.entropy is not None:
+                draws.measure(segment, step, state)
+                if looks and bool(segment.ended.all()):
                     break
-            draws = (rows.key, rows.attempt, rows.position + step)
-            if plan.draw == "likeliest":
-                token, logprob = likeliest(state, source, rows.attempt, plan.attempts)
-            elif head is None or step == 0:
-                token, logprob = ops.segment_sample(state, *draws, source=source, stream=noise, **sampling)
-            else:
-                temperature = sampling["temperature"]
-                token, logprob = ops.lm_head_sample(state, head, *draws, temperature=temperature, stream=noise)
-            tokens[:, step], logprobs[:, step] = token, logprob
+            draws.draw(segment, step, state, source)
             count = step + 1
             last = count == plan.size
-            if not last and (looks or bound is not None):
-                ended |= torch.isin(token, eos) | (token < 0)
-                last = looks and bool(ended.all())
+            if not last and (looks or plan.entropy is not None):
+                draws.end(segment, step)
+                last = looks and bool(segment.ended.all())
             if last and self.hidden is None:
                 break
-            fused = head is not None and not last
-            with cache.extend(1) as inputs:
-                ids = token[:, None].clamp(min=0)
-                state = hidden_of(self.model, ids, inputs) if fused else self._logits(ids, inputs, 1)
-            if self.hidden is not None:
-                self.hidden.rows[: len(rows), held.shape[1] + step] = (state if fused else self.hidden.last)[:, 0]
-                if bound is not None:  # what follows a row is what follows its own last token
-                    after = self.hidden.logits[: len(rows)]
-                    after.copy_(torch.where(ended[:, None], after, state[:, 0]))
-                elif last:
-                    self.hidden.logits[: len(rows)] = state[:, 0]
-                if last:
-                    break
-            state, source = state[:, 0], None
-        drawn = (tokens[:, :count], logprobs[:, :count])
-        return drawn if entropies is None else (*drawn, entropies[:, :count])
+            state, source = self._read(segment, draws, step, last), None
+            if last:
+                break
+        return segment.tokens[:, :count], segment.logprobs[:, :count], segment.entropies[:, :count]
+
+    def _segment_of_graphs(
+        self,
+        graphs: Graphs,
+        rows: Rows,
+        plan: Plan,
+        sampling: dict[str, Any],
+        noise: int,
+        eos: Tensor,
+        check_stop: Callable[[], None],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_segment`, of more rows and to its full size, one CUDA graph a step: it reads a token and draws the next.
+
+        The first token is drawn before, as every row's comes from its slot's one row of logits.
+        """
+        segment = self._open_graphs(graphs, padded(rows, bucket_of(len(rows))), eos)
+        draws = self._draws(plan, sampling, noise)
+        draws.draw(segment, 0, self.logits, segment.rows.slot)
+        if plan.entropy is not None:
+            draws.end(segment, 0)
+
+        def step() -> None:
+            state = self._read(segment, draws, segment.step)
+            segment.step.add_(1)
+            draws.measure(segment, segment.step, state)
+            draws.draw(segment, segment.step, state)
+            if plan.entropy is not None:
+                draws.end(segment, segment.step)
+
+        def last() -> None:
+            self._read(segment, draws, segment.step, last=True)
+
+        key = (len(segment.rows), self.slots, len(eos), draws.settings)
+        for _ in range(plan.size - 1):
+            check_stop()
+            graphs.run((*key, "step"), step)
+        if self.hidden is not None:
+            graphs.run((*key, "last"), last)
+        drawn = (segment.tokens, segment.logprobs, segment.entropies)
+        tokens, logprobs, entropies = (tensor[: len(rows), : plan.size].clone() for tensor in drawn)
+        return tokens, logprobs, entropies
+
+    def _open_graphs(self, graphs: Graphs, rows: Rows, eos: Tensor) -> Segment:
+        """Begin a segment, and open its rows, in memory that stays; forget the graphs that work on other memory."""
+        segment = Segment.begin(rows, self.cache.segment_size, eos, self.buffers)
+        self.cache.fork(segment.rows.slot)
+        tensors = [*segment.tensors, *self.cache.tensors]
+        if self.hidden is None:
+            shape = (bucket_of(self.slots), self.logits.shape[1])  # [>= P, V] see `_after`
+            self.after = self.buffers.take("after", shape, self.logits.dtype, self.logits.device)
+            tensors.append(self.after)
+        else:
+            self.hidden.open(len(rows))
+            tensors += self.hidden.tensors
+        graphs.keep(*tensors)
+        return segment
+
+    def _draws(self, plan: Plan, sampling: dict[str, Any], noise: int) -> Draws:
+        plain = plan.draw == "sample" and plan.entropy is None and is_unfiltered(sampling)
+        return Draws(plan, sampling, noise, self.head if plain else None)
+
+    def _read(self, segment: Segment, draws: Draws, step: Step, last: bool = False) -> Tensor:
+        """Read the rows' tokens of a step; return what the next are drawn from: logits [R, V], or hidden states [R, D].
+
+        last: nothing is drawn behind it. Where hidden states are scored, they are kept, and the logits behind the last.
+        """
+        ids, fused = segment.tokens[:, column(step)].clamp(min=0), draws.head is not None and not last
+        with self.cache.extend(1) if isinstance(step, int) else self.cache.extend_at(step) as inputs:
+            state = hidden_of(self.model, ids, inputs) if fused else self._logits(ids, inputs, 1)
+        if self.hidden is not None:
+            count, held = len(segment.rows), len(segment.rows.held[0]) if segment.rows.held else 0
+            self.hidden.rows[:count, column(held + step)] = state if fused else self.hidden.last
+            after = self.hidden.logits[:count]
+            if draws.plan.entropy is not None:  # what follows a row is what follows its own last token
+                after.copy_(torch.where(segment.ended[:, None], after, state[:, 0]))
+            elif last:
+                after.copy_(state[:, 0])
+        return state[:, 0]
 
     def _go_on(self, rows: Rows, held: Tensor) -> Tensor:
         """Read the rows' own tokens [R, H], all but what the cache still holds of them; return the logits after them.
@@ -240,21 +278,37 @@ class ModelProposer:
             self.hidden.close()
         if self.processors is not None:
             self.processors.close()
-        close_cache_of(self, ("logits", "last_token", "unread", "candidates"))
+        close_cache_of(self, ("logits", "after", "last_token", "unread", "candidates"))
 
     def _read_last(self, slots: list[int]) -> None:
         """Feed the last decided token of these slots: one row per slot."""
         if not slots:
             return
         (slot,) = to_device([slots], self.device)
-        self.cache.fork(slot)
-        with self.cache.extend(1) as inputs:
-            self.logits[slot] = self._logits(self.last_token[slot, None], inputs, 1)[:, 0]
+        self.logits[slot] = self._after(slots, slot)[: len(slot)]
         one, rows = torch.ones_like(slot), torch.arange(len(slot), device=self.device)
         settle = self.cache.commit(slot, rows, one, one.bool())
         unread = self.unread.difference(slots)
         settle()  # the two go together: with one of them alone, tokens would be fed twice, or not at all
         self.unread = unread
+
+    def _after(self, slots: list[int], slot: Tensor) -> Tensor:
+        """Read the last decided token of these slots [C]; return the logits [C, V] behind it, and perhaps more rows."""
+        if self.graphs is None:
+            self.cache.fork(slot)
+            with self.cache.extend(1) as inputs:
+                return self._logits(self.last_token[slot, None], inputs, 1)[:, 0]
+        rows = Rows(slots, slot, slot, slot, slot)  # nothing is drawn, so their slots alone matter
+        segment = self._open_graphs(self.graphs, padded(rows, bucket_of(len(slot))), slot[:0])
+        segment.tokens[:, 0] = self.last_token[segment.rows.slot]
+        after = self.after[: len(segment.rows)]
+
+        def read() -> None:
+            with self.cache.extend_at(segment.step) as inputs:
+                after.copy_(self._logits(segment.tokens[:, :1], inputs, 1)[:, 0])
+
+        self.graphs.run((len(after), self.slots, "decided"), read)
+        return after
 
     def _logits(self, ids: Tensor, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
         with nullcontext() if self.hidden is None else self.hidden.catch():

@@ -16,6 +16,7 @@ from stars_kernels.hf.cache import close_cache_of, reserve_cache
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.prefill import packed_chunks
 from stars_kernels.hf.loading.language_model import score_head
+from stars_kernels.hf.proposing.graphs import Graphs, bucket_of
 from stars_kernels.hf.scoring.chunks import Chunks
 
 
@@ -27,13 +28,20 @@ class ClassifierScorer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, label: int, chunks: Chunks | None = None, buffers: Buffers | None = None
+        self,
+        model: PreTrainedModel,
+        label: int,
+        chunks: Chunks | None = None,
+        buffers: Buffers | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """model: a view with the stars attention; label: the output that is the reward.
 
-        buffers: where the cache takes its memory from, and leaves it; None = memory of its own.
+        buffers: where its memory comes from and stays, as `graphs` do; None = memory of its own.
+        graphs: runs the passes over candidates as CUDA graphs; None = eagerly.
         """
-        self.buffers = buffers
+        self.buffers = Buffers() if buffers is None else buffers
+        self.graphs = graphs
         self.backbone = cast(PreTrainedModel, model.base_model)
         self.head = reward_output(model, label)
         self.device = model.device
@@ -54,22 +62,51 @@ class ClassifierScorer:
         return Scores(torch.cat(rewards), torch.tensor([len(unread[a.slot]) for a in admissions]))
 
     def open(self, rows: Rows, tokens: Tensor, lengths: Tensor) -> None:
+        if self.graphs is not None and not rows.held:
+            self.cache.make_room(len(rows) + len(rows) // 4)  # the last of them may be padded
         self.there = self.cache.go_on(rows, len(rows.held[0]) if rows.held else 0)  # read in an earlier turn of a race
         self.ids, self.counts = tokens[:, self.there :].to(self.device), (lengths - self.there).to(self.device)
+        self.slot = rows.slot.to(self.device)
         self.cache.names = list(zip(rows.slots, rows.attempts, strict=False))
+        self.eager = self.graphs is None or bool(rows.held)  # a graph of rows that go on would serve one turn of a race
         self.home = tokens.device
 
     def score(self, wave: Sequence[int]) -> Scores:
         start = self.cache.open(wave)
-        ids, counts = rows_of(self.ids, wave), rows_of(self.counts, wave)
+        slot, ids, counts = (rows_of(column, wave) for column in (self.slot, self.ids, self.counts))
 
         def forward(chunk: slice) -> Tensor:
-            self.cache.select(slice(start + chunk.start, start + chunk.stop), self.there)
-            hidden = self.cache.read(ids[chunk], counts[chunk], self._hidden)
-            return self.head(hidden, counts[chunk] - 1)
+            given, place = (slot[chunk], ids[chunk], counts[chunk]), start + chunk.start
+            if self.graphs is not None and not self.eager:
+                return self._replayed(self.graphs, place, *given)
+            self.cache.select(slice(place, start + chunk.stop), self.there)
+            return self._rewards(*given[1:])
 
         rewards = torch.cat(self.chunks.run([ids.shape[1]] * len(wave), forward))
         return Scores(rewards.to(self.home), counts.to(self.home))
+
+    def _rewards(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """Read tokens [R, S] of the selected rows, counts [R] of them real; return the rewards [R]."""
+        return self.head(self.cache.read(ids, counts, self._hidden), counts - 1)
+
+    def _replayed(self, graphs: Graphs, place: int, slot: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+        """As `_rewards`, of rows that lie from `place` on, by a CUDA graph; the last is repeated up to a bucket."""
+        (given, size), rows = ids.shape, bucket_of(len(ids))
+        index = torch.arange(rows, device=self.device).clamp(max=given - 1)
+        kept = self.buffers.take("pass", (rows, self.cache.segment_size + 2), torch.int64, self.device)[:rows]
+        rewards = self.buffers.take("pass rewards", (rows,), torch.float64, self.device)[:rows]
+        slot, counts, ids = (
+            part.copy_(column[index])
+            for part, column in ((kept[:, 0], slot), (kept[:, 1], counts), (kept[:, 2 : 2 + size], ids))
+        )
+        self.cache.select(slice(place, place + rows), slot=slot)
+        graphs.keep(kept, rewards, *self.cache.tensors)
+
+        def work() -> None:
+            rewards.copy_(self._rewards(ids, counts))
+
+        graphs.run((rows, place, size, len(self.cache.lengths)), work)
+        return rewards[:given].clone()
 
     def commit(self, commit: Commit) -> Settle:
         return self.cache.commit(commit.slot, commit.row, commit.length, commit.advance)
@@ -78,7 +115,7 @@ class ClassifierScorer:
         self.cache.release()
 
     def close(self) -> None:
-        close_cache_of(self, ("ids", "counts"))
+        close_cache_of(self, ("slot", "ids", "counts"))
 
     def _hidden(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state

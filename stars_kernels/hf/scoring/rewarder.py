@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -73,7 +73,7 @@ class Rewarder:
 
     def scorer(self, place: Workplace) -> Scorer:
         """Make what scores in a workplace."""
-        scorers = [part.scorer(replace(place, buffers=place.buffers.part(i))) for i, part in enumerate(self.parts)]
+        scorers = [part.scorer(place.part(i)) for i, part in enumerate(self.parts)]
         if self.weights == [1.0]:
             return scorers[0]
         return SumScorer(list(zip(scorers, self.weights, strict=True)))
@@ -180,7 +180,7 @@ def _classifier(
     if described.template is None and loaded.reads_ids(lm, tokenizer):
         limit, body = context_limit(loaded.model), cast(PreTrainedModel, view.base_model)
         return Part(
-            lambda place: ClassifierScorer(view, label, chunks, place.buffers), body, limit,
+            lambda place: ClassifierScorer(view, label, chunks, place.buffers, place.graphs_for(body)), body, limit,
             decoders=((loaded.name, body),), loaded=loaded.model,
         )  # fmt: skip
     text_model = TextModel(view, label, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)

@@ -8,6 +8,7 @@ from stars_kernels.ops.triton.fork_attention import fork_attention_triton
 from stars_kernels.ops.triton.kv_commit import kv_commit_triton
 from stars_kernels.ops.triton.lm_head_sample import lm_head_sample_triton
 from stars_kernels.ops.triton.reward_head import reward_head_triton
+from stars_kernels.ops.triton.rms_norm import rms_norm_triton
 from stars_kernels.ops.triton.segment_sample import segment_sample_triton
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -16,5 +17,6 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "kv_commit": kv_commit_triton,
     "lm_head_sample": lm_head_sample_triton,
     "reward_head": reward_head_triton,
+    "rms_norm": rms_norm_triton,
     "segment_sample": segment_sample_triton,
 }

@@ -9,41 +9,76 @@ import pytest
 import torch
 
 import stars_kernels
-from stars_kernels import ops
+from stars_kernels import BestOf, Engine, StarsConfig, ops
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK, free_memory
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf import call
-from stars_kernels.hf.proposing.graphs import CudaCapture, SegmentGraphs, bucket_of, padded, streams_of
+from stars_kernels.hf.proposing.graphs import CudaCapture, Graphs, bucket_of, padded, streams_of
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from tests.captured import rerun, segments_as_graphs
-from tests.tiny import EOS
+from tests.sequential import sequential_decode
+from tests.tiny import EOS, tiny_language_model, tiny_reward_model
 
+EOS_IDS = (EOS, 3, 77, 130, *range(60, 70))  # more ends than one, so that some answers end early
 PROMPTS = [[1, 2, 3], [40], [7, 8, 9, 10, 11, 12, 13, 200], [40], [90, 91, 92, 93, 94]]
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """All SegmentGraphs of a decode, which then takes the path of a GPU."""
+    """All Graphs of a decode, which then takes the path of a GPU."""
     return segments_as_graphs(monkeypatch)
 
 
-@pytest.mark.parametrize("width", [1, 3, "auto"])
-def test_answers_are_those_of_eager_segments(lm, rm, graphs, monkeypatch, width):
-    settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=22, segment_size=4, eos_token_id=())
-    outputs = stars_kernels.decode(lm, rm, PROMPTS, width=width, **settings)
-    assert sum(made.replays for made in graphs) > 3
-    monkeypatch.undo()
-    expected = stars_kernels.decode(lm, rm, PROMPTS, width=width, **settings)
-    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
-    assert [o.reward for o in outputs] == [o.reward for o in expected]
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_answers_are_the_sequential_loops(lm, rm, graphs, size):
+    """At every width and number of slots, also where rows end early; a replay has no number of the host's."""
+    config = StarsConfig(seed=3, reward_threshold=2.0, beta=0.5, max_new_tokens=16, segment_size=size, max_attempts=6)
+    expected = [sequential_decode(lm, rm, prompt, i, config, EOS_IDS) for i, prompt in enumerate(PROMPTS)]
+    for width, slots, wave in ((1, 5, 1), (3, 2, 2), ("auto", 3, 4)):
+        shaped = config.replace(width=width, wave=wave, batch_size=slots, eos_token_id=EOS_IDS)
+        outputs = stars_kernels.decode(lm, rm, PROMPTS, request_ids=range(5), config=shaped)
+        assert [(o.token_ids, [s.attempts for s in o.segments]) for o in outputs] == expected
+        counts = graphs.pop().counts
+        assert counts.replays > 3 and str(counts) in [output.backends["graphs"] for output in outputs]
+    assert any(tokens[-1] in EOS_IDS for tokens, _ in expected)
+
+
+def test_one_graph_serves_all_steps_of_all_sizes(graphs):
+    """For each of 5 numbers of rows, and one that reads last tokens for each of 5 numbers of slots."""
+    models = tiny_language_model(torch.float32), tiny_reward_model(torch.float32)
+    settings = dict(seed=3, reward_threshold=2.0, beta=1.0, max_new_tokens=21, eos_token_id=(), width=2)
+    with Engine(*models, **settings) as engine:
+        engine.decode(PROMPTS, rule=BestOf(2))  # the longest segments: memory for them is memory for the others
+        (made,) = graphs
+        assert (made.counts.captures, made.counts.replays) == (1, 19)
+        for size in (8, 3, 5, 8):
+            engine.decode(PROMPTS, segment_size=size)
+    assert len(made.holds) <= 10 and made.counts.replays > 100
 
 
 def test_calibration_and_early_ends_too(lm, rm, graphs, monkeypatch):
     settings = dict(seed=5, max_new_tokens=12, segment_size=5, width=2, eos_token_id=[EOS, 3, 77, 130])
-    outputs = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    outputs = stars_kernels.decode(lm, [rm, tiny_reward_model(seed=4)], PROMPTS, **settings)
     monkeypatch.undo()
-    expected = stars_kernels.decode(lm, rm, PROMPTS, **settings)
+    expected = stars_kernels.decode(lm, [rm, tiny_reward_model(seed=4)], PROMPTS, **settings)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+
+
+def test_reward_passes(lm, rm, graphs, monkeypatch):
+    """Of two models, in waves of 9 rows, and 6 or 3 behind them, each padded to a bucket; no attempt is accepted."""
+    settings = dict(
+        seed=3, reward_threshold=1e3, beta=1.0, accept="hard", max_attempts=9, width=5, wave=3, max_new_tokens=12,
+        segment_size=4, eos_token_id=(), temperature=2.0,
+    )  # fmt: skip
+    models = lm, [rm, tiny_reward_model(seed=4)]
+    with Engine(*models, **settings) as engine:
+        outputs = engine.decode(PROMPTS[:3])
+        for made in (graphs[0].part("rewards").part(i) for i in range(2)):
+            assert {key[:3] for key in made.holds} == {(10, 0, 4), (6, 9, 4), (3, 9, 4)}
+    monkeypatch.undo()
+    expected = stars_kernels.decode(*models, PROMPTS[:3], **settings)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert [[s.rewards for s in o.segments] for o in outputs] == [[s.rewards for s in o.segments] for o in expected]
 
 
 def rows_of(count, first=0):
@@ -65,23 +100,55 @@ def test_buckets():
     assert all(bucket_of(size) == size for size in sizes)
 
 
-def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_rows():
-    captured = []
+def test_a_graph_is_captured_at_the_second_call_and_reads_the_new_numbers():
+    captured, given, found = [], torch.zeros(4), torch.zeros(4)
 
     def capture(run):
         captured.append(run)
         return rerun(run)
 
-    graphs = SegmentGraphs(capture)
-    results = [graphs.run(lambda rows: (rows.attempt[:, None] * 2,), rows_of(4, i), "a", "here") for i in range(4)]
-    assert [r[:, 0].tolist() for (r,) in results] == [[2 * (i + k) for k in range(4)] for i in range(4)]
-    assert len(captured) == 1 and graphs.replays == 3
-    graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(4), "b", "here")
-    graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(3), "a", "here")
-    assert len(captured) == 1, "other settings and other sizes start eagerly"
+    def work():
+        found.copy_(given * 2)
+        given.add_(1)
+
+    graphs = Graphs(capture)
+    graphs.keep(given, found)
+    for i in range(4):
+        given.fill_(i)
+        graphs.run("a", work)
+        assert found.tolist() == [2 * i] * 4 and given.tolist() == [i + 1] * 4
+    assert len(captured) == graphs.counts.captures == 1 and graphs.counts.replays == 3 and graphs.counts.seconds > 0
+    graphs.keep(given, found)
+    graphs.run("b", work)
+    assert len(captured) == 1, "another key starts eagerly"
     for _ in range(2):
-        graphs.run(lambda rows: (rows.attempt[:, None],), rows_of(4), "a", "moved")
+        graphs.keep(given, found[1:])
+        graphs.run("a", work)
     assert len(captured) == 2, "graphs of moved buffers are forgotten"
+
+
+def test_the_stand_in_does_what_a_graph_does():
+    """It holds the host's numbers of the capture, leaves memory as it was, and keeps nothing from run to run."""
+    host, numbers, found = {"step": 1}, torch.arange(3.0), torch.zeros(3)
+    inside = []
+
+    def work():
+        inside.append(numbers * host["step"])
+        numbers.add_(1)
+        found.copy_(inside[0])
+
+    replay = rerun(work)
+    assert numbers.tolist() == [0, 1, 2] and found.tolist() == [0, 0, 0]
+    host["step"] = 100
+    replay()
+    assert found.tolist() == [0, 1, 2] and numbers.tolist() == [1, 2, 3]
+    replay()
+    assert found.tolist() == [1, 2, 3], "the host's number of the capture"
+    rerun(lambda: found.copy_(torch.empty(3)))()
+    assert found.isnan().all(), "what it did not write itself"
+    for wait in (lambda: numbers.sum().item(), lambda: numbers[numbers > 1], lambda: bool(numbers.any())):
+        with pytest.raises(AssertionError, match="a capture would wait"):
+            rerun(wait)
 
 
 @pytest.mark.parametrize("filters", [{"top_k": None}, {"top_k": None, "temperature": 0.6}, {"top_k": 5}])
@@ -159,10 +226,12 @@ def cuda(monkeypatch):
 
 
 def test_batches_share_streams_but_no_pool(cuda):
+    work = []
     for device in ("cuda:0", "cuda:0", "cuda:1", "cuda:0"):
         capture = CudaCapture(torch.device(device))
         for value in (1.0, 2.0):
-            assert capture(lambda value=value: torch.tensor(value))() == value
+            capture(lambda value=value: work.append(value))()
+    assert work == 4 * [1.0, 2.0], "its Python runs once"
     assert len(cuda.streams) == 4 and len(cuda.pools) == 4
     assert len(cuda.captures) == 8
     for i, device in enumerate((0, 0, 0, 0, 1, 1, 0, 0)):
@@ -192,7 +261,6 @@ def test_clean_up_waits_for_a_capture(cuda, monkeypatch):
         inside.set()
         assert go_on.wait(60)
         happened.append("capture ends")
-        return torch.zeros(())
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
     capture = CudaCapture(torch.device("cuda:0"))
@@ -224,4 +292,5 @@ def test_a_capture_that_fails_lets_the_next_begin(cuda):
     with pytest.raises(ValueError, match="no"):
         capture(fail)
     assert not ALLOCATOR_LOCK.locked()
-    assert capture(lambda: torch.tensor(3.0))() == 3
+    capture(lambda: None)()
+    assert len(cuda.captures) == 2 and cuda.log[1][1] == "replays"

@@ -9,13 +9,9 @@ from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.view.copying import view_of
+from tests.captured import would_wait
 from tests.runs import admit
 from tests.tiny import tiny_language_model
-
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
-"""On a GPU their results wait for it: a number for the host, or a shape."""
-COPIES = {"lift_fresh"}
-"""What torch.tensor(...) does: a copy from the host."""
 
 
 class Watch(TorchDispatchMode):
@@ -27,10 +23,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.partition("::")[2]
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masks = any(i is not None and i.dtype == torch.bool for i in indices)
         self.seen.append(name)
-        if masks or name in READS | COPIES:
+        if would_wait(function, args):
             self.waits.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -53,7 +47,7 @@ def test_a_segment(proposer, monkeypatch, filters):
     for name in ("tolist", "cpu", "numpy"):  # no operators, on a CPU
         monkeypatch.setattr(torch.Tensor, name, None)
     with Watch() as watch:
-        tokens, _ = proposer._segment(rows, Plan(5, 1), sampling, 0, eos)
+        tokens, *_ = proposer._segment(rows, Plan(5, 1), sampling, 0, eos)
     assert tokens.shape == (6, 5)
     fused = 4 if proposer.head is not None and filters == {"top_k": None} else 0
     assert [watch.seen.count(op) for op in ("segment_sample", "lm_head_sample")] == [5 - fused, fused]

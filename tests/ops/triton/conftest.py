@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
 SANITIZED = "ttsem" in sys.modules
@@ -44,3 +46,21 @@ def launches(monkeypatch):
         monkeypatch.setattr(kind, "run", counted)
     yield names
     assert names, "this test launched no Triton kernel"
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    """In the interpreter a product adds its terms in order, and knows bfloat16; BLAS adds by the row's place, too."""
+    if not INTERPRETED:
+        return
+
+    def wide(x):
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype == tl.bfloat16 else x.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total, left, right = d.data.copy(), wide(a), wide(b)
+        for k in range(left.shape[1]):
+            total += np.multiply(left[:, k, None], right[k], dtype=total.dtype)
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -7,7 +7,14 @@ import torch
 
 from stars_kernels.ops import backends
 from stars_kernels.ops.triton import LAUNCHERS
-from tests.ops import test_accept, test_fork_attention, test_kv_commit, test_lm_head_sample, test_reward_head
+from tests.ops import (
+    test_accept,
+    test_fork_attention,
+    test_kv_commit,
+    test_lm_head_sample,
+    test_reward_head,
+    test_rms_norm,
+)
 from tests.ops.helpers import longs, moved
 
 CASES = {
@@ -16,6 +23,7 @@ CASES = {
     "kv_commit": test_kv_commit.make_case(),
     "lm_head_sample": test_lm_head_sample.make_case() | {"temperature": 1.0, "stream": 0},
     "reward_head": test_reward_head.make_case(torch.float32),
+    "rms_norm": dict(zip(("x", "weight", "eps"), (*test_rms_norm.make_case(), test_rms_norm.EPS), strict=True)),
     "segment_sample": {
         "logits": torch.randn(2, 50), "keys": longs(1, 2), "attempt": longs(0, 1), "position": longs(3, 4),
         "source": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stream": 0,
@@ -27,6 +35,7 @@ KERNELS = {
     "kv_commit": {"_commit"},
     "lm_head_sample": {"_lm_head_race", "_lm_head_finish"},
     "reward_head": {"_reward_head"},
+    "rms_norm": {"_rms_norm"},
     "segment_sample": {"_race", "_finish"},
 }
 

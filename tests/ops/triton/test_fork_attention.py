@@ -1,14 +1,16 @@
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stars_kernels.ops.fork_attention import fork_attention_ref
 from stars_kernels.ops.triton import fork_attention as module
 from stars_kernels.ops.triton.fork_attention import fork_attention_triton
-from tests.ops.helpers import assert_no_worse, dtype_name, moved, strided
+from tests.ops.helpers import assert_no_worse, dtype_name, longs, moved, strided
 from tests.ops.test_fork_attention import (
     LAYOUTS,
     SCALES,
-    SHAPES,
     eager,
     in_order,
     make_case,
@@ -30,12 +32,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 OPTIONS = {"window": 0, "softcap": 0.0, "sinks": None}
 
 
-@pytest.fixture(params=[1, 3], ids=["whole", "3 splits"])
+@pytest.fixture(params=[1, 4], ids=["whole", "3 splits"])
 def splits(request, monkeypatch):
-    """Prefixes in one piece, or cut in three however short they are."""
+    """Prefixes in one piece, or in up to three, which are dealt to programs however short they are."""
     monkeypatch.setattr(module, "MAX_SPLITS", request.param)
+    monkeypatch.setattr(module, "SPLIT_KEYS", 8)
     monkeypatch.setattr(module, "TARGET_PROGRAMS", 1 << 20)
-    monkeypatch.setattr(module, "SPLIT_KEYS", 1)
     return request.param
 
 
@@ -152,13 +154,57 @@ def test_strided_inputs(device):
     assert torch.equal(attended(views, device), attended(case, device))
 
 
-def test_a_row_in_another_batch(device):
-    case = make_case(steps=3, shape=SHAPES[0], dtype=torch.float32, seed=4)
+OF_ROWS = ("query", "suffix_key", "suffix_value", "suffix_len", "query_len", "prompt")
+BITS = [
+    pytest.param(torch.bfloat16, {"steps": 3, "window": 140, "softcap": 1.5, "sinks": True}, id="bf16, S=3, together"),
+    pytest.param(
+        torch.bfloat16, {"suffix_len": [20, 3, 33, 1, 17], "query_len": [1] * 5, "slots": 33}, id="bf16, long"
+    ),
+    pytest.param(torch.float32, {}, id="fp32"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "variant"), BITS)
+def test_a_rows_bits_depend_on_its_own_prompt_alone(device, dtype, variant, launches, products_in_order, monkeypatch):
+    """Not on the rows and prompts beside it, the arena's size, nor on how the launch is cut."""
+    monkeypatch.setattr(module, "SPLIT_KEYS", 64)
+    layout = {"shape": (2, 1, 16, 16), "lengths": (150, 0, 70), "prompt": (2, 0, 0, 1, 0), "seed": 4}
+    case = make_case(**layout, dtype=dtype, **variant)
     whole = attended(case, device)
-    of_rows = ("query", "suffix_key", "suffix_value", "suffix_len", "query_len", "prompt")
-    for rows in ([3], [0, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
-        part = attended(case | {name: case[name][rows] for name in of_rows}, device)
-        torch.testing.assert_close(part, whole[rows], rtol=1e-5, atol=1e-6)
+    for rows in ([4], [4, 1, 3, 0, 2]):
+        assert torch.equal(attended(case | {name: case[name][rows] for name in OF_ROWS}, device), whole[rows])
+    begin = int(case["offsets"][0])
+    alone = {name: case[name][begin : begin + 150] for name in ("arena_key", "arena_value")}
+    alone |= {name: case[name][[1, 4]] for name in OF_ROWS} | {"prompt": longs(0, 0)}
+    alone |= {"offsets": longs(0), "lengths": longs(150)}
+    assert torch.equal(attended(case | alone, device), whole[[1, 4]])
+    larger = {name: F.pad(case[name], (0, 0, 0, 0, 0, 3000), value=torch.nan) for name in ("arena_key", "arena_value")}
+    assert torch.equal(attended(case | larger, device), whole)
+    assert set(launches) == {"_fork_attention", "_merge"}
+    for name, value, seen in (
+        ("WORKSPACE", 0, ["_fork_attention"]),  # one program reads all parts
+        ("TARGET_PROGRAMS", 1, ["_fork_attention"]),
+        ("WHOLE_SPLITS", 2, ["_fork_attention", "_merge"]),  # or those of the shorter prompts
+        ("LEAST_READERS", 1, ["_fork_attention", "_merge"]),  # or stores them
+    ):
+        monkeypatch.setattr(module, name, value)
+        if name == "TARGET_PROGRAMS":
+            monkeypatch.setattr(module, "WORKSPACE", 1 << 30)
+        launches.clear()
+        assert torch.equal(attended(case, device), whole)
+        assert launches == seen
+
+
+def test_the_room_for_parts_is_bounded(device):
+    """By the sizes of a call, whatever the prompts' lengths: it is a plan of the host."""
+    for rows, prompts, slots, steps in itertools.product((1, 20, 512, 2048), (1, 64), (100, 10**6), (1, 15, 1024)):
+        cut = module.plan(rows, prompts, slots, steps * 4, 8, 128, 64)
+        assert cut.stored * rows * steps * 32 * 130 * 4 <= module.WORKSPACE
+        assert cut.stored in (0, min(module.MAX_SPLITS, -(-slots // module.SPLIT_KEYS)) + 1)
+        assert cut.row_blocks == 1 or cut.together == 1
+        assert cut.together * steps * 4 <= 64 * cut.row_blocks
+        assert 1 <= cut.readers <= max(1, cut.stored)
+    attended(make_case(prompt=(1,), suffix_len=[1], query_len=[1], dtype=torch.float32), device)  # a fixture wants one
 
 
 def test_zero_rows(device):

@@ -8,8 +8,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from stars_kernels.ops.triton import fork_attention, kv_commit
-from tests.ops.triton import test_fork_attention, test_kv_commit
+from stars_kernels.ops.triton import fork_attention, kv_commit, rms_norm
+from tests.ops.triton import test_fork_attention, test_kv_commit, test_rms_norm
 from tests.ops.triton.conftest import SANITIZED
 
 sanitized = pytest.mark.skipif(not SANITIZED, reason="only ttsem sees it: make sanitize")
@@ -40,8 +40,12 @@ def commit(device, monkeypatch):
     test_kv_commit.assert_commits(test_kv_commit.make_case(torch.float32), device)
 
 
+def norm_a_row(device, monkeypatch):
+    test_rms_norm.test_norms(device, torch.float32, (1027,))
+
+
 def attend_in_splits(device, monkeypatch):
-    for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 1)):
+    for name, value in (("MAX_SPLITS", 3), ("TARGET_PROGRAMS", 1 << 20), ("SPLIT_KEYS", 8)):
         monkeypatch.setattr(fork_attention, name, value)
     test_fork_attention.test_long_prefix(device, 3, torch.float32)
 
@@ -67,8 +71,13 @@ def attend_in_splits(device, monkeypatch):
             commit, "race", "both touch element", id="a length read beside its ticket",
         ),
         pytest.param(
-            fork_attention, "begin_out += split.to(tl.int64) * size", "begin_out += 0 * size",
-            attend_in_splits, "race", "both touch element", id="all splits write to one place",
+            rms_norm, "(normed * factor).to(out.dtype.element_ty), mask=d < SIZE)",
+            "(normed * factor).to(out.dtype.element_ty))",
+            norm_a_row, "oob_write", "past the end of the tensor passed as `out`", id="a row's store without its mask",
+        ),
+        pytest.param(
+            fork_attention, "begin_out = place.to(tl.int64) * size", "begin_out = place.to(tl.int64) * 0",
+            attend_in_splits, "race", "both touch element", id="all parts are stored in one place",
         ),
     ],
 )  # fmt: skip
@@ -82,8 +91,8 @@ def test_a_fault_in_a_kernel(device, monkeypatch, plant, module, line, other, ch
 @pytest.mark.parametrize(
     "line",
     [
-        "tl.store(stats + at_out, high, mask=written)",
-        "tl.store(partial + (at_out[:, None] * DV + dv), acc, mask=written[:, None] & (dv < DV))",
+        "tl.store(stats + begin_out + at_out, high, mask=written)",
+        "tl.store(partial + (begin_out + at_out)[:, None] * DV + dv, acc, mask=written[:, None] & (dv < DV))",
     ],
 )
 def test_an_unwritten_read(device, monkeypatch, plant, line):
