@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.rules import Rule, Stars
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import is_unfiltered
@@ -48,6 +49,18 @@ class Serving:
             return "float64 is served by the definitions, which wait for the host"
         return None
 
+    def why_by_host(self, rule: Rule) -> str | None:
+        """Why the host judges the rounds of a rule; None where the device may."""
+        if self.eager is not None:
+            return "segments do not run as CUDA graphs"
+        if type(rule) is not Stars:
+            return f"the rule is {type(rule).__name__}"
+        if self._config.stop_strings or self._hooks.criteria:
+            return "answers end at stops, which are looked for on the host"
+        if not self._models.rewarder.queues:
+            return "a reward model works on the host"
+        return None
+
     def _why_unfused(self) -> str | None:
         if self._models.lm.device.type != "cuda":
             return "the model is not on a GPU"
@@ -80,4 +93,6 @@ class Serving:
             served["processors"] = ", ".join(type(processor).__name__ for processor in self._hooks.processors)
         if device == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
+            why = self.why_by_host(self._config.resolved_rule)
+            served["rounds"] = "judged on the device" if why is None else f"judged by the host: {why}"
         return {**served, "linear": linear}
