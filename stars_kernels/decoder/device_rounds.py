@@ -12,7 +12,6 @@ any two rounds. The definition of both is `decoder/sequential.py`.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from stars_kernels import ops
 from stars_kernels.decoder.answer import Answer
-from stars_kernels.decoder.ends import Ends, find_ends
+from stars_kernels.decoder.ends import Ends, find_ends, is_in
 from stars_kernels.decoder.faults import fault_of_score, faults_of_sampling
 from stars_kernels.decoder.protocols import (
     Commit,
@@ -31,6 +30,7 @@ from stars_kernels.decoder.protocols import (
     QueueingScorer,
     Rows,
     Scores,
+    Settle,
     together,
 )
 from stars_kernels.decoder.round import Round, grown
@@ -120,8 +120,7 @@ class DeviceRounds:
     ) -> None:
         """rule, proposer, scorer: those of `round`."""
         self.round, self.rule, self.proposer, self.scorer, self.place = round, rule, proposer, scorer, place
-        self.in_flight = deque[InFlight]()
-        """Rounds that were queued, and not collected; at most two, and one between two calls of `Run.step`."""
+        self.in_flight: InFlight | None = None
         self.known: Known | None = None
 
     def may_end(self, slot: int, answer: Answer) -> bool:
@@ -129,42 +128,44 @@ class DeviceRounds:
 
         An answer that ends otherwise, with an end of sequence, is found out a round late.
         """
-        return self._flies(slot, answer) and answer.room <= self.in_flight[-1].size
+        flying = self.in_flight
+        return flying is not None and flying.answers.get(slot) is answer and answer.room <= flying.size
 
-    def _flies(self, slot: int, answer: Answer) -> bool:
-        """Say whether the round that was queued last is for this answer: of it the device knows more than the host."""
-        return bool(self.in_flight) and self.in_flight[-1].answers.get(slot) is answer
+    def prepare(self, answers: Mapping[int, Answer], slots: int, width: int) -> Settle:
+        """Queue `width` candidates for each of these answers, by slot, and their rewards, without waiting.
 
-    def launch(self, slots: Sequence[int], slots_in_all: int, width: int) -> None:
-        """Queue a round of `width` attempts for each of these slots, without waiting; what is in flight stays to book.
-
-        Where it raises, nothing is decided, and a repeat gives the same.
+        slots: in all. Returns what queues their judgement, once the round in flight, if one is, has been collected. So
+        far nothing is decided: where this raises, it may be asked again. What the result writes cannot be taken back.
         """
-        round_ = self.round
-        answers = {slot: round_.answers[slot] for slot in slots}
         size = min(self.rule.segment_size, max(answer.room for answer in answers.values()))
-        with round_.timed("propose"):
-            known = self._take_over(answers, slots_in_all)
-            (slot,) = to_device([slots], self.proposer.device)  # [C]
+        with self.round.timed("propose"):
+            known = self._take_over(answers, slots)
+            (slot,) = to_device([list(answers)], self.proposer.device)  # [C]
             now = known.of(slot)
             if self.proposer.reads_late:
-                self.proposer.read_last(slots, slot, now["unread"].bool())
-                if self.in_flight:
-                    self.in_flight[-1].followed.update(slots)
+                self.proposer.read_last(list(answers), slot, now["unread"].bool())
+                self.proposer.unread = self.proposer.unread.difference(answers)
+                if self.in_flight is not None:
+                    self.in_flight.followed.update(answers)
                 known.write(slot, {**now, "unread": torch.zeros_like(slot)})
-            rows = self._rows(slots, slot, now, width)
+            rows = self._rows(list(answers), slot, now, width)
         proposal, ends, scores = self._candidates(rows, now, size, width)
-        with round_.timed("judge"):
-            told = self._decide(known, slot, rows, proposal, ends, scores, width)
-        self.in_flight.append(InFlight(answers, width, size, told))
+        judgement = self._judgement(known, slot, proposal, ends, scores, width)
+
+        def queue() -> None:
+            with self.round.timed("judge"):
+                self.in_flight = InFlight(dict(answers), width, size, judgement())
+
+        return queue
 
     def collect(self) -> list[Trial]:
-        """Hear, perhaps after a wait, what the first round in flight has come to; the answers are as before it.
+        """Hear, perhaps after a wait, what the round in flight has come to; the answers are as before it.
 
         Returns a trial for each answer that is still active.
         """
+        flying, self.in_flight = self.in_flight, None
+        assert flying is not None
         with self.round.timed("judge"):
-            flying = self.in_flight.popleft()
             columns = flying.told.wait()
             if self.proposer.reads_late:
                 taken = zip(flying.answers, columns["outcome"], strict=True)
@@ -178,15 +179,15 @@ class DeviceRounds:
 
     def forget(self) -> None:
         """Forget what is in flight, and what the device knows: nobody waits for it."""
-        self.in_flight.clear()
-        self.known = None
+        self.in_flight = self.known = None
 
     def _take_over(self, answers: Mapping[int, Answer], slots: int) -> Known:
-        """Tell the device of the answers that the round queued last is not for; it knows of the others."""
+        """Tell the device of the answers that the round in flight is not for: of the others it knows more than we."""
         if self.known is None:
             numbers = self.place.take("numbers", (len(NUMBERS), slots), torch.int64)
             self.known = Known(numbers, self.place.take("rewards", (len(REWARDS), slots), torch.float64))
-        fresh = {slot: answer for slot, answer in answers.items() if not self._flies(slot, answer)}
+        flying = {} if self.in_flight is None else self.in_flight.answers
+        fresh = {slot: answer for slot, answer in answers.items() if flying.get(slot) is not answer}
         if fresh:
             proposer = self.proposer
             told = [known_of(answer, slot in proposer.unread) for slot, answer in fresh.items()]
@@ -195,7 +196,6 @@ class DeviceRounds:
             floats = to_device(list(zip(*(floats for _, floats in told), strict=True)), proposer.device, torch.float64)
             names = (*NUMBERS, *REWARDS)
             self.known.write(slot, dict(zip(names, (*integers, *floats), strict=True)))
-            proposer.unread = proposer.unread.difference(fresh)
         return self.known
 
     def _rows(self, slots: Sequence[int], slot: Tensor, now: Mapping[str, Tensor], width: int) -> Rows:
@@ -220,31 +220,35 @@ class DeviceRounds:
         round_.open(rows, proposal, ends)
         return proposal, ends, round_.score(range(len(rows)))
 
-    def _decide(
-        self, known: Known, slot: Tensor, rows: Rows, proposal: Proposal, ends: Ends, scores: Scores, width: int
-    ) -> Reading:
-        """Queue the judgement and what follows from it; return the record of the round."""
-        round_, count, columns = self.round, len(slot), (len(rows),)
-        size, eos = proposal.tokens.shape[1], round_.eos_tensor
+    def _judgement(
+        self, known: Known, slot: Tensor, proposal: Proposal, ends: Ends, scores: Scores, width: int
+    ) -> Callable[[], Reading]:
+        """Return what queues the judgement, and what follows from it, and returns the round's record."""
+        count, eos, tokens = len(slot), self.round.eos_tensor, proposal.tokens  # [R, T]
 
         def kept(name: str, value: Tensor) -> Tensor:
             return self.place.take(name, tuple(value.shape), value.dtype).copy_(value)
 
         index, eos, lengths = kept("slot", slot), kept("eos", eos), kept("lengths", ends.lengths)
         rewards = kept("row rewards", scores.rewards.masked_fill(ends.broken, math.nan))
-        thresholds = self.place.take("thresholds", columns, torch.float64)
+        thresholds = self.place.take("thresholds", tuple(rewards.shape), torch.float64)
         outcome, chosen = (self.place.take(name, (count,), torch.int64) for name in ("outcome", "chosen"))
-        tokens, grid = proposal.tokens, (count, width)
+        grid = (count, width)
         given = index, tokens, lengths.view(grid), rewards.view(grid), eos
         told = outcome, chosen, thresholds.view(grid)
-        works_on = [*known.tensors, *given, *told, *self.proposer.tensors, *self.scorer.tensors]
-        self.place.run((*grid, size, len(eos), self.rule), lambda: self._judge(known, *given, *told), works_on)
-        return Reading(
-            dict(
-                rewards=rewards, read=scores.read, tokens=tokens, lengths=lengths, broken=ends.broken,
-                logprobs=proposal.logprob(lengths), outcome=outcome, chosen=chosen, thresholds=thresholds,
-            )
+        works_on = [*known.tensors, index, tokens, lengths, rewards, eos, outcome, chosen, thresholds]
+        works_on += [*self.proposer.tensors, *self.scorer.tensors]
+        record = dict(
+            rewards=rewards, read=scores.read, tokens=tokens, lengths=lengths, broken=ends.broken,
+            logprobs=proposal.logprob(lengths), outcome=outcome, chosen=chosen, thresholds=thresholds,
         )  # fmt: skip
+
+        def queue() -> Reading:
+            key = (*grid, tokens.shape[1], len(eos), self.rule)
+            self.place.run(key, lambda: self._judge(known, *given, *told), works_on)
+            return Reading(record)
+
+        return queue
 
     def _judge(
         self, known: Known, slot: Tensor, tokens: Tensor, lengths: Tensor, rewards: Tensor, eos: Tensor,
@@ -255,7 +259,7 @@ class DeviceRounds:
         slot: [C]. tokens: [C * W, T]. lengths, rewards: [C, W]. eos: [E]. Written: outcome, chosen [C], as of
         `ops.accept`; thresholds [C, W].
         """
-        now, rule, (count, width) = known.of(slot), self.rule, lengths.shape
+        now, rule, (slots, width) = known.of(slot), self.rule, lengths.shape
         active, attempt, position = now["active"].bool(), now["attempt"], now["position"]
         columns = torch.arange(width, device=slot.device)
         valid = active[:, None] & (attempt[:, None] + columns < rule.max_attempts)
@@ -265,21 +269,23 @@ class DeviceRounds:
             rewards, valid, thresholds, now["key"], position, attempt, best_reward, best_attempt,
             max_attempts=rule.max_attempts, beta=1.0 if rule.beta is None else rule.beta, hard=rule.accept == "hard",
         )  # fmt: skip
-        chosen.copy_(judged[0]), outcome.copy_(judged[1])
+        chosen.copy_(judged[0])
+        outcome.copy_(judged[1])
 
         taken = (outcome == ACCEPTED) | (outcome == FALLBACK)
         here = (chosen >= 0) & (outcome != NAN)  # of this round's rows; else the best is an earlier round's, if any
-        row = torch.arange(count, device=slot.device) * width + chosen.clamp(min=0)
+        row = torch.arange(slots, device=slot.device) * width + chosen.clamp(min=0)
         length = lengths.flatten()[row].where(here, now["best_length"])
         last = tokens[row, length - 1].where(here, now["best_last"])
-        ended = torch.isin(last, eos) | (position + length >= now["limit"])
-        commit = Commit((), slot, row.where(here, -1), length.where(here | taken, 1), taken, last)
+        ended = is_in(last, eos) | (position + length >= now["limit"])
+        row, count = row.masked_fill(~here, -1), length.masked_fill(~(here | taken), 1)
+        commit = Commit((), slot, row, count, taken, last)
         together([self.proposer.commit(commit), self.scorer.commit(commit)])()
 
         after = dict(
             key=now["key"],
             position=position + length * taken,
-            attempt=torch.where(taken, 0, attempt + width * active),
+            attempt=(attempt + width * active).masked_fill(taken, 0),
             best_attempt=best_attempt.masked_fill(taken, -1),
             best_length=length,
             best_last=last,

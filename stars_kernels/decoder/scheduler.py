@@ -226,31 +226,37 @@ class Run:
         return [self.active[slot] for slot in slots]
 
     def _play_ahead(self, device: DeviceRounds, slots: Sequence[int], width: int) -> list[Answer]:
-        """Queue a round, and book the one that was queued before it, if there is one; return its answers.
+        """Queue the next round, and book the one before it, if there is one; return its answers.
 
-        The next one is for those that go on for certain, but for an end of sequence. Where it cannot be queued, that
-        shows once nothing is in flight: then it is queued again.
+        The next one is for those that go on for certain, but for an end of sequence. Its judgement is queued last: the
+        device is busy with the candidates until then. Where they cannot be queued, the round before is booked all the
+        same, and it shows when nothing is in flight.
         """
-        going = [slot for slot in slots if not device.may_end(slot, self.active[slot])]
-        waits = bool(device.in_flight)
-        if going:
+        going = {slot: self.active[slot] for slot in slots if not device.may_end(slot, self.active[slot])}
+        queue: Settle | None = None
+        try:
+            queue = device.prepare(going, self._slots.room.slots, width) if going else None
+        except Warning:
+            raise
+        except Exception:  # Abandoned too
+            if device.in_flight is None:
+                raise
+        told = self._hear()
+        if queue is not None:
             try:
-                device.launch(going, self._slots.room.slots, width)
+                queue()
             except Warning:
                 raise
-            except Exception:  # Abandoned too
-                if not waits:
-                    raise
-        return self._hear() if waits else []
+            except Exception as error:
+                self._end(list(going.values()), error)
+                return list(going.values())
+        return told
 
     def _hear(self) -> list[Answer]:
-        """Book the round that was queued first, where one is in flight, and return its answers.
-
-        An exception ends them.
-        """
-        if self.device is None or not self.device.in_flight:
+        """Book the round that is in flight, if one is, and return its answers. An exception ends them."""
+        if self.device is None or self.device.in_flight is None:
             return []
-        answers = [answer for answer in self.device.in_flight[0].answers.values() if answer.active]
+        answers = [answer for answer in self.device.in_flight.answers.values() if answer.active]
         try:
             self._book(self.device.collect())
             self.played.on_device += 1

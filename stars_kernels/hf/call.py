@@ -23,8 +23,8 @@ from stars_kernels.decoder.device_rounds import DeviceRounds
 from stars_kernels.decoder.errors import Abandoned, DecodeError, message_of, with_cause
 from stars_kernels.decoder.memory import MemoryLimits
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
-from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.protocols import QueueingScorer
+from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import BestOf, Rule, Stars
 from stars_kernels.decoder.scheduler import Played, Run
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, enough_slots
