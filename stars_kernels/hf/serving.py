@@ -78,7 +78,10 @@ class Serving:
         served = {op: devices[device] for op, devices in backends().items()}
         if layout_of(models.lm).mode == "gathered":
             served["fork_attention"] = "gathered: the model has no attention hook"
-        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash", "accept"))
+        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash"))
+        why = self.why_by_host(self._config.resolved_rule)
+        if why is not None:
+            del served["accept"]
         modules = [module for body in models.bodies for module in body.modules()]
         if not any(isinstance(module, RMSNorm) for module in modules):
             served["rms_norm"] = "the model's own"
@@ -93,6 +96,5 @@ class Serving:
             served["processors"] = ", ".join(type(processor).__name__ for processor in self._hooks.processors)
         if device == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
-            why = self.why_by_host(self._config.resolved_rule)
             served["rounds"] = "judged on the device" if why is None else f"judged by the host: {why}"
         return {**served, "linear": linear}
