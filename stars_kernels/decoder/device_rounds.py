@@ -72,7 +72,7 @@ class Known:
 
     def __init__(self, numbers: Tensor, rewards: Tensor) -> None:
         """numbers: [len(NUMBERS), P] int64; rewards: [len(REWARDS), P] float64."""
-        self.tensors = numbers, rewards
+        self.tensors, self.slots = (numbers, rewards), numbers.shape[1]
 
     def of(self, slot: Tensor) -> dict[str, Tensor]:
         """Return what is known of these slots [C], a copy [C] of each column."""
@@ -244,7 +244,7 @@ class DeviceRounds:
         )  # fmt: skip
 
         def queue() -> Reading:
-            key = (*grid, tokens.shape[1], len(eos), self.rule)
+            key = (*grid, tokens.shape[1], len(eos), known.slots, self.rule)
             self.place.run(key, lambda: self._judge(known, *given, *told), works_on)
             return Reading(record)
 
