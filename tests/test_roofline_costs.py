@@ -15,7 +15,6 @@ from stars_kernels import ops
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.hf.proposing.graphs import Graphs, bucket_of, padded
 from stars_kernels.ops.triton import fork_attention
-from tests.ops.test_fork_attention import make_case
 
 TINY = Model("tiny", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=5000)
 H100 = GPUS["h100"]

@@ -12,8 +12,8 @@ from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import is_unfiltered
 from stars_kernels.hf.rule_checks import first_plan, why_logits
+from stars_kernels.hf.view import rewrites
 from stars_kernels.hf.view.layout import layout_of
-from stars_kernels.hf.view.rewrites.norm import RMSNorm
 from stars_kernels.ops import backends
 
 
@@ -83,11 +83,13 @@ class Serving:
         if why is not None:
             del served["accept"]
         modules = [module for body in models.bodies for module in body.modules()]
-        if not any(isinstance(module, RMSNorm) for module in modules):
-            served["rms_norm"] = "the model's own"
+        used = [rewrites.served(body) for body in models.bodies]
+        served |= {op: "the model's own" for op in used[0] if not any(ops[op] for ops in used)}
         plain = sum(type(module) in (nn.Linear, Conv1D) for module in modules)
         size = models.packed_bytes
         linear = f"{packed}: packed, {size / 1e6:.0f} MB of weights" if size else "torch"
+        if models.merged_bytes:
+            linear += f", {models.merged_bytes / 1e6:.0f} MB of merged weights"
         if size and plain:
             linear += f"; torch: {plain} layers"
         if self.unfused is not None:
