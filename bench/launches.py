@@ -40,7 +40,10 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.graphs import Graphs
+from stars_kernels.hf.view import rewrites
 from stars_kernels.hf.view.layout import layout_of
+from stars_kernels.hf.view.rewrites import merged as merging
+from stars_kernels.hf.view.rewrites import mlp
 from stars_kernels.ops.philox import STREAM_SAMPLE
 
 FREE = ("_unsafe_view", "empty", "new_empty", "split_with_sizes", "unbind")
@@ -48,17 +51,20 @@ FREE = ("_unsafe_view", "empty", "new_empty", "split_with_sizes", "unbind")
 LINEAR_OPS = ("addmm", "mm")
 """A linear layer, its bias included: one product of cuBLAS."""
 ONE = (
-    "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "cat", "clamp", "clone", "copy", "cos", "cumsum",
-    "embedding", "fill", "stack", "full_like", "gather", "ge", "index", "index_add", "index_put_", "index_select", "lt", "mean",
-    "minimum", "mul", "neg", "ones_like", "pow", "rsqrt", "scalar_tensor", "silu", "sin", "sub", "where", "zero",
-    "zeros", "zeros_like",
+    "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clone",
+    "copy", "cos", "cumsum", "div", "embedding", "eq", "fill", "stack", "full_like", "gather", "ge", "index",
+    "index_add", "index_put_", "index_select", "lt", "masked_fill", "mean", "minimum", "mul", "ne", "neg", "ones_like",
+    "pow", "repeat_interleave", "rsqrt", "rsub", "scalar_tensor", "silu", "sin", "sub", "where", "zero", "zeros",
+    "zeros_like",
 )  # fmt: skip
-SEVERAL = {"index_put": 2, "isin": 4}
-"""index_put: a copy first. isin of a few numbers: fill, compare, reduce, copy."""
+SEVERAL = {"index_put": 2, "masked_fill_": 1}
+"""index_put: a copy first."""
 OPS = dict.fromkeys(FREE, 0) | dict.fromkeys((*LINEAR_OPS, *ONE), 1) | SEVERAL
 """Launches on a GPU of each ATen op, by its name; one that works in place is as the other, where not told apart."""
-STARS_OPS = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "rms_norm", "segment_sample")
-"""Counted as calls; rms_norm with a layer's element-wise ops."""
+STARS_OPS = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
+"""Counted as calls: their launches depend on shapes."""
+SINGLE = ("accept", "add_rms_norm", "gated", "rms_norm", "rotary_store")
+"""Ops of this package that are always one launch; counted with torch's small ones."""
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
@@ -94,7 +100,7 @@ class Launches(TorchDispatchMode):
 
     @staticmethod
     def launches(space: str, name: str) -> int:
-        if space == "stars" and name in STARS_OPS:
+        if space == "stars" and name in (*STARS_OPS, *SINGLE):
             return 1
         found = OPS.get(name, OPS.get(name.rstrip("_"))) if space == "aten" else None
         if found is None:
@@ -137,21 +143,28 @@ def models_of(family: str, layers: int, dtype: torch.dtype) -> tuple[PreTrainedM
 @cache
 def seen(
     family: str, layers: int, *, dtype: torch.dtype = torch.bfloat16, segment: int = 5, prompts: int = 2,
-    width: int = 2, wave: int | None = None, accepted: bool = True,
+    width: int = 2, wave: int | None = None, accepted: bool = True, merged: bool = False,
 ) -> Counter[tuple[str, str]]:  # fmt: skip
     """Count a call's prefill, and one round of it; by part and op.
 
     Parts end in "+forward" where a model is in its forward, the output layer included. The third round is counted: it
     reads the last tokens that the second one decided, and finds the graph that the second one captured.
 
-    accepted: whether each round accepts every prompt's first attempt, or none.
+    accepted: whether each round accepts every prompt's first attempt, or none. merged: whether the GPU has memory for
+    copies of weights whose products are one.
     """
     torch.manual_seed(0)
     config = StarsConfig(
         segment_size=segment, max_new_tokens=4 * segment, width=width, wave=wave or width, batch_size=prompts,
         accept="hard", reward_threshold=-1e6 if accepted else 1e6, beta=1.0, top_k=4, seed=0, eos_token_id=(EOS,),
     )  # fmt: skip
-    call = Call(Models(*models_of(family, layers, dtype), None, False, pack_as=False), config)
+    with (
+        mock.patch.object(mlp, "fuses", lambda weight: True),
+        mock.patch.object(merging, "memory_of", lambda device: 2**40 if merged else 0),
+        mock.patch.object(rewrites.ops, "backends", lambda: {"packed_linear": {"cpu": "none"}}),
+    ):
+        models = Models(*models_of(family, layers, dtype), None, False, pack_as=True)
+    call = Call(models, config)
     call.serving.eager = None
     call.workspace = Workspace(torch.device("cpu"), 0)
     call.workspace.graphs = Graphs(lambda run: run)
@@ -163,7 +176,7 @@ def seen(
         scorer: Any = run.round.scorer
         layout_of(scorer.backbone)  # found by a forward, once for an engine
         for owner, method, part in (
-            (proposer, "admit", "prefill"), (proposer, "_read_last", "last token"), (proposer, "_segment_of_graphs", "segment"),
+            (proposer, "admit", "prefill"), (proposer, "read_last", "last token"), (proposer, "_segment_of_graphs", "segment"),
             (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
             (scorer, "_hidden", "+forward"),
         ):  # fmt: skip
@@ -195,15 +208,18 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         return sum(ops[name] for name in LINEAR_OPS)
 
     def others(ops: Counter[str]) -> int:
-        """Beside linears and the ops of this package, but for rms_norm."""
-        return ops.total() - linears(ops) - sum(ops[name] for name in STARS_OPS if name != "rms_norm")
+        """Beside linears and the ops of this package that may be several launches."""
+        return ops.total() - linears(ops) - sum(ops[name] for name in STARS_OPS)
 
     step = longer["segment"] - one["segment"]
     steps = others(one["segment"]) // others(step)
     forward = others(one["RM+forward"]) - others(layer("RM+forward"))
     prompts = others(one["prefill+forward"]) - others(layer("prefill+forward")) - forward
+    merged = parts(seen(family, 2, dtype=dtype, merged=True))["RM+forward"]
+    merged -= parts(seen(family, 1, dtype=dtype, merged=True))["RM+forward"]
     return {
         "LINEARS": linears(layer("RM+forward")),
+        "MERGED_LINEARS": linears(merged),
         "ELEMENTWISE": others(layer("RM+forward")),
         "PREFILL_ELEMENTWISE": others(layer("prefill+forward")),
         "FORWARD": forward,
