@@ -17,7 +17,7 @@ L2_BYTES = 40e6  # of the smallest of these GPUs: activations that fit cost no b
 RACE_FLOPS = 150  # vector operations for a token's key in the race: 1/4 of Philox4x32-10, two logarithms
 FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
-FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
+MERGE_SHARE = 1 / 64  # of a GPU's memory, for copies of a model's weights whose products are one
 QUERY_BLOCK = 32  # queries for which fork_attention reads a prefix once: whole rows x tokens x heads of a group
 CHUNK, GROUP = 2048, 64  # segment_sample: tokens of a program, tokens behind one maximum
 HEAD_BLOCK = 128  # lm_head_sample: tokens of a program
@@ -63,6 +63,11 @@ class Model:
     def linears(self) -> int:
         """Weights of a layer's linears."""
         return self.hidden * (2 * self.query_size + 2 * self.kv_size + 3 * self.intermediate)
+
+    @property
+    def merged(self) -> int:
+        """Weights that are copied so that queries, keys and values are one product, and gate and up another."""
+        return self.layers * self.hidden * (self.query_size + 2 * self.kv_size + 2 * self.intermediate)
 
     @property
     def head(self) -> int:
@@ -122,6 +127,11 @@ class Kernel(NamedTuple):
         if self.attention:
             work /= given.attention_share
         return self.calls * max(work, self.searches * given.search_seconds, self.launches * given.small_kernel_seconds)
+
+
+def merges(m: Model, gpu: Gpu) -> bool:
+    """Say whether the engine merges products of a model on a GPU: stars_kernels/hf/view/rewrites/merged.py."""
+    return BF16 * m.merged <= MERGE_SHARE * gpu.memory
 
 
 def smooth_max(limits: tuple[float, ...], ridge: float) -> float:
@@ -189,27 +199,25 @@ def fork_attention(
 
 def forward(
     m: Model, name: str, rows: float, tokens: float = 1, *, prefixes: float, prefix: float, own: float,
-    calls: int = 1, head: bool = True, fused: bool = False, splits: int = 1, reread: float = 0.0,
+    calls: int = 1, head: bool = True, splits: int = 1, reread: float = 0.0, merged: bool = False,
 ) -> list[Kernel]:  # fmt: skip
     """`tokens` new tokens of each row, of `own` in its suffix; a prefix is read `prefixes` times, not for each row.
 
-    Weights are read once. Activations cost bandwidth only where they do not fit into the L2 cache. fused: the
-    element-wise kernels.
+    Weights are read once. Activations cost bandwidth only where they do not fit into the L2 cache. merged: see
+    `Model.merged`.
     """
     new = rows * tokens
     cached = new * max(4 * m.hidden, BF16 * m.intermediate) <= L2_BYTES
     rotated = m.query_size + m.kv_size
-    if fused:  # bytes a token: 8 in residual and norm, 4 in RoPE and copy, 6 in SiLU and product, for each element
-        elementwise = 16 * m.hidden + 4 * (rotated + m.kv_size) + 6 * m.intermediate
-    else:  # 36 in the 8 kernels of a norm, 6 in a residual, 20 in RoPE, 4 in a copy, 10 in SiLU and product
-        elementwise = 84 * m.hidden + 20 * rotated + 8 * m.kv_size + 10 * m.intermediate
+    # bytes a token: 4 in a norm, 8 in one with a residual, 4 in RoPE and copy, 6 in SiLU and product, for each element
+    elementwise = 12 * m.hidden + 4 * (rotated + m.kv_size) + 6 * m.intermediate
     around = 8 * m.hidden + 2 * m.query_size + 2 * m.kv_size + 3 * m.intermediate  # inputs and outputs of the linears
     layers, moved = m.layers, 0 if cached else new
     kernels = [
         Kernel(f"{name}: linears", BF16 * layers * (m.linears + moved * around), 2 * layers * m.linears * new,
-               calls=calls, launches=counted.LINEARS * layers),
+               calls=calls, launches=(counted.MERGED_LINEARS if merged else counted.LINEARS) * layers),
         Kernel(f"{name}: element-wise", layers * moved * elementwise, calls=calls,
-               launches=(FUSED_ELEMENTWISE if fused else counted.ELEMENTWISE) * layers + counted.FORWARD),
+               launches=counted.ELEMENTWISE * layers + counted.FORWARD),
         *fork_attention(m, name, rows, tokens, prefixes=prefixes, prefix=prefix, own=own, calls=calls * layers,
                         splits=splits, reread=reread),
     ]  # fmt: skip

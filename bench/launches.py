@@ -176,8 +176,8 @@ def seen(
         scorer: Any = run.round.scorer
         layout_of(scorer.backbone)  # found by a forward, once for an engine
         for owner, method, part in (
-            (proposer, "admit", "prefill"), (proposer, "read_last", "last token"), (proposer, "_segment_of_graphs", "segment"),
-            (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
+            (proposer, "admit", "prefill"), (proposer, "read_last", "last token"),
+            (proposer, "_segment_of_graphs", "segment"), (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
             (scorer, "_hidden", "+forward"),
         ):  # fmt: skip
             setattr(owner, method, launches.counted(getattr(owner, method), part))

@@ -33,8 +33,7 @@ RATIOS = (  # (ours, rival)
     ("tuned", "vLLM, L2"),
     ("tuned", "vLLM, requests"),
     ("waves", "vLLM, L2, waves"),
-    ("fused", "vLLM, L2"),
-    ("fused, waves", "vLLM, L2, waves"),
+    ("pivots", "vLLM, L2, waves"),
 )
 CONSTANTS = (  # (module, names, source)
     (
@@ -42,7 +41,7 @@ CONSTANTS = (  # (module, names, source)
         tuple(name for name in vars(counted) if name.isupper()),
         "counted: bench/counted.py, by tests/test_launches.py",
     ),
-    (kernels, ("FUSED_ELEMENTWISE",), f"{ESTIMATE}: of a layer whose element-wise kernels were fused; not built"),
+    (kernels, ("MERGE_SHARE",), f"{CODE}: hf/view/rewrites/merged.py"),
     (
         kernels,
         ("QUERY_BLOCK", "SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"),
@@ -76,13 +75,12 @@ def ratios(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
 
 
 def calls(job: Job) -> list[dict[str, Any]]:
-    """Where the seconds of a call go, and what it launches for a token of an answer, as built and fused."""
+    """Where the seconds of a call go, and what it launches for a token of an answer."""
     parts = {
         "first call": one_call(job, kept=False),
         "shipped": one_call(job, kept=True),
         "tuned": one_batch(job),
         "eager": one_batch(job, graph=False),
-        "fused": one_batch(job, fused=True),
     }
     rows = []
     for name, call in parts.items():
@@ -175,9 +173,14 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "a kernel takes the p-norm of its limits: the larger one where they are far apart, `ridge` times it where two "
         "are equal; no launch is shorter than `small_kernel_seconds`",
         "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
-        "decisions and commits. The host is taken to wait at the end of each and to issue ahead inside a phase alone "
-        "(as built it waits once a round: no credit is given for that); a CUDA graph holds the segment, padded to its "
-        "bucket, the other two are issued launch by launch",
+        "judgement and commits. The device goes through them and on to the next round, while the host books the one "
+        "before (`host_seconds`); it waits for the host only where that is the slower one. In waves, and without "
+        "graphs, the host judges: it is taken to wait at the end of each phase (as built it waits once a wave: no "
+        "credit is given for that). An answer's last round has none behind it, so none is played for nothing",
+        "CUDA graphs hold each step of a segment and the other forwards, padded to their buckets; what lies around "
+        "them is issued launch by launch",
+        "weights whose products are one (queries, keys and values; gate and up) are copied where the copy is at most "
+        "MERGE_SHARE of the GPU's memory",
         "memory and graphs outlive a call: in an engine's first call a bucket's first segment is eager, its second is "
         "captured (the host issues every launch of it) and replayed; later calls replay what is there",
         "launches are counted in the engine itself, copies from the host among them (bench/launches.py says what "

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from bench.assumptions import ENDS, End, Values, values
 from bench.costs import capture_seconds, issued_seconds, launches, ours, prefill, round_seconds
-from bench.counted import ELEMENTWISE
-from bench.kernels import FUSED_ELEMENTWISE, Kernel
+from bench.kernels import Kernel
 from bench.rivals import RIVALS, Pass, Rival, perfect_seconds, vllm, vllm_seconds
 from bench.schedule import NEW_TOKENS, Job, Round, auto_batch, auto_width, best_width, bucket_of, schedule
 
@@ -57,14 +56,12 @@ WAVES = (1, 2, 4, 8)
 BUILT = {
     "first call": 'the defaults, batch_size and width "auto", in the first call of an engine: it captures its graphs',
     "shipped": "the defaults in a later call, whose memory and graphs are there",
-    "tuned": "all prompts in one batch, the best width of the model; the graphs are there",
-    "waves": "as `tuned`, and the reward model reads a round in waves, where that is faster (`wave=`; by default a GPU "
-    "reads all at once)",
+    "tuned": "all prompts in one batch, the best width of the model; the graphs are there, the device judges",
+    "waves": "as `tuned`, but a round in which that is faster is scored in waves (`wave=`), which the host judges",
     "eager": "as `tuned`, with graphs=False",
 }
 NOT_BUILT = {
-    "fused": f"as `tuned`, and {FUSED_ELEMENTWISE} element-wise kernels a layer instead of {ELEMENTWISE}",
-    "fused, waves": "both",
+    "pivots": "as `waves`, and segment_sample searches 8 pivots a pass, so that a search takes a third of the time",
 }
 
 
@@ -72,8 +69,7 @@ def contestants(job: Job) -> dict[str, Contestant]:
     """All, by name."""
     mine = [
         defaults(job, "first call", kept=False), defaults(job, "shipped", kept=True),
-        tuned(job), waves(job, "waves"), steady(job, "eager", graph=False),
-        tuned(job, fused=True), waves(job, "fused, waves", fused=True),
+        steady(job, "tuned"), waves(job, "waves"), steady(job, "eager", graph=False), waves(job, "pivots", PIVOTS),
     ]  # fmt: skip
     return {c.name: c for c in [*mine, *(rival(job, r) for r in RIVALS)]}
 
@@ -158,8 +154,9 @@ class Batch:
 def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> list[Batch]:
     """The batches of a call, as stars_kernels/hf/proposing/graphs.py runs them.
 
-    A bucket's graphs are captured in its first round (a step at its second use, so within the segment); a larger bucket
-    than any before moves the buffers, and all graphs are lost. kept: an earlier call like it has left memory and graphs.
+    A bucket's graphs are captured in its first round (a step at its second use, so within the segment); a larger
+    bucket than any before moves the buffers, and all graphs are lost. kept: an earlier call like it has left memory and
+    graphs.
     """
     captured: set[int] = set()
     peak = 0
@@ -176,33 +173,38 @@ def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> li
     return made
 
 
-def tuned(job: Job, fused: bool = False) -> Contestant:
-    return steady(job, "fused" if fused else "tuned", graph=True, fused=fused)
-
-
-def steady(job: Job, name: str, graph: bool, fused: bool = False) -> Contestant:
-    batch = one_batch(job, graph, fused)
+def steady(job: Job, name: str, graph: bool = True) -> Contestant:
+    batch = one_batch(job, graph)
     return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
 
 
 @cache
-def one_batch(job: Job, graph: bool = True, fused: bool = False) -> Batch:
+def one_batch(job: Job, graph: bool = True) -> Batch:
     """All prompts side by side, in a call that captures nothing."""
-    rounds = _best_rounds(job, graph, fused)
-    steps = [Step(r.happens, _round(job, r, padded=graph, fused_elementwise=fused), graph, False) for r in rounds]
-    return Batch(job, prefill(job, fused), steps)
+    steps = [Step(r.happens, _round(job, r, padded=graph), graph, False) for r in _best_rounds(job, graph)]
+    return Batch(job, prefill(job), steps)
 
 
-def waves(job: Job, name: str, fused: bool = False) -> Contestant:
-    """The waves of each round are the best for it: all columns at once where others are no gain."""
+PIVOTS = 1 / 3
+"""Of the time that a search takes, where 8 pivots share a pass: 10 passes of 3 bits each instead of 30."""
+
+
+def waves(job: Job, name: str, search: float = 1.0) -> Contestant:
+    """The waves of each round are the best for it: all columns at once where others are no gain.
+
+    search: how long a search of segment_sample takes, of what it does as built.
+    """
     steps = []
-    for r in _best_rounds(job, graph=True, fused=fused):
-        options = [_round(job, r, wave=w, fused_elementwise=fused) for w in waves_of(r.width)]
-        steps.append(
-            Step(r.happens, min(options, key=lambda k: round_seconds(job.gpu, k, True, values())), True, False)
-        )
-    batch = Batch(job, prefill(job, fused), steps)
-    return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
+    for r in _best_rounds(job):
+        options = [_round(job, r, wave=w) for w in waves_of(r.width)]
+        best = min(options, key=lambda k: round_seconds(job.gpu, k, True, values()))
+        steps.append(Step(r.happens, best, True, False))
+    batch = Batch(job, prefill(job), steps)
+
+    def seconds(given: Values) -> float:
+        return batch.seconds(replace(given, search_seconds=search * given.search_seconds)).total
+
+    return Contestant(name, tokens(job), cache(seconds))
 
 
 def waves_of(width: int) -> list[int]:
@@ -237,11 +239,11 @@ def tokens(job: Job) -> int:
 
 
 @cache
-def _best_rounds(job: Job, graph: bool, fused: bool = False) -> list[Round]:
+def _best_rounds(job: Job, graph: bool = True) -> list[Round]:
     """At the best width of the middle values."""
 
     def cost(prompts: float, width: int, prefix: float) -> float:
-        kernels = ours(job, prompts, width, prefix, fused_elementwise=fused, padded=graph)
+        kernels = ours(job, prompts, width, prefix, padded=graph)
         return round_seconds(job.gpu, kernels, graph, values())
 
     return schedule(job, best_width(job, cost))

@@ -16,14 +16,14 @@ SLOT_GAIN = 1.2
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
-HOST_SECONDS = 2e-3  # a round's bookkeeping
+HOST_SECONDS = 2e-3  # a round's bookkeeping, where a GPU waits for it; half as much for each further wave
 ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of each answer in it
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
-LAYER_LAUNCHES, STEP_LAUNCHES = 41, 34  # of a step, in each layer and outside, at most: transformers' Llama
+LAYER_LAUNCHES, STEP_LAUNCHES = 13, 29  # of a step, in each layer and outside, at most: Llama's, fused
 L2_BYTES = 40e6  # activations that fit cost no bandwidth
-TOKEN_STATES = 60  # hidden states' worth that a layer's element-wise kernels move for a token: transformers' Llama
+TOKEN_STATES = 20  # hidden states' worth that a layer's element-wise kernels move for a token: Llama's, fused
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
 
 
@@ -39,6 +39,10 @@ class Cost(Protocol):
 
     def score(self, rows: float) -> float:
         """Return the cost of scoring a wave of `rows` rows, on average."""
+
+    def judge(self, later: float | None) -> float:
+        """Return the cost of judging a round besides; later: waves behind the first, on average; None = there are none.
+        """
 
     def __hash__(self) -> int: ...
 
@@ -78,6 +82,10 @@ class CpuCost:
     def score(self, rows: float) -> float:
         return 0.5 + self.segment_size * rows / 30 if self.reads else 0.0
 
+    def judge(self, later: float | None) -> float:
+        """Nothing: who judges is who samples."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -116,18 +124,23 @@ class GpuCost:
 
     @property
     def waves(self) -> bool:
-        """Only for a function, which runs on the host: else the host would wait for the GPU once more in each wave."""
-        return self.asks
+        return self.asks or bool(self.rewards)
 
     def sample(self, rows: int) -> float:
         """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
         last = self._forward(self.model, 0, 1)
-        return HOST_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
+        return last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
 
     def score(self, rows: float) -> float:
         """A forward of each reward model."""
         asked = ASKED_SECONDS * (1 + rows) if self.asks else 0.0
         return asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
+
+    def judge(self, later: float | None) -> float:
+        """Nothing where the device judges by itself: a round in one wave, in CUDA graphs, of models that it runs."""
+        if later is None and self.graphs and not self.asks:
+            return 0.0
+        return HOST_SECONDS * (1 + (later or 0.0) / 2)
 
     def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
         """Seconds for `tokens` new tokens of each row."""
@@ -184,13 +197,15 @@ def expected_cost(shape: Shape, prompts: int, max_attempts: int, miss: float, co
     """Return the expected cost of a decided segment: of its rounds, all prompts' at once, and of their waves."""
     total = 0.0
     sampled = cost.sample(prompts * shape.width)
-    scored = 0.0
+    scored = later = 0.0
     for first in range(0, shape.width, shape.wave):
         open_share = miss**first  # of the prompts, those that have none accepted before this wave
         any_open = 1 - (1 - open_share) ** prompts
         rows = prompts * min(shape.wave, shape.width - first)
         if any_open > 0:
             scored += any_open * cost.score(rows * open_share / any_open)
+        later += any_open if first else 0.0
+    judged = cost.judge(later if shape.wave < shape.width else None)
     for first in range(0, max_attempts, shape.width):
-        total += miss**first * (sampled + scored)
+        total += miss**first * (sampled + scored + judged)
     return total

@@ -97,6 +97,8 @@ def test_the_cheapest_way_to_a_decision_is_taken(cost):
         total, happens = 0.0, 1.0
         for first in range(0, MAX_ATTEMPTS, shape.width):
             total += happens * cost.sample(prompts * shape.width)
+            later = sum(1 - (1 - miss**start) ** prompts for start in range(0, shape.width, shape.wave) if start)
+            total += happens * cost.judge(later if shape.wave < shape.width else None)
             for start in range(0, shape.width, shape.wave):
                 size, going = min(shape.wave, shape.width - start), miss**start
                 for k in range(1, prompts + 1):  # of the prompts that are still open; each has as many rows
