@@ -110,7 +110,7 @@ def fusion(job: Job) -> dict[str, Any]:
         kernels = kernels if draw else [k._replace(vector_flops=0) for k in kernels]
         return round_seconds(job.gpu, kernels, True, values())
 
-    at = (job.prompts, best_width(job, cost)(job.prompts, job.middle), job.middle)
+    at = (job.prompts, best_width(job, cost)(job.prompts, job.middle)[0], job.middle)
     return job.row | {
         "width": at[1],
         "stored ms": cost(*at) * 1e3,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bench.kernels import BF16, Gpu, Model
+from bench.kernels import BF16, Gpu, Model, merges
 
 NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
 MAX_ATTEMPTS = 20
@@ -95,6 +95,7 @@ class Round(NamedTuple):
     prompts: float  # at work, if it happens
     width: int
     prefix: float  # tokens
+    wave: int | None = None  # columns that are scored at once; None = all
 
 
 class Wave(NamedTuple):
@@ -103,26 +104,29 @@ class Wave(NamedTuple):
     rows: float
 
 
-Choose = Callable[[float, float], int]
-"""(prompts, tokens of a prefix) -> width."""
+Choose = Callable[[float, float], tuple[int, int | None]]
+"""(prompts, tokens of a prefix) -> width, and wave as in `Round`."""
 Cost = Callable[[float, int, float], float]
 """(prompts, width, tokens of a prefix) -> seconds of a round."""
 
 
 def best_width(job: Job, cost: Cost) -> Choose:
     """The lowest modelled time for a decided segment."""
-    return lambda prompts, prefix: min(job.widths, key=lambda w: cost(prompts, w, prefix) / job.decided(w))
+    return lambda prompts, prefix: (
+        min(job.widths, key=lambda w: cost(prompts, w, prefix) / job.decided(w)),
+        None,
+    )
 
 
-def auto_width(job: Job) -> Choose:
-    """What width="auto" takes: stars_kernels/decoder/width.py's cost of a round, which knows no prefix."""
+def auto_shape(job: Job) -> Choose:
+    """What width="auto" and wave="auto" take: stars_kernels/decoder/width.py's cost of a round, which knows no prefix."""
     cost = _engine_cost(job)
     history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
 
-    def choose(prompts: float, prefix: float) -> int:
-        return min(
-            decoder_width.best_shape(math.ceil(prompts), MAX_ATTEMPTS, history.miss, cost).width, max(job.widths)
-        )
+    def choose(prompts: float, prefix: float) -> tuple[int, int | None]:
+        shape = decoder_width.best_shape(math.ceil(prompts), MAX_ATTEMPTS, history.miss, cost)
+        width = min(shape.width, max(job.widths))
+        return width, shape.wave if shape.wave < width else None
 
     return choose
 
@@ -139,8 +143,9 @@ def _engine_cost(job: Job) -> Any:
     m = job.model
     body, state, logits = m.layers * m.linears, m.hidden, m.vocabulary
     own = m.layers, m.kv_bytes, BF16 * state
-    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
-    reward = decoder_width.ModelSize(BF16 * body, body, *own)
+    layer = decoder_width.MERGED_LAUNCHES if merges(m, job.gpu) else decoder_width.LAYER_LAUNCHES
+    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits, layer)
+    reward = decoder_width.ModelSize(BF16 * body, body, *own, layer_launches=layer)
     return decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
 
 
@@ -152,8 +157,8 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
         happens = 1 - (1 - active) ** job.prompts
         prompts = job.prompts * active / happens
         prefix = job.prompt_tokens + job.segment * sum(done * p for (done, _), p in states.items()) / active
-        width = choose(prompts, prefix)
-        rounds.append(Round(happens, prompts, width, prefix))
+        width, wave = choose(prompts, prefix)
+        rounds.append(Round(happens, prompts, width, prefix, wave))
         after: dict[tuple[int, int], float] = {}
         for (done, attempts), p in states.items():
             tried = min(width, MAX_ATTEMPTS - attempts)

@@ -14,7 +14,7 @@ from bench.assumptions import ENDS, End, Values, values
 from bench.costs import capture_seconds, issued_seconds, launches, ours, prefill, round_seconds
 from bench.kernels import Kernel
 from bench.rivals import RIVALS, Pass, Rival, perfect_seconds, vllm, vllm_seconds
-from bench.schedule import NEW_TOKENS, Job, Round, auto_batch, auto_width, best_width, bucket_of, schedule
+from bench.schedule import NEW_TOKENS, Job, Round, auto_batch, auto_shape, best_width, bucket_of, schedule
 
 
 class Band(NamedTuple):
@@ -90,7 +90,7 @@ def batches(job: Job) -> list[tuple[Job, list[Round]]]:
     """As decoded by default."""
     size = auto_batch(job)
     sizes = [min(size, job.prompts - done) for done in range(0, job.prompts, size)]
-    made = {size: (alone := replace(job, prompts=size), schedule(alone, auto_width(alone))) for size in set(sizes)}
+    made = {size: (alone := replace(job, prompts=size), schedule(alone, auto_shape(alone))) for size in set(sizes)}
     return [made[size] for size in sizes]
 
 
@@ -250,4 +250,4 @@ def _best_rounds(job: Job, graph: bool = True) -> list[Round]:
 
 
 def _round(job: Job, r: Round, **how: Any) -> list[Kernel]:
-    return ours(job, r.prompts, r.width, r.prefix, **{"padded": True} | how)
+    return ours(job, r.prompts, r.width, r.prefix, **{"padded": True, "wave": r.wave} | how)

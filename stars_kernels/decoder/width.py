@@ -22,6 +22,7 @@ ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
 LAYER_LAUNCHES, STEP_LAUNCHES = 13, 29  # of a step, in each layer and outside, at most: Llama's, fused
+MERGED_LAUNCHES = 10  # of a layer whose products are merged where they read the same
 L2_BYTES = 40e6  # activations that fit cost no bandwidth
 TOKEN_STATES = 20  # hidden states' worth that a layer's element-wise kernels move for a token: Llama's, fused
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
@@ -93,7 +94,7 @@ class ModelSize:
 
     weights: bytes that a forward reads. parameters: behind them; a token takes two operations for each. kv_bytes: of a
     token's keys and values, all layers. state_bytes: of a token's hidden state. logits_bytes: of a token's logits, 0
-    where there are none.
+    where there are none. layer_launches: of a forward, in each layer.
     """
 
     weights: float
@@ -102,6 +103,7 @@ class ModelSize:
     kv_bytes: float
     state_bytes: float
     logits_bytes: float = 0.0
+    layer_launches: int = LAYER_LAUNCHES
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class GpuCost:
         states = new * TOKEN_STATES * size.layers * size.state_bytes
         if new * 4 * size.state_bytes <= L2_BYTES:  # the widest activations, an MLP's, are about four states
             states = 0.0
-        launches = LAYER_LAUNCHES * size.layers + STEP_LAUNCHES
+        launches = size.layer_launches * size.layers + STEP_LAUNCHES
         limits = moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops)
         products = sum(limit**RIDGE for limit in limits) ** (1 / RIDGE)
         seconds = products + states / bandwidth + LAUNCH_SECONDS * launches
