@@ -3,7 +3,8 @@
 tests/test_launches.py counts them again in the engine itself, for a Llama and a Qwen2 in bf16, and asks for equality.
 """
 
-LINEARS, ELEMENTWISE = 7, 18  # of a layer beside its attention
+LINEARS = 7  # of a layer
+LAYER = {"add": 4, "cat": 2, "copy": 2, "mul": 5, "neg": 2, "rms_norm": 2, "silu": 1}  # beside these and its attention
 PREFILL_ELEMENTWISE = 22  # of a layer that reads prompts, however many
 FORWARD = 12  # of a forward around its layers: embedding, rotary table, final norm; the LM head apart
 STEP = 12  # of a step of a segment around its forward and its draw
@@ -14,3 +15,4 @@ WAVES = 12  # more, in a round that is scored in waves
 WAVE = 29  # around the reward model's forward of a second wave, reward_head apart
 PREFILL, PREFILL_REWARD = 10, 11  # around a forward that reads prompts, reward_head apart
 ROUND = 40  # of a round beside all of these: rows, candidates' ends, the graph's inputs and outputs, commits
+ON_DEVICE = False  # whether a round in one wave is judged on the device: the host is one round behind then

@@ -49,16 +49,18 @@ LINEAR_OPS = ("addmm", "mm")
 """A linear layer, its bias included: one product of cuBLAS."""
 ONE = (
     "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "cat", "clamp", "clone", "copy", "cos", "cumsum",
-    "embedding", "fill", "stack", "full_like", "gather", "ge", "index", "index_add", "index_put_", "index_select", "lt", "mean",
-    "minimum", "mul", "neg", "ones_like", "pow", "rsqrt", "scalar_tensor", "silu", "sin", "sub", "where", "zero",
-    "zeros", "zeros_like",
+    "embedding", "fill", "stack", "full_like", "gather", "ge", "index", "index_add", "index_put_", "index_select", "lt",
+    "mean", "minimum", "mul", "neg", "ones_like", "pow", "rsqrt", "scalar_tensor", "silu", "sin", "sub", "where",
+    "zero", "zeros", "zeros_like",
 )  # fmt: skip
 SEVERAL = {"index_put": 2, "isin": 4}
 """index_put: a copy first. isin of a few numbers: fill, compare, reduce, copy."""
 OPS = dict.fromkeys(FREE, 0) | dict.fromkeys((*LINEAR_OPS, *ONE), 1) | SEVERAL
 """Launches on a GPU of each ATen op, by its name; one that works in place is as the other, where not told apart."""
-STARS_OPS = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "rms_norm", "segment_sample")
-"""Counted as calls; rms_norm with a layer's element-wise ops."""
+SHAPED = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
+"""Ops of this package whose launches follow from their shapes, and are not in the constants: counted as calls."""
+STARS_OPS = (*SHAPED, "accept", "rms_norm")
+"""The others are one launch."""
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
@@ -163,9 +165,9 @@ def seen(
         scorer: Any = run.round.scorer
         layout_of(scorer.backbone)  # found by a forward, once for an engine
         for owner, method, part in (
-            (proposer, "admit", "prefill"), (proposer, "_read_last", "last token"), (proposer, "_segment_of_graphs", "segment"),
-            (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
-            (scorer, "_hidden", "+forward"),
+            (proposer, "admit", "prefill"), (proposer, "_read_last", "last token"),
+            (proposer, "_segment_of_graphs", "segment"), (scorer, "admit", "prefill RM"),
+            (scorer, "score", "RM"), (proposer, "_logits", "+forward"), (scorer, "_hidden", "+forward"),
         ):  # fmt: skip
             setattr(owner, method, launches.counted(getattr(owner, method), part))
         with launches.inside("prefill round"), launches:
@@ -182,7 +184,7 @@ def seen(
     return launches.seen
 
 
-def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return the constants of bench/counted.py, by name, as they are."""
     one, two = (parts(seen(family, layers, dtype=dtype)) for layers in (1, 2))
     longer, waves = parts(seen(family, 1, dtype=dtype, segment=6)), parts(seen(family, 1, dtype=dtype, wave=1))
@@ -195,8 +197,8 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         return sum(ops[name] for name in LINEAR_OPS)
 
     def others(ops: Counter[str]) -> int:
-        """Beside linears and the ops of this package, but for rms_norm."""
-        return ops.total() - linears(ops) - sum(ops[name] for name in STARS_OPS if name != "rms_norm")
+        """Beside linears and those of `SHAPED`."""
+        return ops.total() - sum(ops[name] for name in (*LINEAR_OPS, *SHAPED))
 
     step = longer["segment"] - one["segment"]
     steps = others(one["segment"]) // others(step)
@@ -204,7 +206,7 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     prompts = others(one["prefill+forward"]) - others(layer("prefill+forward")) - forward
     return {
         "LINEARS": linears(layer("RM+forward")),
-        "ELEMENTWISE": others(layer("RM+forward")),
+        "LAYER": {op: n for op, n in sorted(layer("RM+forward").items()) if op not in (*LINEAR_OPS, *SHAPED)},
         "PREFILL_ELEMENTWISE": others(layer("prefill+forward")),
         "FORWARD": forward,
         "STEP": others(step),
@@ -216,6 +218,7 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         "PREFILL": prompts + others(one["prefill"]),
         "PREFILL_REWARD": others(one["prefill RM"]),
         "ROUND": others(one["round"]),
+        "ON_DEVICE": any(ops["accept"] for ops in one.values()),
     }
 
 

@@ -17,13 +17,13 @@ CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
 HOST_SECONDS = 2e-3  # a round's bookkeeping
+WAVE_SECONDS = HOST_SECONDS / 2  # of these, a wave's: the host reads its rewards, judges, and asks for the next one
 ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of each answer in it
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
-LAYER_LAUNCHES, STEP_LAUNCHES = 41, 34  # of a step, in each layer and outside, at most: transformers' Llama
-L2_BYTES = 40e6  # activations that fit cost no bandwidth
-TOKEN_STATES = 60  # hidden states' worth that a layer's element-wise kernels move for a token: transformers' Llama
+LAYER_LAUNCHES, STEP_LAUNCHES = 26, 29  # of a step, in each layer and outside: transformers' Llama
+TOKEN_STATES = 41  # hidden states' worth that a layer's element-wise kernels move for a token: Llama-3-8B
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
 
 
@@ -103,7 +103,7 @@ class GpuCost:
     A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
-    operations per second. graphs: whether segments run as CUDA graphs. asks: whether a reward function is asked.
+    operations per second. graphs: whether forwards run as CUDA graphs. asks: whether a reward function is asked.
     """
 
     model: ModelSize
@@ -116,31 +116,28 @@ class GpuCost:
 
     @property
     def waves(self) -> bool:
-        """Only for a function, which runs on the host: else the host would wait for the GPU once more in each wave."""
-        return self.asks
+        return self.asks or bool(self.rewards)
 
     def sample(self, rows: int) -> float:
         """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
-        last = self._forward(self.model, 0, 1)
-        return HOST_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
+        last, step = self._forward(self.model, 0, 1), self._forward(self.model, rows, 1)
+        return HOST_SECONDS - WAVE_SECONDS + last + (self.segment_size - 1) * step
 
     def score(self, rows: float) -> float:
-        """A forward of each reward model."""
+        """A forward of each reward model, and once more for the host to wait for the GPU."""
         asked = ASKED_SECONDS * (1 + rows) if self.asks else 0.0
-        return asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
+        return WAVE_SECONDS + asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
 
-    def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
+    def _forward(self, size: ModelSize, rows: float, tokens: int) -> float:
         """Seconds for `tokens` new tokens of each row."""
         bandwidth, new = BANDWIDTH_SHARE * self.bandwidth, rows * tokens
         moved = size.weights + rows * self.segment_size * size.kv_bytes + new * LOGIT_PASSES * size.logits_bytes
         states = new * TOKEN_STATES * size.layers * size.state_bytes
-        if new * 4 * size.state_bytes <= L2_BYTES:  # the widest activations, an MLP's, are about four states
-            states = 0.0
         launches = LAYER_LAUNCHES * size.layers + STEP_LAUNCHES
         limits = moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops)
         products = sum(limit**RIDGE for limit in limits) ** (1 / RIDGE)
         seconds = products + states / bandwidth + LAUNCH_SECONDS * launches
-        return seconds if graphed else max(seconds, ISSUE_SECONDS * launches)
+        return seconds if self.graphs else max(seconds, ISSUE_SECONDS * launches)
 
 
 @dataclass
