@@ -49,7 +49,8 @@ class Kernel(NamedTuple):
 
     def seconds(self, gpu: Gpu, given: Values) -> float:
         """Of all its calls, without the gaps between launches."""
-        work = smooth_max(tuple(self.limits(gpu, given).values()), given.ridge)
+        moves = self.bytes or self.flops or self.vector_flops
+        work = smooth_max(tuple(self.limits(gpu, given).values()), given.ridge) if moves else 0.0
         if self.attention:
             work /= given.attention_share
         return self.calls * max(work, self.searches * given.search_seconds, self.launches * given.small_kernel_seconds)

@@ -122,9 +122,10 @@ def waves_of(width: int) -> list[int]:
 
 
 def best_shape(job: Job, cost: Cost, waves: bool = True) -> Choose:
-    """The lowest modelled time for a decided segment. waves: or all columns are scored at once."""
+    """The lowest modelled time for a decided segment, about. waves: or all columns are scored at once."""
     shapes = [Shape(w, v) for w in job.widths for v in (waves_of(w) if waves else [w])]
-    return cache(lambda prompts: min(shapes, key=lambda shape: cost(prompts, shape) / job.decided(shape.width)))
+    best = cache(lambda prompts: min(shapes, key=lambda shape: cost(prompts, shape) / job.decided(shape.width)))
+    return lambda prompts: best(bucket_of(prompts))  # a shape serves all numbers of a bucket
 
 
 def auto_shape(job: Job) -> Choose:
@@ -161,7 +162,7 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
     """Rounds until all prompts have their answers, prompts leaving the batch as they finish."""
     states = {(0, 0): 1.0}  # (segments done, attempts at the next one): share of the prompts
     rounds = []
-    while (active := min(1.0, sum(states.values()))) > 1e-6:
+    while (active := min(1.0, sum(states.values()))) > 1e-4:
         happens = 1 - (1 - active) ** job.prompts
         prompts = job.prompts * active / happens
         prefix = job.prompt_tokens + job.segment * sum(done * p for (done, _), p in states.items()) / active

@@ -14,7 +14,7 @@ from bench.assumptions import ENDS, End, Values, values
 from bench.costs import capture_seconds, issued_seconds, launches, ours, prefill, round_seconds
 from bench.kernels import Kernel
 from bench.parts import BUILT, WHOLE, Engine
-from bench.rivals import RIVALS, Rival, perfect_seconds, vllm, vllm_seconds
+from bench.rivals import RIVALS, Pass, Rival, perfect_seconds, vllm, vllm_seconds
 from bench.schedule import NEW_TOKENS, Job, Round, Shape, auto_batch, auto_shape, best_shape, bucket_of, schedule
 
 
@@ -187,18 +187,20 @@ def one_batch(job: Job, graph: bool = True, engine: Engine = BUILT) -> Batch:
 
 
 def rival(job: Job, which: Rival) -> Contestant:
-    def round_of(r: Round, given: Values) -> float:
-        passes = vllm(job, r.prompts, r.shape, r.prefix, which)
-        return vllm_seconds(job.gpu, passes, r.prompts * r.shape.width, given, which)
+    def passes(r: Round) -> list[Pass]:
+        return vllm(job, r.prompts, r.shape, r.prefix, which)
 
     def cost(prompts: int, shape: Shape) -> float:
-        return round_of(Round(1, prompts, shape, job.middle), values())
+        at = Round(1, prompts, shape, job.middle)
+        return vllm_seconds(job.gpu, passes(at), prompts * shape.width, values(), which)
 
-    rounds = schedule(job, best_shape(job, cost, which.waves))
+    rounds = [(r, passes(r)) for r in schedule(job, best_shape(job, cost, which.waves))]
     begin = prefill(job)
 
     def seconds(given: Values) -> float:
-        return perfect_seconds(job.gpu, begin, given) + sum(r.happens * round_of(r, given) for r in rounds)
+        return perfect_seconds(job.gpu, begin, given) + sum(
+            r.happens * vllm_seconds(job.gpu, made, r.prompts * r.shape.width, given, which) for r, made in rounds
+        )
 
     return Contestant(which.name, tokens(job), cache(seconds))
 
