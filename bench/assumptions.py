@@ -72,8 +72,8 @@ ASSUMPTIONS = {
         f"{ESTIMATE}: admission, scheduling, detokenisation and output of a sample",
     ),
     "l2_speed": Assumption(
-        4.0, 2.0, 1.5, "x the bandwidth, at which a prefix is read again from L2, in `L2` alone", "vLLM",
-        f"{ELSEWHERE}: about 5.5 TB/s on an H100; the fast end is in vLLM's favour",
+        4.0, 2.0, 1.5, "x the bandwidth, at which a prefix is read again from L2 (vLLM's: in `L2` alone)", "all",
+        f"{ELSEWHERE}: about 5.5 TB/s on an H100",
     ),
 }  # fmt: skip
 

@@ -40,7 +40,6 @@ from stars_kernels.decoder.config import StarsConfig
 from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.graphs import Graphs
-from stars_kernels.hf.view import rewrites
 from stars_kernels.hf.view.layout import layout_of
 from stars_kernels.hf.view.rewrites import merged as merging
 from stars_kernels.hf.view.rewrites import mlp
@@ -54,17 +53,16 @@ ONE = (
     "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clone",
     "copy", "cos", "cumsum", "div", "embedding", "eq", "fill", "stack", "full_like", "gather", "ge", "index",
     "index_add", "index_put_", "index_select", "lt", "masked_fill", "mean", "minimum", "mul", "ne", "neg", "ones_like",
-    "pow", "repeat_interleave", "rsqrt", "rsub", "scalar_tensor", "silu", "sin", "sub", "where", "zero", "zeros",
-    "zeros_like",
+    "pow", "rsqrt", "rsub", "scalar_tensor", "silu", "sin", "sub", "where", "zero", "zeros", "zeros_like",
 )  # fmt: skip
-SEVERAL = {"index_put": 2, "masked_fill_": 1}
-"""index_put: a copy first."""
+SEVERAL = {"index_put": 2}
+"""A copy first."""
 OPS = dict.fromkeys(FREE, 0) | dict.fromkeys((*LINEAR_OPS, *ONE), 1) | SEVERAL
 """Launches on a GPU of each ATen op, by its name; one that works in place is as the other, where not told apart."""
-STARS_OPS = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
-"""Counted as calls: their launches depend on shapes."""
-SINGLE = ("accept", "add_rms_norm", "gated", "rms_norm", "rotary_store")
-"""Ops of this package that are always one launch; counted with torch's small ones."""
+SHAPED = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
+"""Ops of this package whose launches follow from their shapes, and are not in the constants: counted as calls."""
+STARS_OPS = (*SHAPED, "accept", "add_rms_norm", "gated", "rms_norm", "rotary_store")
+"""The others are one launch."""
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
@@ -100,7 +98,7 @@ class Launches(TorchDispatchMode):
 
     @staticmethod
     def launches(space: str, name: str) -> int:
-        if space == "stars" and name in (*STARS_OPS, *SINGLE):
+        if space == "stars" and name in STARS_OPS:
             return 1
         found = OPS.get(name, OPS.get(name.rstrip("_"))) if space == "aten" else None
         if found is None:
@@ -140,6 +138,16 @@ def models_of(family: str, layers: int, dtype: torch.dtype) -> tuple[PreTrainedM
     return lm.to(dtype).eval(), rm.to(dtype).eval()
 
 
+def models_on_a_gpu(lm: PreTrainedModel, rm: PreTrainedModel, merged: bool) -> Models:
+    """Load models as they are on a GPU, fused and not packed; merged: one that has memory for merged weights."""
+    with (
+        mock.patch.object(mlp, "fuses", lambda weight: True),
+        mock.patch.object(merging, "memory_of", lambda device: 2**40 if merged else 0),
+        mock.patch("stars_kernels.hf.models.pack", lambda body, dtype: 0),
+    ):
+        return Models(lm, rm, None, False, pack_as=True)
+
+
 @cache
 def seen(
     family: str, layers: int, *, dtype: torch.dtype = torch.bfloat16, segment: int = 5, prompts: int = 2,
@@ -158,13 +166,7 @@ def seen(
         segment_size=segment, max_new_tokens=4 * segment, width=width, wave=wave or width, batch_size=prompts,
         accept="hard", reward_threshold=-1e6 if accepted else 1e6, beta=1.0, top_k=4, seed=0, eos_token_id=(EOS,),
     )  # fmt: skip
-    with (
-        mock.patch.object(mlp, "fuses", lambda weight: True),
-        mock.patch.object(merging, "memory_of", lambda device: 2**40 if merged else 0),
-        mock.patch.object(rewrites.ops, "backends", lambda: {"packed_linear": {"cpu": "none"}}),
-    ):
-        models = Models(*models_of(family, layers, dtype), None, False, pack_as=True)
-    call = Call(models, config)
+    call = Call(models_on_a_gpu(*models_of(family, layers, dtype), merged), config)
     call.serving.eager = None
     call.workspace = Workspace(torch.device("cpu"), 0)
     call.workspace.graphs = Graphs(lambda run: run)
@@ -177,8 +179,8 @@ def seen(
         layout_of(scorer.backbone)  # found by a forward, once for an engine
         for owner, method, part in (
             (proposer, "admit", "prefill"), (proposer, "read_last", "last token"),
-            (proposer, "_segment_of_graphs", "segment"), (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
-            (scorer, "_hidden", "+forward"),
+            (proposer, "_segment_of_graphs", "segment"), (scorer, "admit", "prefill RM"),
+            (scorer, "score", "RM"), (proposer, "_logits", "+forward"), (scorer, "_hidden", "+forward"),
         ):  # fmt: skip
             setattr(owner, method, launches.counted(getattr(owner, method), part))
         with launches.inside("prefill round"), launches:
@@ -195,7 +197,7 @@ def seen(
     return launches.seen
 
 
-def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return the constants of bench/counted.py, by name, as they are."""
     one, two = (parts(seen(family, layers, dtype=dtype)) for layers in (1, 2))
     longer, waves = parts(seen(family, 1, dtype=dtype, segment=6)), parts(seen(family, 1, dtype=dtype, wave=1))
@@ -208,19 +210,18 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         return sum(ops[name] for name in LINEAR_OPS)
 
     def others(ops: Counter[str]) -> int:
-        """Beside linears and the ops of this package that may be several launches."""
-        return ops.total() - linears(ops) - sum(ops[name] for name in STARS_OPS)
+        """Beside linears and those of `SHAPED`."""
+        return ops.total() - sum(ops[name] for name in (*LINEAR_OPS, *SHAPED))
 
     step = longer["segment"] - one["segment"]
     steps = others(one["segment"]) // others(step)
     forward = others(one["RM+forward"]) - others(layer("RM+forward"))
     prompts = others(one["prefill+forward"]) - others(layer("prefill+forward")) - forward
-    merged = parts(seen(family, 2, dtype=dtype, merged=True))["RM+forward"]
-    merged -= parts(seen(family, 1, dtype=dtype, merged=True))["RM+forward"]
+    both = [parts(seen(family, layers, dtype=dtype, merged=True))["RM+forward"] for layers in (1, 2)]
     return {
         "LINEARS": linears(layer("RM+forward")),
-        "MERGED_LINEARS": linears(merged),
-        "ELEMENTWISE": others(layer("RM+forward")),
+        "MERGED_LINEARS": linears(both[1] - both[0]),
+        "LAYER": {op: n for op, n in sorted(layer("RM+forward").items()) if op not in (*LINEAR_OPS, *SHAPED)},
         "PREFILL_ELEMENTWISE": others(layer("prefill+forward")),
         "FORWARD": forward,
         "STEP": others(step),
@@ -232,6 +233,7 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         "PREFILL": prompts + others(one["prefill"]),
         "PREFILL_REWARD": others(one["prefill RM"]),
         "ROUND": others(one["round"]),
+        "ON_DEVICE": any(ops["accept"] for ops in one.values()),
     }
 
 

@@ -21,10 +21,9 @@ ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of ea
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
-LAYER_LAUNCHES, STEP_LAUNCHES = 13, 29  # of a step, in each layer and outside, at most: Llama's, fused
-MERGED_LAUNCHES = 10  # of a layer whose products are merged where they read the same
-L2_BYTES = 40e6  # activations that fit cost no bandwidth
-TOKEN_STATES = 20  # hidden states' worth that a layer's element-wise kernels move for a token: Llama's, fused
+LAYER_LAUNCHES, STEP_LAUNCHES = 12, 29  # of a step, in each layer and outside: Llama's, fused
+MERGED_LAUNCHES = 9  # of a layer whose products are merged where they read the same
+TOKEN_STATES = 22  # hidden states' worth that a layer's element-wise kernels move for a token: Llama-3-8B, fused
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
 
 
@@ -42,8 +41,7 @@ class Cost(Protocol):
         """Return the cost of scoring a wave of `rows` rows, on average."""
 
     def judge(self, later: float | None) -> float:
-        """Return the cost of judging a round besides; later: waves behind the first, on average; None = there are none.
-        """
+        """Return the cost of judging a round besides; later: waves behind the first, on average; None = there are none."""
 
     def __hash__(self) -> int: ...
 
@@ -113,7 +111,7 @@ class GpuCost:
     A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
-    operations per second. graphs: whether segments run as CUDA graphs. asks: whether a reward function is asked.
+    operations per second. graphs: whether forwards run as CUDA graphs. asks: whether a reward function is asked.
     """
 
     model: ModelSize
@@ -130,8 +128,8 @@ class GpuCost:
 
     def sample(self, rows: int) -> float:
         """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
-        last = self._forward(self.model, 0, 1)
-        return last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
+        last, step = self._forward(self.model, 0, 1), self._forward(self.model, rows, 1)
+        return last + (self.segment_size - 1) * step
 
     def score(self, rows: float) -> float:
         """A forward of each reward model."""
@@ -144,18 +142,16 @@ class GpuCost:
             return 0.0
         return HOST_SECONDS * (1 + (later or 0.0) / 2)
 
-    def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
+    def _forward(self, size: ModelSize, rows: float, tokens: int) -> float:
         """Seconds for `tokens` new tokens of each row."""
         bandwidth, new = BANDWIDTH_SHARE * self.bandwidth, rows * tokens
         moved = size.weights + rows * self.segment_size * size.kv_bytes + new * LOGIT_PASSES * size.logits_bytes
         states = new * TOKEN_STATES * size.layers * size.state_bytes
-        if new * 4 * size.state_bytes <= L2_BYTES:  # the widest activations, an MLP's, are about four states
-            states = 0.0
         launches = size.layer_launches * size.layers + STEP_LAUNCHES
         limits = moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops)
         products = sum(limit**RIDGE for limit in limits) ** (1 / RIDGE)
         seconds = products + states / bandwidth + LAUNCH_SECONDS * launches
-        return seconds if graphed else max(seconds, ISSUE_SECONDS * launches)
+        return seconds if self.graphs else max(seconds, ISSUE_SECONDS * launches)
 
 
 @dataclass
