@@ -101,7 +101,7 @@ class Kernel(NamedTuple):
     l2_bytes: float = 0.0  # read from L2 and not from memory
     calls: float = 1  # a round
     launches: int = 1  # a call, alike
-    searches: int = 0  # serial bisections of a call
+    searches: int = 0  # for a threshold in a call, by dependent passes
     attention: bool = False  # runs at `attention_share`
     phase: str = ""  # modelled as if the host waited at its end
     graphed: bool = False  # part of a CUDA graph, where there are any

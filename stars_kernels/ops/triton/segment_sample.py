@@ -40,7 +40,7 @@ from stars_kernels.ops.triton.philox import log, noise, token_bits, token_words
 CHUNK = 2048  # tokens a program of race, groups and gather reads: 16 a thread
 GROUP = 64  # tokens behind one maximum
 CAPACITY = 8192  # candidates a row
-TILE = 1024  # candidates, or groups, at a time in bound and draw
+TILE = 512  # candidates, or groups, at a time in bound and draw: with 1024, PIVOTS of them fill the registers
 PIVOTS = tl.constexpr(8)  # thresholds that a pass over them tries: a search of 32 bits takes 11 passes
 STREAM_WARPS, SEARCH_WARPS, FINISH_WARPS = 4, 8, 1
 MAX_VOCABULARY = 1 << 22  # a row's mass in units of 2^-40 fits 63 bits
@@ -191,19 +191,19 @@ def _bound(
     maximum += row * groups
     largest = tl.full([TILE], -float("inf"), tl.float32)
     for begin in range(0, groups, TILE):
-        largest = tl.maximum(largest, _scores(maximum, begin + tl.arange(0, TILE), groups, 1.0))
+        largest = tl.maximum(largest, _scores(maximum, begin + tl.arange(0, TILE), groups, None))
     top = tl.max(largest)
     low = tl.full([], LOWEST, tl.float32)
     if HAS_TOP_K or HAS_TOP_P:
-        low = _threshold(maximum, groups, 1.0, low, top, top_k if HAS_TOP_K else enough, False, TILE)
+        low = _threshold(maximum, groups, None, low, top, top_k if HAS_TOP_K else enough, False, TILE)
     if mass is not None:
         sums = tl.zeros([TILE], tl.int64)
         for begin in range(0, groups, TILE):
             at = begin + tl.arange(0, TILE)
             part = tl.load(mass + row * groups + at, mask=at < groups, other=0.0)
-            sums += (part * _exp_from(_scores(maximum, at, groups, 1.0), top)).to(tl.int64)
+            sums += (part * _exp_from(_scores(maximum, at, groups, None), top)).to(tl.int64)
         tl.store(total + row, tl.sum(sums))
-        low = _threshold(maximum, groups, 1.0, low, top, _share(tl.sum(sums), top_p), True, TILE)
+        low = _threshold(maximum, groups, None, low, top, _share(tl.sum(sums), top_p), True, TILE)
     if not HAS_TOP_P:  # top-p weighs what min-p drops, too
         low = tl.maximum(low, top + log_min_p - 1e-6 * (tl.abs(top) - log_min_p))  # rounding must not lose one
     tl.store(best + row, top)
@@ -254,13 +254,13 @@ def _draw(
     wanted = tl.full([], 0, tl.int64)
     if HAS_TOP_P and not HAS_TOP_K:
         wanted = _share(tl.load(total + row), top_p)
-        reached = _weight(scores, tl.minimum(count, CAPACITY), 1.0, low, top, TILE) >= wanted
+        reached = _weight(scores, tl.minimum(count, CAPACITY), None, low, top, TILE) >= wanted
         complete = complete & (reached | (low <= LOWEST))
     if tl.abs(top) == float("inf"):
         winner, mass = tl.full([], NO_ID, tl.int32), tl.full([], 0, tl.int64)
     elif complete:
         winner, mass = _filtered_race(
-            scores, ids, count, 1.0, low, top, wanted, top_k, top_p, log_min_p, vocabulary,
+            scores, ids, count, None, low, top, wanted, top_k, top_p, log_min_p, vocabulary,
             key, place, number, stream, HAS_TOP_K, HAS_TOP_P, TILE,
         )  # fmt: skip
     else:
@@ -411,8 +411,9 @@ def _of_pattern(pattern):
 
 @triton.jit
 def _scores(logits, at, count, temperature):
-    """Logits over temperature; -inf from `count` on."""
-    return tl.div_rn(tl.load(logits + at, mask=at < count, other=-float("inf")).to(tl.float32), temperature)
+    """Logits over temperature, None where they are scores already; -inf from `count` on."""
+    x = tl.load(logits + at, mask=at < count, other=-float("inf")).to(tl.float32)
+    return x if temperature is None else tl.div_rn(x, temperature)
 
 
 @triton.jit

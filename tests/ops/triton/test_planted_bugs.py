@@ -8,8 +8,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from stars_kernels.ops.triton import fork_attention, kv_commit, rms_norm
-from tests.ops.triton import test_fork_attention, test_kv_commit, test_rms_norm
+from stars_kernels.ops.triton import fork_attention, kv_commit, rms_norm, segment_sample
+from tests.ops.triton import test_fork_attention, test_kv_commit, test_rms_norm, test_segment_sample
 from tests.ops.triton.conftest import SANITIZED
 
 sanitized = pytest.mark.skipif(not SANITIZED, reason="only ttsem sees it: make sanitize")
@@ -101,3 +101,18 @@ def test_an_unwritten_read(device, monkeypatch, plant, line):
     with pytest.raises(AssertionError) as caught:
         attend_in_splits(device, monkeypatch)
     assert str(caught.traceback[-1].statement).strip() == "assert out.isfinite().all()"
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("tl.where(weights >= wanted, pivots, first)", "tl.where(weights > wanted, pivots, first)"),
+        ("(weights == wanted).to(tl.int32)", "(weights >= wanted).to(tl.int32)"),
+        ("tl.where(x[None, :] >= least", "tl.where(x[None, :] > least"),
+    ],
+    ids=["the last that suffices", "a count that ends the search", "scores at a pivot"],
+)
+def test_a_fault_in_a_search(device, plant, line, other):
+    plant(segment_sample, line, other)
+    with pytest.raises(AssertionError):
+        test_segment_sample.test_a_search_finds_the_threshold_of_any_weight(device, 30.0)
