@@ -51,7 +51,7 @@ def ours(
     last = graphed("last token", step("last token", ready, prefixes=ready, own=1, splits=splits(job, ready, 1)))
     last += [kv_commit(m, "last token", ready), around("last token", counted.LAST_TOKEN)]
 
-    segment = segment_sample(m, "first token", wide, prompts, 1, filtered, engine)  # its logits are always kept
+    segment = segment_sample(m, "first token", wide, prompts, 1, filtered)  # its logits are always kept
     reread = prompts * (prefix_reads(m, width) - 1)
     segment += graphed(
         "step",
@@ -59,7 +59,7 @@ def ours(
             *step("step", wide, prefixes=prompts, reread=reread, own=job.segment / 2, calls=steps, head=not fused_head,
                   splits=splits(job, wide, 1)),
             *(lm_head_sample(m, "step", wide, steps) if fused_head
-              else segment_sample(m, "step", wide, wide, steps, filtered, engine)),
+              else segment_sample(m, "step", wide, wide, steps, filtered)),
             around("step", engine.step, steps),
         ],
     )  # fmt: skip

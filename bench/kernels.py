@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
     l2_bytes: float = 0.0  # read from L2 and not from memory
     calls: float = 1  # a round
     launches: int = 1  # a call, alike
-    searches: float = 0  # serial bisections of a call
+    searches: int = 0  # for a threshold in a call, by dependent passes
     attention: bool = False  # runs at `attention_share`
     phase: str = ""  # modelled as if the host waited at its end
     ahead: bool = False  # or not, in a round that the device judges
@@ -152,9 +152,7 @@ def lm_head(m: Model, name: str, rows: float, calls: int, logits: bool = True) -
     return Kernel(f"{name}: LM head", BF16 * (m.head + rows * m.hidden + written), 2 * m.head * rows, calls=calls)
 
 
-def segment_sample(
-    m: Model, name: str, rows: float, read: float, calls: int, filtered: bool, engine: Engine = BUILT
-) -> list[Kernel]:
+def segment_sample(m: Model, name: str, rows: float, read: float, calls: int, filtered: bool) -> list[Kernel]:
     """`rows` tokens from `read` different rows of logits; filters read twice, and use a scratch.
 
     As launched: race and finish, or groups, bound, gather and draw (which is read from one candidate list a row).
@@ -167,8 +165,7 @@ def segment_sample(
 
     def kernel(part: str, size: float, vector_flops: float, searches: int = 0) -> Kernel:
         title = f"{name}: segment_sample {part}"
-        passes = searches / math.log2(engine.pivots + 1)
-        return Kernel(title, size, vector_flops=vector_flops, calls=calls, searches=passes)
+        return Kernel(title, size, vector_flops=vector_flops, calls=calls, searches=searches)
 
     if not filtered:
         parts = 16 * rows * chunks  # winner 4, maximum 4, mass 8

@@ -13,10 +13,6 @@ from typing import NamedTuple
 from bench import counted
 from bench.sizes import Model
 
-PIVOTS, MANY_PIVOTS = 1, 15
-"""Of a pass of segment_sample's searches: as built, and where one pass parts its candidates in 16."""
-
-
 OUTSIDE = 6
 """Launches of a step outside its layers, draw and LM head, at least: half in a forward (embedding, RoPE, last norm)."""
 
@@ -45,7 +41,6 @@ PARTS = {
                   bytes=lambda m: 4 * m.kv_size),
     "outside": Part(f"{OUTSIDE} launches a step outside its layers, where {counted.FORWARD + counted.STEP} are counted",
                     counted.FORWARD + counted.STEP <= OUTSIDE),
-    "search": Part(f"{MANY_PIVOTS} pivots in each pass of a draw's searches", PIVOTS > 1),
     "device": Part("rounds in one wave are judged on the device, the host one round behind", counted.ON_DEVICE),
 }  # fmt: skip
 """In the order in which they are added."""
@@ -87,10 +82,6 @@ class Engine:
         """
         plain = 84 * m.hidden + 20 * (m.query_size + m.kv_size) + 8 * m.kv_size + 10 * m.intermediate
         return plain - sum(part.bytes(m) for name, part in PARTS.items() if self.has(name))
-
-    @property
-    def pivots(self) -> int:
-        return max(PIVOTS, MANY_PIVOTS) if self.has("search") else PIVOTS
 
 
 BUILT = Engine()

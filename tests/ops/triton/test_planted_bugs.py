@@ -8,7 +8,15 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from stars_kernels.ops.triton import add_rms_norm, fork_attention, gated, kv_commit, rms_norm, rotary_store
+from stars_kernels.ops.triton import (
+    add_rms_norm,
+    fork_attention,
+    gated,
+    kv_commit,
+    rms_norm,
+    rotary_store,
+    segment_sample,
+)
 from tests.ops.triton import (
     test_add_rms_norm,
     test_fork_attention,
@@ -16,6 +24,7 @@ from tests.ops.triton import (
     test_kv_commit,
     test_rms_norm,
     test_rotary_store,
+    test_segment_sample,
 )
 from tests.ops.triton.conftest import SANITIZED
 
@@ -139,3 +148,18 @@ def test_an_unwritten_read(device, monkeypatch, plant, line):
     with pytest.raises(AssertionError) as caught:
         attend_in_splits(device, monkeypatch)
     assert str(caught.traceback[-1].statement).strip() == "assert out.isfinite().all()"
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("tl.where(weights >= wanted, pivots, first)", "tl.where(weights > wanted, pivots, first)"),
+        ("(weights == wanted).to(tl.int32)", "(weights >= wanted).to(tl.int32)"),
+        ("tl.where(x[None, :] >= least", "tl.where(x[None, :] > least"),
+    ],
+    ids=["the last that suffices", "a count that ends the search", "scores at a pivot"],
+)
+def test_a_fault_in_a_search(device, plant, line, other):
+    plant(segment_sample, line, other)
+    with pytest.raises(AssertionError):
+        test_segment_sample.test_a_search_finds_the_threshold_of_any_weight(device, 30.0)
