@@ -5,7 +5,7 @@ token of each segment that the round before decided; segment - 1 steps of prompt
 stored logits; the reward model's pass over all rows, decisions and commits. The model lets the host wait after each
 phase, where the engine waits once a round. Launches are those of bench/parts.py. CUDA graphs: one holds the forward for
 last tokens, one a step of a segment (its first draw is eager), one the reward model's pass; what lies around them is
-issued launch by launch. Where the device judges, that is a graph too, the host waits for no phase, and its own work
+issued launch by launch. Where the device judges, the host waits for no phase, and its own work
 hides behind the GPU's.
 """
 
@@ -72,7 +72,7 @@ def ours(
     phases["RM"] = [
         *judging(job, first, prefix, engine, padded),
         around("RM", counted.SCORE + (counted.WAVES if others else 0)),
-        *(graphed("round", judged) if ahead else judged),
+        *judged,
     ]
     for number, later in enumerate(others, start=2):
         found = [*judging(job, later, prefix, engine, padded, number), around(LATER_WAVE, counted.WAVE)]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench import costs, counted, kernels, parts, rivals, schedule
+from bench import costs, counted, kernels, parts, rivals, schedule, sizes
 from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
 from bench.costs import ours
 from bench.kernels import L2_BYTES, QUERY_BLOCK, RACE_FLOPS
@@ -57,8 +57,8 @@ CONSTANTS = (  # (module, names, source)
         tuple(name for name in vars(counted) if name.isupper()),
         "counted: bench/counted.py, by tests/test_launches.py",
     ),
-    (parts, ("PIVOTS",), f"{CODE}: triton/segment_sample.py"),
-    (parts, ("MANY_PIVOTS", "OUTSIDE"), f"{ESTIMATE}: of parts that are not built"),
+    (parts, ("OUTSIDE",), f"{ESTIMATE}: of parts that are not built"),
+    (sizes, ("MERGE_SHARE",), f"{CODE}: hf/view/rewrites/merged.py"),
     (
         kernels,
         ("QUERY_BLOCK", "SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"),

@@ -41,7 +41,7 @@ class Cost(Protocol):
         """Return the cost of scoring a wave of `rows` rows, on average."""
 
     def judge(self, later: float | None) -> float:
-        """Return the cost of judging a round besides; later: waves behind the first, on average; None = there are none."""
+        """Return the cost of judging a round besides; later: waves behind the first, on average; None = none."""
 
     def __hash__(self) -> int: ...
 
