@@ -85,6 +85,9 @@ class Serving:
         modules = [module for body in models.bodies for module in body.modules()]
         used = [rewrites.served(body) for body in models.bodies]
         served |= {op: "the model's own" for op in used[0] if not any(ops[op] for ops in used)}
+        decoders = (models.lm, *(decoder for _, decoder in models.rewarder.decoders))
+        if not any(layer.rotates for decoder in decoders for layer in layout_of(decoder).layers):
+            served["rotary_store"] = "the model's own"
         plain = sum(type(module) in (nn.Linear, Conv1D) for module in modules)
         size = models.packed_bytes
         linear = f"{packed}: packed, {size / 1e6:.0f} MB of weights" if size else "torch"

@@ -20,7 +20,7 @@ from stars_kernels.hf.view.rewrites.mlp import GatedMLP, is_gated
 from stars_kernels.hf.view.rewrites.norm import RMSNorm, is_norm
 from stars_kernels.hf.view.rewrites.packed import PackedLinear, PackedMLP, is_packable, is_swiglu
 from stars_kernels.hf.view.rewrites.residual import FusedResiduals, fuse_residuals
-from stars_kernels.hf.view.rewrites.rotary import TurningLater, turn_where_stored
+from stars_kernels.hf.view.rewrites.rotary import turn_where_stored
 
 
 class Rewrite(NamedTuple):
@@ -89,7 +89,6 @@ def served(view: nn.Module) -> dict[str, bool]:
         "add_rms_norm": any(isinstance(module, FusedResiduals) for module in view.modules()),
         "gated": any(isinstance(module, GatedMLP) for module in view.modules()),
         "rms_norm": any(isinstance(module, RMSNorm) for module in view.modules()),
-        "rotary_store": any(isinstance(module, TurningLater) for module in view.modules()),
     }
 
 
