@@ -69,11 +69,7 @@ def _turning_later(kind: type[nn.Module]) -> type[nn.Module]:
     forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__)
     functools.update_wrapper(forward, own)
     forward.__kwdefaults__ = own.__kwdefaults__
-    return type(kind.__name__, (TurningLater, kind), {"forward": forward, "__module__": kind.__module__})
-
-
-class TurningLater(nn.Module):
-    """What the class of such a module inherits from first."""
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _asking_the_cache(function: Any) -> Any:
