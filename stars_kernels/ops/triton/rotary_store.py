@@ -62,16 +62,19 @@ def _rotary_store(
     cos_high = tl.load(cos + phase + SIZE // 2 + d, mask=lanes, other=0.0).to(tl.float32)
     sin_low = tl.load(sin + phase + d, mask=lanes, other=0.0).to(tl.float32)
     sin_high = tl.load(sin + phase + SIZE // 2 + d, mask=lanes, other=0.0).to(tl.float32)
-    place = token // steps * room + tl.load(where + token % steps)
-    if group < query_groups:
-        source, target = query + token * query_stride, out + token * query_heads * SIZE
-        first, heads = query_groups - query_groups, query_heads  # 0, of the other branch's type
+    if group < query_groups:  # no pointer leaves a branch: Triton 3.6 cannot have that on AMD
+        head = group * HEADS + tl.arange(0, HEADS)
+        _turn(
+            query + token * query_stride, out + token * query_heads * SIZE, head, head < query_heads, d, lanes,
+            cos_low, cos_high, sin_low, sin_high, SIZE,
+        )  # fmt: skip
     else:
-        source, target = key + token * key_stride, keys + place * key_heads * SIZE
-        first, heads = query_groups, key_heads
-    head = (group - first) * HEADS + tl.arange(0, HEADS)
-    _turn(source, target, head, head < heads, d, lanes, cos_low, cos_high, sin_low, sin_high, SIZE)
-    if group >= query_groups:
+        head = (group - query_groups) * HEADS + tl.arange(0, HEADS)
+        place = token // steps * room + tl.load(where + token % steps)
+        _turn(
+            key + token * key_stride, keys + place * key_heads * SIZE, head, head < key_heads, d, lanes,
+            cos_low, cos_high, sin_low, sin_high, SIZE,
+        )  # fmt: skip
         e = tl.arange(0, VALUES)
         there = (head < key_heads)[:, None] & (e < VALUE_SIZE)[None, :]
         at = head[:, None] * VALUE_SIZE + e[None, :]
