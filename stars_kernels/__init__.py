@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stars_kernels.decoder.rules import Args, BestOf, BlockBestOf, Cards, Plain, SpeculativeRejection, Stars
     from stars_kernels.hf.engine import Engine
     from stars_kernels.hf.generate import StarsGenerateOutput, generate
+    from stars_kernels.hf.scoring.head import GatedHead
     from stars_kernels.hf.scoring.reward_model import Likelihood, RewardModel
     from stars_kernels.ops import backends, reference
 
@@ -36,6 +37,7 @@ _PLACES = {
     "decoder.rules": ("Args", "BestOf", "BlockBestOf", "Cards", "Plain", "SpeculativeRejection", "Stars"),
     "hf.engine": ("Engine",),
     "hf.generate": ("StarsGenerateOutput", "generate"),
+    "hf.scoring.head": ("GatedHead",),
     "hf.scoring.reward_model": ("Likelihood", "RewardModel"),
     "ops": ("backends", "reference"),
 }
@@ -51,6 +53,7 @@ __all__ = [
     "Counts",
     "DecodeError",
     "Engine",
+    "GatedHead",
     "Likelihood",
     "Plain",
     "RewardModel",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -34,6 +35,9 @@ ENCODERS = tuple(
 )
 """Encoders whose rewards are tested equal to their own pipeline's."""
 REWARD_MODELS = (*CLASSIFIERS, *PROCESS_MODELS, *ENCODERS)
+BACKBONES = {name.replace("ForSequenceClassification", "Model") for name in CLASSIFIERS}
+"""Decoders on which a head of the user's may stand."""
+BACKBONE_EXPECTED = "a decoder of a tested family under head="
 EXPECTED = (
     "a sequence classifier or a token classifier of a tested family, or a function of texts: "
     "reward_model(prompts, answers) -> floats"
@@ -54,6 +58,8 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    outputs: int | None = None
+    """Of a head that is not the model's own, how many outputs it has."""
 
     @property
     def name(self) -> str:
@@ -62,6 +68,8 @@ class Loaded:
     @property
     def labels(self) -> int:
         """How many outputs it has."""
+        if self.outputs is not None:
+            return self.outputs
         weight = getattr(getattr(self.model, "score", None), "weight", None)  # of an encoder, the head has another name
         return len(weight) if isinstance(weight, Tensor) else self.model.config.num_labels or 1
 
@@ -163,6 +171,33 @@ def load_reward_model(
             "model)"
         )
     return Loaded(loaded, tokenizer)
+
+
+def load_backbone(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    """The decoder under a head of the user's, without the heads of its own, and its tokenizer where that is known."""
+    if not isinstance(model, str | os.PathLike):
+        whole = unwrapped(model, "reward_model")
+        backbone = whole.base_model if isinstance(whole, PreTrainedModel) else whole
+        check_model(backbone, "reward_model", BACKBONES, BACKBONE_EXPECTED)
+        return Loaded(backbone, tokenizer)
+    path = os.path.expanduser(model)
+    with reading("reward_model", path):
+        backbone, info = AutoModel.from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    check_model(backbone, "reward_model", BACKBONES, BACKBONE_EXPECTED)
+    if new := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"reward_model {path!r} has no {new[0]} in its checkpoint, which would be random; expected all weights of "
+            f"a {type(backbone).__name__} beside the head"
+        )
+    if tokenizer is None and has_tokenizer(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return Loaded(backbone, tokenizer)
 
 
 def _new_parameters(model: PreTrainedModel) -> list[str]:

@@ -19,6 +19,9 @@ from stars_kernels.hf.loading.language_model import score_head
 from stars_kernels.hf.proposing.graphs import Graphs, bucket_of
 from stars_kernels.hf.scoring.chunks import Chunks
 
+Output = Callable[[Tensor, Tensor], Tensor]
+"""A reward of hidden states: hidden [R, S, D] and each row's last token [R] -> [R] float64."""
+
 
 class ClassifierScorer:
     """A causal sequence classifier that reads each decided token once; it may lie on another device than the rows.
@@ -30,12 +33,12 @@ class ClassifierScorer:
     def __init__(
         self,
         model: PreTrainedModel,
-        label: int,
+        label: int | Output,
         chunks: Chunks | None = None,
         buffers: Buffers | None = None,
         graphs: Graphs | None = None,
     ) -> None:
-        """model: a view with the stars attention; label: the output that is the reward.
+        """model: a view with the stars attention; label: the output of its head that is the reward, or what gives one.
 
         buffers: where its memory comes from and stays, as `graphs` do; None = memory of its own.
         graphs: runs the passes over candidates as CUDA graphs; None = eagerly.
@@ -43,7 +46,7 @@ class ClassifierScorer:
         self.buffers = Buffers() if buffers is None else buffers
         self.graphs = graphs
         self.backbone = cast(PreTrainedModel, model.base_model)
-        self.head = reward_output(model, label)
+        self.head = label if callable(label) else reward_output(model, label)
         self.device = model.device
         self.chunks = chunks or Chunks()
 
@@ -121,12 +124,16 @@ class ClassifierScorer:
         return self.backbone(input_ids=ids, **inputs).last_hidden_state
 
 
-def reward_output(model: PreTrainedModel, label: int) -> Callable[[Tensor, Tensor], Tensor]:
+def reward_output(model: PreTrainedModel, label: int) -> Output:
     """One output of a classifier's head: hidden [R, S, D] and each row's last token [R] -> [R] float64.
 
     The model may lie on several devices: the rewards are where its head is.
     """
-    head = score_head(model, "reward_model")
+    return linear_output(score_head(model, "reward_model"), label)
+
+
+def linear_output(head: nn.Linear, label: int) -> Output:
+    """One output of a linear layer."""
     quantized = type(head.weight) is not nn.Parameter
     weight = (head.weight.dequantize() if quantized else head.weight)[label]  # [D]
     bias = None if head.bias is None else head.bias[label : label + 1]

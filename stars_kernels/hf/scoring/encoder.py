@@ -23,9 +23,10 @@ class EncoderScorer(TextScorer[Encoding]):
     Attention looks both ways, so nothing that was read can be kept: rows are padded and read in bounded chunks.
     """
 
-    def __init__(self, text_model: TextModel, place: Workplace) -> None:
+    def __init__(self, text_model: TextModel, label: int, place: Workplace) -> None:
+        """label: the output that is the reward."""
         super().__init__(place)
-        self.model, self.label, self.chunks = text_model.model, text_model.label, text_model.chunks
+        self.model, self.label, self.chunks = text_model.model, label, text_model.chunks
         self.tokenizer, self.template = text_model.tokenizer, place.mode.bound(text_model.template)
         self.limit = encoder_limit(self.model, self.tokenizer)
 

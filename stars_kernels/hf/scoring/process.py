@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from stars_kernels.decoder.protocols import Scores
+from stars_kernels.hf.scoring.reader import Values
 from stars_kernels.hf.scoring.text import ReaderScorer, check_length, row_reader
 from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.text.prompts import text_ids
@@ -28,6 +28,11 @@ REDUCE: dict[str, Callable[[list[float]], float]] = {
 }
 
 
+def probability(outputs: Values, label: int) -> Values:
+    """The softmax probability of one of several outputs."""
+    return lambda hidden: outputs(hidden).double().softmax(dim=-1)[..., label]
+
+
 class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
     """The probability of one label at the end of each step, reduced to one reward.
 
@@ -36,16 +41,11 @@ class ProcessScorer(ReaderScorer[tuple[list[int], list[int]]]):
     steps are left out, but the empty answer is one empty step.
     """
 
-    def __init__(self, text_model: TextModel, step: str, reduce: Reduce, place: Workplace) -> None:
-        """Score with the probability of text_model.label; step: the separator. (The template is not asked.)"""
-        model, label, tokenizer = text_model.model, text_model.label, text_model.tokenizer
-        score = model.get_submodule("score")
-
-        def head(hidden: Tensor) -> Tensor:
-            return score(hidden).double().softmax(dim=-1)[..., label]
-
-        super().__init__(place, row_reader(text_model, place, head))
-        self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(model)
+    def __init__(self, text_model: TextModel, values: Values, step: str, reduce: Reduce, place: Workplace) -> None:
+        """values: of each token, its score where a step ends there. step: the separator. (No template is asked.)"""
+        super().__init__(place, row_reader(text_model, place, values))
+        tokenizer = text_model.tokenizer
+        self.step, self.reduce, self.limit = step, REDUCE[reduce], context_limit(text_model.model)
 
         @functools.lru_cache(KNOWN_TEXTS)  # a row has its prompt and nearly all of its steps in common with others
         def plain_ids(text: str) -> list[int]:

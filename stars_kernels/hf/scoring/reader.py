@@ -22,13 +22,15 @@ SPARE_TOKENS = 32
 """More than twice what the language model writes, of the reader's tokens: room for templates and for finer tokens."""
 
 
+Values = Callable[[Tensor], Tensor]
+"""What is kept of every token: hidden [..., D] -> one value each [...], or several [..., K]."""
+
+
 class RowReader:
     """A value for each token of each row; what the arena holds in each slot is known here, as token ids."""
 
-    def __init__(
-        self, backbone: PreTrainedModel, head: Callable[[Tensor], Tensor], chunks: Chunks, buffers: Buffers
-    ) -> None:
-        """backbone: a view with the stars attention. head: hidden [..., D] -> values [...].
+    def __init__(self, backbone: PreTrainedModel, values: Values, chunks: Chunks, buffers: Buffers) -> None:
+        """backbone: a view with the stars attention.
 
         buffers: where the cache takes its memory from, and leaves it.
         """
@@ -38,7 +40,7 @@ class RowReader:
                 "tokenises "
                 "otherwise; expected a model of attention alone, or one that reads the language model's token ids"
             )
-        self.backbone, self.head, self.chunks, self.buffers = backbone, head, chunks, buffers
+        self.backbone, self.head, self.chunks, self.buffers = backbone, values, chunks, buffers
         self.device = backbone.device
         self.cache: ForkCache | None = None
 

@@ -45,6 +45,9 @@ class Likelihood:
         return {"the likelihood's model": self.model, **reference}
 
 
+Head = nn.Module | str | tuple[str, nn.Module]
+
+
 @dataclass(frozen=True)
 class RewardModel:
     """A reward model and what the engine needs to know of it; its kind follows from `model`.
@@ -61,6 +64,9 @@ class RewardModel:
     label: the output that is the reward, for models with several.
     step: what ends a step of an answer, for a token classifier.
     reduce: the reward of the steps' probabilities: "min", "mean", "prod" or "last".
+    head: what stands on `model`'s backbone in the place of a head that transformers knows: any module [R, D] -> [R, K],
+        or a `GatedHead`; the prefix of its keys in the checkpoint (of a model in memory, the name of its module); or
+        (prefix, module), a module whose weights lie there.
     """
 
     model: ModelOrPath | Likelihood | nn.Module | RewardFunction
@@ -70,6 +76,7 @@ class RewardModel:
     label: int | None = None
     step: str = "\n\n"
     reduce: Reduce = "min"
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
@@ -80,6 +87,7 @@ class RewardModel:
             raise TypeError(f"label is {self.label!r}, expected an integer or None")
         if not isinstance(self.step, str) or not self.step:
             raise TypeError(f"step is {self.step!r}, expected a non-empty string")
+        check_head(self.head)
         if self.reduce not in REDUCE:
             raise ValueError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCE)}")
 
@@ -127,6 +135,17 @@ def check_reward(reward_model: Reward) -> None:
             )
         for name, path in model.models.items() if isinstance(model, Likelihood) else [("reward_model", model)]:
             check_path(name, path)
+
+
+def check_head(head: object) -> None:
+    if isinstance(head, tuple):
+        known = len(head) == 2 and isinstance(head[0], str) and isinstance(head[1], nn.Module)
+    else:
+        known = head is None or isinstance(head, nn.Module) or (isinstance(head, str) and bool(head))
+    if not known:
+        raise TypeError(
+            f"head is {shown(head)}, expected a module, the prefix of its keys in the checkpoint or (prefix, module)"
+        )
 
 
 def is_function(reward_model: object) -> TypeGuard[RewardFunction]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -18,17 +18,25 @@ from stars_kernels.hf.loading.language_model import (
     load_language_model,
     score_head,
 )
-from stars_kernels.hf.loading.reward_model import ENCODERS, PROCESS_MODELS, Loaded, TokenizerMissing, load_reward_model
+from stars_kernels.hf.loading.reward_model import (
+    ENCODERS,
+    PROCESS_MODELS,
+    Loaded,
+    TokenizerMissing,
+    load_backbone,
+    load_reward_model,
+)
 from stars_kernels.hf.modes import without_autocast
 from stars_kernels.hf.scoring.chunks import Chunks
-from stars_kernels.hf.scoring.classifier import ClassifierScorer
+from stars_kernels.hf.scoring.classifier import ClassifierScorer, reward_output
 from stars_kernels.hf.scoring.encoder import EncoderScorer
 from stars_kernels.hf.scoring.function import CallableScorer, RewardFunction
+from stars_kernels.hf.scoring.head import GatedHead, GatedScorer, head_of, output_of, outputs_of
 from stars_kernels.hf.scoring.likelihood import LikelihoodScorer, likelihood_chunks
 from stars_kernels.hf.scoring.own_head import OwnHeadScorer, head_rewards
-from stars_kernels.hf.scoring.process import ProcessScorer
-from stars_kernels.hf.scoring.reward_model import Likelihood, Reward, RewardModel, is_function, reward_models
-from stars_kernels.hf.scoring.text import TextClassifierScorer
+from stars_kernels.hf.scoring.process import ProcessScorer, probability
+from stars_kernels.hf.scoring.reward_model import Head, Likelihood, Reward, RewardModel, is_function, reward_models
+from stars_kernels.hf.scoring.text import TextClassifierScorer, every_token
 from stars_kernels.hf.scoring.total import SumScorer
 from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.view.copying import eval_copy, view_of
@@ -93,6 +101,8 @@ def _part(
         return _likelihood(described, model, lm, tokenizer, trust_remote_code)
     if isinstance(model, nn.Module) and not hasattr(model, "config"):  # which all models have, PEFT's too
         return _own_head(described, model, lm)
+    if described.head is not None:
+        return _headed(described, described.head, lm, tokenizer, trust_remote_code)
     loaded = load_reward_model(cast(ModelOrPath, model), described.tokenizer, trust_remote_code)
     kind = type(loaded.model).__name__
     if kind in ENCODERS:
@@ -183,8 +193,39 @@ def _classifier(
             lambda place: ClassifierScorer(view, label, chunks, place.buffers, place.graphs_for(body)), body, limit,
             decoders=((loaded.name, body),), loaded=loaded.model,
         )  # fmt: skip
-    text_model = TextModel(view, label, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
-    return Part(lambda place: TextClassifierScorer(text_model, place), view.base_model, loaded=loaded.model)
+    text_model = TextModel(view, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
+    values = every_token(reward_output(view, label))
+    return Part(partial(TextClassifierScorer, text_model, values), view.base_model, loaded=loaded.model)
+
+
+def _headed(
+    described: RewardModel,
+    head: Head,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Part:
+    described.takes_only("a backbone with a head", "tokenizer", "template", "label", "head")
+    model = cast(ModelOrPath, described.model)
+    loaded = load_backbone(model, described.tokenizer, trust_remote_code)
+    module = eval_copy(head_of(model, head))
+    view, chunks = view_of(loaded.model), Chunks()
+    loaded = replace(loaded, outputs=outputs_of(module, view))
+    originals = nn.ModuleList([loaded.model, module])
+    if isinstance(module, GatedHead):
+        if described.label is not None:
+            raise ValueError(f"label is {described.label}, but a gated head's reward is the sum of its objectives; "
+                             "expected no label=")  # fmt: skip
+        text_model = TextModel(view, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
+        return Part(partial(GatedScorer, text_model, module), view, loaded=originals)
+    output = output_of(module, loaded.label(described.label))
+    if described.template is None and loaded.reads_ids(lm, tokenizer):
+        return Part(
+            lambda place: ClassifierScorer(view, output, chunks, place.buffers), view, context_limit(loaded.model),
+            decoders=((loaded.name, view),), loaded=originals,
+        )  # fmt: skip
+    text_model = TextModel(view, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
+    return Part(partial(TextClassifierScorer, text_model, every_token(output)), view, loaded=originals)
 
 
 def _process(
@@ -194,8 +235,8 @@ def _process(
     if loaded.labels == 1:
         raise ValueError(f"reward_model {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
     label, view, own = loaded.label(described.label), view_of(loaded.model), loaded.own_tokenizer(lm, tokenizer)
-    text_model = TextModel(view, label, own, None, Chunks())
-    scorer = partial(ProcessScorer, text_model, described.step, described.reduce)
+    text_model, values = TextModel(view, own, None, Chunks()), probability(view.get_submodule("score"), label)
+    scorer = partial(ProcessScorer, text_model, values, described.step, described.reduce)
     return Part(scorer, view.base_model, loaded=loaded.model)
 
 
@@ -211,5 +252,5 @@ def _encoder(described: RewardModel, loaded: Loaded, tokenizer: PreTrainedTokeni
         raise TokenizerMissing(f"reward_model {loaded.name} reads text, which needs the language model's tokenizer")
     loaded.checked(own)
     copy = eval_copy(loaded.model)
-    text_model = TextModel(copy, loaded.label(described.label), own, described.template, Chunks())
-    return Part(lambda place: EncoderScorer(text_model, place), copy, loaded=loaded.model)
+    text_model = TextModel(copy, own, described.template, Chunks())
+    return Part(partial(EncoderScorer, text_model, loaded.label(described.label)), copy, loaded=loaded.model)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scores, Settle, together
 from stars_kernels.decoder.transfer import to_host
-from stars_kernels.hf.scoring.classifier import reward_output
-from stars_kernels.hf.scoring.reader import RowReader
+from stars_kernels.hf.scoring.classifier import Output
+from stars_kernels.hf.scoring.reader import RowReader, Values
 from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.text.templates import TextPrompt, whole_ids
 from stars_kernels.hf.view.layout import context_limit
@@ -131,20 +131,12 @@ class ReaderScorer(TextScorer[Input]):
 
 
 class TextClassifierScorer(ReaderScorer[list[int]]):
-    """A causal sequence classifier of another tokenizer or template; its reward is read at the text's last token."""
+    """A decoder of another tokenizer or template; its reward is read at the text's last token."""
 
-    def __init__(self, text_model: TextModel, place: Workplace) -> None:
-        model = text_model.model
-        output = reward_output(model, text_model.label)
-
-        def head(hidden: Tensor) -> Tensor:
-            every = hidden.flatten(0, -2)[:, None]  # [N, 1, D]: each token is the last of its own row
-            return output(every, torch.zeros(len(every), dtype=torch.int64, device=every.device)).view(
-                hidden.shape[:-1]
-            )
-
-        super().__init__(place, row_reader(text_model, place, head))
-        self.tokenizer, self.limit = text_model.tokenizer, context_limit(model)
+    def __init__(self, text_model: TextModel, values: Values, place: Workplace) -> None:
+        """values: of each token; that of the last one is the reward."""
+        super().__init__(place, row_reader(text_model, place, values))
+        self.tokenizer, self.limit = text_model.tokenizer, context_limit(text_model.model)
         self.template = place.mode.bound(text_model.template)
 
     def prepare(self, prompt: TextPrompt, answer: str) -> list[int]:
@@ -158,14 +150,28 @@ class TextClassifierScorer(ReaderScorer[list[int]]):
 
     def read(self, numbers: list[int]) -> Scores:
         values, counts = self.reader.read(numbers)
-        rewards = torch.tensor([row[-1] for row in values], dtype=torch.float64, device=self.device)
-        return Scores(rewards, torch.tensor(counts))
+        rewards = [self.reward(self.inputs[number], row) for number, row in zip(numbers, values, strict=True)]
+        return Scores(torch.tensor(rewards, dtype=torch.float64, device=self.device), torch.tensor(counts))
+
+    def reward(self, ids: list[int], values: list[Any]) -> float:
+        """Return the reward of a row's tokens, whose values are given."""
+        return float(values[-1])
 
 
-def row_reader(text_model: TextModel, place: Workplace, head: Callable[[Tensor], Tensor]) -> RowReader:
-    """Make the reader of a decoder; head: hidden [..., D] -> values [...]."""
+def every_token(output: Output) -> Values:
+    """A reward as the value of every token."""
+
+    def values(hidden: Tensor) -> Tensor:
+        every = hidden.flatten(0, -2)[:, None]  # [N, 1, D]: each token is the last of its own row
+        return output(every, torch.zeros(len(every), dtype=torch.int64, device=every.device)).view(hidden.shape[:-1])
+
+    return values
+
+
+def row_reader(text_model: TextModel, place: Workplace, values: Values) -> RowReader:
+    """Make the reader of a decoder."""
     backbone = cast(PreTrainedModel, text_model.model.base_model)
-    return RowReader(backbone, head, text_model.chunks, place.buffers)
+    return RowReader(backbone, values, text_model.chunks, place.buffers)
 
 
 def check_length(count: int, limit: int) -> None:

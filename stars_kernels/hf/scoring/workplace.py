@@ -48,12 +48,11 @@ class Workplace:
 class TextModel:
     """A reward model that reads text.
 
-    model: in eval mode; of a decoder, a view. label: the output that is the reward. tokenizer: its own, or one of the
+    model: in eval mode; of a decoder, a view. tokenizer: its own, or one of the
     same ids. template: see `RewardModel`. chunks: bounds its forwards.
     """
 
     model: PreTrainedModel
-    label: int
     tokenizer: PreTrainedTokenizerBase
     template: Template | None
     chunks: Chunks
