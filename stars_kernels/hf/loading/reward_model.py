@@ -181,23 +181,23 @@ def load_backbone(
     """The decoder under a head of the user's, without the heads of its own, and its tokenizer where that is known."""
     if not isinstance(model, str | os.PathLike):
         whole = unwrapped(model, "reward_model")
-        backbone = whole.base_model if isinstance(whole, PreTrainedModel) else whole
+        backbone: Any = whole.base_model if isinstance(whole, PreTrainedModel) else whole
         check_model(backbone, "reward_model", BACKBONES, BACKBONE_EXPECTED)
         return Loaded(backbone, tokenizer)
     path = os.path.expanduser(model)
     with reading("reward_model", path):
-        backbone, info = AutoModel.from_pretrained(
+        loaded, info = AutoModel.from_pretrained(
             path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
         )
-    check_model(backbone, "reward_model", BACKBONES, BACKBONE_EXPECTED)
+    check_model(loaded, "reward_model", BACKBONES, BACKBONE_EXPECTED)
     if new := sorted(info["missing_keys"]):
         raise ValueError(
             f"reward_model {path!r} has no {new[0]} in its checkpoint, which would be random; expected all weights of "
-            f"a {type(backbone).__name__} beside the head"
+            f"a {type(loaded).__name__} beside the head"
         )
     if tokenizer is None and has_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return Loaded(backbone, tokenizer)
+    return Loaded(loaded, tokenizer)
 
 
 def _new_parameters(model: PreTrainedModel) -> list[str]:

@@ -15,6 +15,7 @@ from stars_kernels.decoder.checks import finite, shown
 from stars_kernels.hf.loading.language_model import ModelOrPath, check_path, check_tokenizer
 from stars_kernels.hf.scoring.function import RewardFunction
 from stars_kernels.hf.scoring.process import REDUCE, Reduce
+from stars_kernels.hf.scoring.tokens import Token, check_tokens
 from stars_kernels.hf.text.templates import Template, check_template
 
 
@@ -67,6 +68,10 @@ class RewardModel:
     head: what stands on `model`'s backbone in the place of a head that transformers knows: any module [R, D] -> [R, K],
         or a `GatedHead`; the prefix of its keys in the checkpoint (of a model in memory, the name of its module); or
         (prefix, module), a module whose weights lie there.
+    tokens: of a causal language model, the tokens whose logits at the text's end, or at each step's, are the reward:
+        of one its logit, of several the softmax probability, among them, of the first. Texts of one token, or ids.
+    mark: closes each step, for `head` or `tokens`: a step's probability is read at its last token.
+    between: stands behind a mark and before the next step.
     """
 
     model: ModelOrPath | Likelihood | nn.Module | RewardFunction
@@ -77,6 +82,9 @@ class RewardModel:
     step: str = "\n\n"
     reduce: Reduce = "min"
     head: Head | None = None
+    tokens: tuple[Token, ...] | None = None
+    mark: str | None = None
+    between: str = ""
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
@@ -88,6 +96,13 @@ class RewardModel:
         if not isinstance(self.step, str) or not self.step:
             raise TypeError(f"step is {self.step!r}, expected a non-empty string")
         check_head(self.head)
+        check_tokens(self.tokens)
+        if self.mark is not None and (not isinstance(self.mark, str) or not self.mark):
+            raise TypeError(f"mark is {self.mark!r}, expected a non-empty string or None")
+        if not isinstance(self.between, str):
+            raise TypeError(f"between is {self.between!r}, expected a string")
+        if self.mark is None and self.between:
+            raise ValueError(f"between is {self.between!r} without a mark, expected mark= with it")
         if self.reduce not in REDUCE:
             raise ValueError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCE)}")
 

@@ -31,16 +31,20 @@ from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.scoring.classifier import ClassifierScorer, reward_output
 from stars_kernels.hf.scoring.encoder import EncoderScorer
 from stars_kernels.hf.scoring.function import CallableScorer, RewardFunction
-from stars_kernels.hf.scoring.head import GatedHead, GatedScorer, head_of, output_of, outputs_of
+from stars_kernels.hf.scoring.head import GatedHead, GatedScorer, head_of, head_values, output_of, outputs_of
 from stars_kernels.hf.scoring.likelihood import LikelihoodScorer, likelihood_chunks
 from stars_kernels.hf.scoring.own_head import OwnHeadScorer, head_rewards
-from stars_kernels.hf.scoring.process import ProcessScorer, probability
+from stars_kernels.hf.scoring.process import MarkedScorer, Marks, ProcessScorer, probability
+from stars_kernels.hf.scoring.reader import Values
 from stars_kernels.hf.scoring.reward_model import Head, Likelihood, Reward, RewardModel, is_function, reward_models
 from stars_kernels.hf.scoring.text import TextClassifierScorer, every_token
+from stars_kernels.hf.scoring.tokens import Token, output_layer, token_ids, token_values
 from stars_kernels.hf.scoring.total import SumScorer
 from stars_kernels.hf.scoring.workplace import TextModel, Workplace
 from stars_kernels.hf.view.copying import eval_copy, view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, text_config
+
+STEP_SETTINGS = ("step", "reduce", "mark", "between")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def _part(
         return _own_head(described, model, lm)
     if described.head is not None:
         return _headed(described, described.head, lm, tokenizer, trust_remote_code)
+    if described.tokens is not None:
+        return _tokens(described, described.tokens, lm, tokenizer, trust_remote_code)
     loaded = load_reward_model(cast(ModelOrPath, model), described.tokenizer, trust_remote_code)
     kind = type(loaded.model).__name__
     if kind in ENCODERS:
@@ -205,13 +211,17 @@ def _headed(
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> Part:
-    described.takes_only("a backbone with a head", "tokenizer", "template", "label", "head")
+    steps = () if described.mark is None else STEP_SETTINGS
+    described.takes_only("a backbone with a head", "tokenizer", "template", "label", "head", *steps)
     model = cast(ModelOrPath, described.model)
     loaded = load_backbone(model, described.tokenizer, trust_remote_code)
     module = eval_copy(head_of(model, head))
     view, chunks = view_of(loaded.model), Chunks()
     loaded = replace(loaded, outputs=outputs_of(module, view))
     originals = nn.ModuleList([loaded.model, module])
+    if described.mark is not None:
+        values = probability(head_values(module), _label_of_several(loaded, described.label))
+        return _marked(described, described.mark, loaded, view, values, originals, lm, tokenizer)
     if isinstance(module, GatedHead):
         if described.label is not None:
             raise ValueError(f"label is {described.label}, but a gated head's reward is the sum of its objectives; "
@@ -228,13 +238,55 @@ def _headed(
     return Part(partial(TextClassifierScorer, text_model, every_token(output)), view, loaded=originals)
 
 
+def _tokens(
+    described: RewardModel,
+    tokens: tuple[Token, ...],
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Part:
+    steps = () if described.mark is None else STEP_SETTINGS
+    described.takes_only("a causal language model of tokens", "tokenizer", "template", "tokens", *steps)
+    given = cast(ModelOrPath, described.model)
+    model, own = load_language_model(given, described.tokenizer, trust_remote_code, "reward_model")
+    loaded = Loaded(model, own)
+    own = loaded.own_tokenizer(lm, tokenizer)
+    values, view = token_values(output_layer(model), token_ids(tokens, model, own)), view_of(model)
+    if described.mark is not None:
+        return _marked(described, described.mark, loaded, view, values, model, lm, tokenizer)
+    text_model = TextModel(view, own, described.template, Chunks())
+    return Part(partial(TextClassifierScorer, text_model, values), view.base_model, loaded=model)
+
+
+def _marked(
+    described: RewardModel,
+    mark: str,
+    loaded: Loaded,
+    view: PreTrainedModel,
+    values: Values,
+    original: nn.Module,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Part:
+    text_model = TextModel(view, loaded.own_tokenizer(lm, tokenizer), described.template, Chunks())
+    marks = Marks(mark, described.between)
+    scorer = partial(MarkedScorer, text_model, values, described.step, described.reduce, marks)
+    return Part(scorer, view.base_model, loaded=original)
+
+
+def _label_of_several(loaded: Loaded, label: int | None) -> int:
+    """Return the index of the output whose probability scores a step."""
+    if loaded.labels == 1:
+        raise ValueError(f"reward_model {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
+    return loaded.label(label)
+
+
 def _process(
     described: RewardModel, loaded: Loaded, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Part:
     described.takes_only("a token classifier", "tokenizer", "label", "step", "reduce")
-    if loaded.labels == 1:
-        raise ValueError(f"reward_model {loaded.name} has 1 label, whose probability is always 1; expected 2 or more")
-    label, view, own = loaded.label(described.label), view_of(loaded.model), loaded.own_tokenizer(lm, tokenizer)
+    label = _label_of_several(loaded, described.label)
+    view, own = view_of(loaded.model), loaded.own_tokenizer(lm, tokenizer)
     text_model, values = TextModel(view, own, None, Chunks()), probability(view.get_submodule("score"), label)
     scorer = partial(ProcessScorer, text_model, values, described.step, described.reduce)
     return Part(scorer, view.base_model, loaded=loaded.model)

@@ -24,6 +24,10 @@ KINDS = {
     "text, tokens that merge": RewardModel(tiny_reward_model(vocab_size=300, **LONG), MERGING),
     "text, a chat template that closes with 7 tokens": RewardModel(tiny_reward_model(**LONG), CLOSING),
     "steps, a separator of 2 tokens": RewardModel(process_model(vocab_size=260, **LONG), label=1),
+    "steps of a causal language model, a mark of 2 tokens": RewardModel(
+        POLICY, template="{prompt}{answer}", tokens=("+", "-"), mark=" #"
+    ),
+    "a head of yours, token ids": RewardModel(POLICY, head=nn.Linear(24, 1).double()),
     "encoder": RewardModel(encoder(**LONG), pair_tokenizer()),
     "a head on the model's own hidden states": nn.Linear(24, 1).double(),
     "likelihood, of two models": Likelihood(POLICY, POLICY),
