@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from stars_kernels.decoder.checks import shown
+
+
+class Gated(nn.Module):
+    """A head that weighs several objectives by what it makes of the prompt.
+
+    The reward is the sum over k of gate(state at the prompt's end)[k] * objectives(state at the text's end)[k].
+    """
+
+    prompt_end: str
+    """The text at whose first token, of its last place, the gate's state is taken."""
+    objectives: Callable[[Tensor], Tensor]
+    """[R, D] -> [R, K]"""
+    gate: Callable[[Tensor], Tensor]
+    """[R, D] -> [R, K]"""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute [R, 2K] of hidden states [R, D]: the objectives, then the gate."""
+        objectives, gate = self.objectives(hidden), self.gate(hidden)
+        if objectives.shape != gate.shape:
+            raise ValueError(
+                f"its objectives have shape {list(objectives.shape)} and its gate {list(gate.shape)}, expected the same"
+            )
+        return torch.cat([objectives, gate], dim=-1)
+
 
 PASS_THE_MODULE = "pass head=(prefix, module), the module that its weights belong to"
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -152,6 +153,7 @@ def load_reward_model(
         path = os.path.expanduser(model)
         with reading("reward_model", path):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            _check_class(path, config.architectures)
             loaded, info = _auto_class(config.architectures).from_pretrained(
                 path, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True, output_loading_info=True
             )
@@ -209,6 +211,17 @@ def _new_parameters(model: PreTrainedModel) -> list[str]:
     if any(".modules_to_save." in name for name, _ in heads):  # came with PEFT's adapters, trained
         return []
     return [name for name, p in heads if not getattr(p, "_is_hf_initialized", False)]
+
+
+def _check_class(path: str, architectures: list[str] | None) -> None:
+    """Refuse a checkpoint of a class that transformers has not: what stands on its backbone would be left out."""
+    for kind in (architectures or [])[:1]:
+        if not hasattr(transformers, kind):
+            raise ValueError(
+                f"reward_model {path!r} is a {kind}, which transformers does not know; pass "
+                f"RewardModel.from_pretrained({path!r}) for a published form, else RewardModel({path!r}, head=...); "
+                f"expected {EXPECTED}"
+            )
 
 
 def _auto_class(architectures: list[str] | None) -> Any:

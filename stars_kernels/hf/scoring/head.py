@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stars_kernels.hf.loading.heads import read_head
+from stars_kernels.hf.loading.heads import Gated, read_head
 from stars_kernels.hf.loading.language_model import ModelOrPath, name_of
 from stars_kernels.hf.modes import without_autocast
 from stars_kernels.hf.scoring.classifier import Output, linear_output
@@ -22,7 +22,7 @@ from stars_kernels.hf.view.layout import text_config
 from stars_kernels.hf.view.rewrites.matching import is_plain
 
 
-class GatedHead(nn.Module):
+class GatedHead(Gated):
     """A head that weighs several objectives by what it makes of the prompt.
 
     The reward is the sum over k of gate(state at the prompt's end)[k] * objectives(state at the text's end)[k].
@@ -38,15 +38,6 @@ class GatedHead(nn.Module):
         if not isinstance(prompt_end, str) or not prompt_end:
             raise TypeError(f"prompt_end is {prompt_end!r}, expected a non-empty string")
         self.objectives, self.gate, self.prompt_end = objectives, gate, prompt_end
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Compute [R, 2K] of hidden states [R, D]: the objectives, then the gate."""
-        objectives, gate = self.objectives(hidden), self.gate(hidden)
-        if objectives.shape != gate.shape:
-            raise ValueError(
-                f"its objectives have shape {list(objectives.shape)} and its gate {list(gate.shape)}, expected the same"
-            )
-        return torch.cat([objectives, gate], dim=-1)
 
 
 def head_of(model: ModelOrPath, head: nn.Module | str | tuple[str, nn.Module]) -> nn.Module:
@@ -119,7 +110,7 @@ def outputs_of(head: nn.Module, backbone: PreTrainedModel) -> int:
 class GatedScorer(TextClassifierScorer):
     """The reward of a `GatedHead`; it reads text, in which the prompt's end can be told."""
 
-    def __init__(self, text_model: TextModel, head: GatedHead, place: Workplace) -> None:
+    def __init__(self, text_model: TextModel, head: Gated, place: Workplace) -> None:
         super().__init__(text_model, head_values(head), place)
         self.prompt_end = head.prompt_end
         self.mark = list(self.tokenizer(head.prompt_end, add_special_tokens=False)["input_ids"])

@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stars_kernels.decoder.checks import finite, shown
 from stars_kernels.hf.loading.language_model import ModelOrPath, check_path, check_tokenizer
+from stars_kernels.hf.loading.presets import preset
 from stars_kernels.hf.scoring.function import RewardFunction
 from stars_kernels.hf.scoring.process import REDUCE, Reduce
 from stars_kernels.hf.scoring.tokens import Token, check_tokens
@@ -105,6 +106,18 @@ class RewardModel:
             raise ValueError(f"between is {self.between!r} without a mark, expected mark= with it")
         if self.reduce not in REDUCE:
             raise ValueError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCE)}")
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> RewardModel:
+        """Describe a published reward model by what its hub name or its config tells; no remote code runs.
+
+        name: a folder or hub name. settings: of the `RewardModel`, in the place of the form's own.
+
+        Raises:
+            OSError: its config cannot be read.
+            ValueError: it has a form that is not known; the message says which, and what to pass.
+        """
+        return cls(name, **{**preset(name), **settings})
 
     def takes_only(self, kind: str, *names: str) -> None:
         """Refuse a setting that means nothing to this kind of reward model."""

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_kernels.decoder.protocols import Scorer
+from stars_kernels.hf.loading.heads import Gated
 from stars_kernels.hf.loading.language_model import (
     ModelOrPath,
     load_language_model,
@@ -31,7 +32,7 @@ from stars_kernels.hf.scoring.chunks import Chunks
 from stars_kernels.hf.scoring.classifier import ClassifierScorer, reward_output
 from stars_kernels.hf.scoring.encoder import EncoderScorer
 from stars_kernels.hf.scoring.function import CallableScorer, RewardFunction
-from stars_kernels.hf.scoring.head import GatedHead, GatedScorer, head_of, head_values, output_of, outputs_of
+from stars_kernels.hf.scoring.head import GatedScorer, head_of, head_values, output_of, outputs_of
 from stars_kernels.hf.scoring.likelihood import LikelihoodScorer, likelihood_chunks
 from stars_kernels.hf.scoring.own_head import OwnHeadScorer, head_rewards
 from stars_kernels.hf.scoring.process import MarkedScorer, Marks, ProcessScorer, probability
@@ -222,7 +223,7 @@ def _headed(
     if described.mark is not None:
         values = probability(head_values(module), _label_of_several(loaded, described.label))
         return _marked(described, described.mark, loaded, view, values, originals, lm, tokenizer)
-    if isinstance(module, GatedHead):
+    if isinstance(module, Gated):
         if described.label is not None:
             raise ValueError(f"label is {described.label}, but a gated head's reward is the sum of its objectives; "
                              "expected no label=")  # fmt: skip
