@@ -220,6 +220,8 @@ def _headed(
     view, chunks = view_of(loaded.model), Chunks()
     loaded = replace(loaded, outputs=outputs_of(module, view))
     originals = nn.ModuleList([loaded.model, module])
+    if isinstance(module, Gated) and described.mark is not None:
+        raise ValueError(f"mark is {described.mark!r}, but a gated head scores no steps; expected no mark=")
     if described.mark is not None:
         values = probability(head_values(module), _label_of_several(loaded, described.label))
         return _marked(described, described.mark, loaded, view, values, originals, lm, tokenizer)

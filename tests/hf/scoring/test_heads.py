@@ -134,6 +134,7 @@ def test_wrong_heads_are_refused(tmp_path, lm):
         (RewardModel(rm, head=nn.Flatten(0)), r"head Flatten returned shape \[48\] for 2 hidden states"),
         (RewardModel(rm, head=nn.Linear(D, 2).double()), "has 2 labels, expected 1; say which one is the reward"),
         (RewardModel(rm, head=gated, label=1), "label is 1, but a gated head's reward is the sum"),
+        (RewardModel(rm, head=gated, mark="#"), "mark is '#', but a gated head scores no steps; expected no mark="),
         (RewardModel(rm, head=gated, reduce="last"), "reduce is given, but reward_model is a backbone with a head"),
         (RewardModel(nn.Linear(D, 1), head=nn.Linear(D, 1)), "head is given, but reward_model is a head on hidden"),
         (RewardModel(BertModel(BertConfig(hidden_size=24, num_attention_heads=2)), head=gated), "is a BertModel, not"),
