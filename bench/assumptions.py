@@ -56,8 +56,8 @@ ASSUMPTIONS = {
         f"{ESTIMATE}: one program a multiprocessor, by the registers in docs/gpu_build.md",
     ),
     "search_seconds": Assumption(
-        10e-6, 25e-6, 40e-6, "s of one serial bisection of segment_sample (two a filtered draw)", "ours",
-        f"{ESTIMATE}: one program a row, about 30 dependent passes",
+        5e-6, 11e-6, 18e-6, "s of one search of segment_sample for a threshold (two a filtered draw)", "ours",
+        f"{ESTIMATE}: one program a row, about 10 dependent passes of 8 thresholds each",
     ),
     "node_seconds": Assumption(
         1e-6, 3e-6, 10e-6, "s to instantiate and upload a node of a graph, beside issuing it", "ours",
@@ -72,8 +72,8 @@ ASSUMPTIONS = {
         f"{ESTIMATE}: admission, scheduling, detokenisation and output of a sample",
     ),
     "l2_speed": Assumption(
-        4.0, 2.0, 1.5, "x the bandwidth, at which a prefix is read again from L2, in `L2` alone", "vLLM",
-        f"{ELSEWHERE}: about 5.5 TB/s on an H100; the fast end is in vLLM's favour",
+        4.0, 2.0, 1.5, "x the bandwidth, at which a prefix is read again from L2 (vLLM's: in `L2` alone)", "all",
+        f"{ELSEWHERE}: about 5.5 TB/s on an H100",
     ),
 }  # fmt: skip
 

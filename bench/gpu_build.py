@@ -35,13 +35,7 @@ KNOWN: Known = {
     ),
 }
 """(kernel, fault, pattern of its cases): why it stays. One that is gone is a fault itself."""
-KNOWN_OF: dict[str, Known] = {
-    "3.6.0": {
-        ("_draw", "spills in a loop", "^128,256, top-p, fp32"): (
-            "Two words on one target, and not with Triton 3.9: left for a GPU to tell whether it costs anything."
-        ),
-    }
-}
+KNOWN_OF: dict[str, Known] = {}
 """The same of one Triton, by its release."""
 TENSOR_CORES = ("_fork_attention", "_lm_head_race")  # in half precision
 

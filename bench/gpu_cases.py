@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.kernels import MODELS
+from bench.sizes import MODELS
 from stars_kernels.ops.triton import LAUNCHERS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -69,6 +69,19 @@ def cases() -> Iterator[Case]:
         yield Case((f"{size} features", name, dtype), partial(reward, dtype, size, norm))
     for size, dtype in ((4096, "bf16"), (896, "bf16"), (128, "bf16"), (8192, "bf16"), (4096, "fp32")):
         yield Case((f"rms_norm of {size}", f"{BATCH * WIDTH} rows", dtype), partial(norm_rows, dtype, size))
+    for size, dtype in ((4096, "bf16"), (896, "bf16"), (4096, "fp32")):
+        yield Case((f"add_rms_norm of {size}", f"{BATCH * WIDTH} rows", dtype), partial(add_norm_rows, dtype, size))
+    for size, activation, dtype in ((14336, "silu", "bf16"), (4864, "silu", "fp32"), (9216, "gelu_tanh", "bf16")):
+        yield Case((f"gated, {size}", activation, dtype), partial(gate_rows, dtype, size, activation))
+    for model, dtype in (
+        ("Llama-3-8B", "bf16"),
+        ("Qwen2.5-0.5B", "bf16"),
+        ("Phi-3-mini", "fp16"),
+        ("Llama-3-8B", "fp32"),
+    ):
+        heads, kv_heads, size = HEADS[model]
+        launch = partial(store, dtype, heads, kv_heads, size)
+        yield Case((f"{model} {heads}/{kv_heads} x {size}", "rotary_store", dtype), launch)
     for key, dtype in (("llama-3-8b", "bf16"), ("llama-7b", "bf16"), ("qwen2.5-0.5b", "bf16"), ("llama-3-8b", "fp32")):
         m = MODELS[key]
         launch = partial(commit, dtype, m.layers, m.kv_heads, m.head_dim)
@@ -111,6 +124,27 @@ def reward(dtype: str, size: int, norm: bool, rows: int = BATCH * WIDTH, steps: 
 
 def norm_rows(dtype: str, size: int, rows: int = BATCH * WIDTH) -> None:
     LAUNCHERS["rms_norm"](floats(dtype, rows, 1, size), floats(dtype, size), 1e-5)
+
+
+def add_norm_rows(dtype: str, size: int, rows: int = BATCH * WIDTH) -> None:
+    x, residual = (floats(dtype, rows, 1, size) for _ in range(2))
+    LAUNCHERS["add_rms_norm"](x, residual, floats(dtype, size), 1e-5)
+
+
+def gate_rows(dtype: str, size: int, activation: str, rows: int = BATCH * WIDTH) -> None:
+    """Both halves are parts of one product's rows."""
+    LAUNCHERS["gated"](*floats(dtype, rows, 1, 2 * size).chunk(2, dim=-1), activation)
+
+
+def store(
+    dtype: str, heads: int, kv_heads: int, size: int, *, rows: int = BATCH * WIDTH, steps: int = 1, slots: int = SEGMENT
+) -> None:
+    """Queries, keys and values are parts of one product's rows."""
+    joined = floats(dtype, rows, steps, heads + 2 * kv_heads, size)
+    query, key, value = joined.split([heads, kv_heads, kv_heads], dim=2)
+    phases = [floats(dtype, rows, steps, size) for _ in range(2)]
+    kept = [floats(dtype, rows, slots, kv_heads, size) for _ in range(2)]
+    LAUNCHERS["rotary_store"](query, key, value, *phases, integers(steps), *kept)
 
 
 def commit(

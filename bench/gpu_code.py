@@ -22,6 +22,9 @@ DATA = {  # kernel: the source lines whose loads carry its data; indices and len
     "_lm_head_race": r"tl\.load\(w \+ d\b",
     "_reward_head": r"tl\.load\((hidden|weight|norm_weight) \+ d\b",
     "_rms_norm": r"tl\.load\((x \+ row|weight) \+ d\b",
+    "_add_rms_norm": r"tl\.load\((x \+ row|residual \+ row|weight) \+ d\b",
+    "_gated": r"tl\.load\((gate|up) \+ row",
+    "_rotary_store": r"tl\.load\((source|value) \+",
     "_commit": r"tl\.load\(suffix \+ word",
 }
 MMA = r"[HQIO]MMA|HGMMA|UTC[HQIO]MMA"

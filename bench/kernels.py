@@ -1,4 +1,4 @@
-"""Sizes of GPUs, models and kernels, for the model of `roofline`: bytes and operations by formula.
+"""Sizes of kernels, for the model of `roofline`: bytes and operations by formula.
 
 What these cost is a floor: `Kernel.seconds` takes the machine's shortcomings from bench/assumptions.py.
 """
@@ -6,91 +6,22 @@ What these cost is a floor: `Kernel.seconds` takes the machine's shortcomings fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from bench import counted
 from bench.assumptions import Values
+from bench.parts import BUILT, Engine
+from bench.sizes import BF16, Gpu, Model
 
-BF16 = 2  # bytes of a weight, a key, a value, a logit
 L2_BYTES = 40e6  # of the smallest of these GPUs: activations that fit cost no bandwidth
 RACE_FLOPS = 150  # vector operations for a token's key in the race: 1/4 of Philox4x32-10, two logarithms
 FILTER_FLOPS = 10  # and for finding the tokens that top-k and top-p leave
 SURVIVORS = 1024  # candidates a row that the filters' second read writes into a buffer, 8 bytes each
-FUSED_ELEMENTWISE = 4  # residual and norm, twice; RoPE and the write of keys and values; SiLU and product
 QUERY_BLOCK = 32  # queries for which fork_attention reads a prefix once: whole rows x tokens x heads of a group
 CHUNK, GROUP = 2048, 64  # segment_sample: tokens of a program, tokens behind one maximum
 HEAD_BLOCK = 128  # lm_head_sample: tokens of a program
 # fork_attention: how a prefix is split, and from which number of splits on programs share it
 SPLIT_KEYS, MAX_SPLITS, TARGET_PROGRAMS, WHOLE_SPLITS, WORKSPACE = 256, 16, 264, 8, 128 << 20
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates: bytes and operations a second, dense."""
-
-    name: str
-    bandwidth: float
-    tensor_flops: float  # bf16
-    vector_flops: float  # fp32
-    memory: float
-
-
-@dataclass(frozen=True)
-class Model:
-    """A Llama or Qwen2; a reward model is the same layers with a head of one output."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool = False
-    qkv_bias: bool = False
-
-    @property
-    def query_size(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> int:
-        """Weights of a layer's linears."""
-        return self.hidden * (2 * self.query_size + 2 * self.kv_size + 3 * self.intermediate)
-
-    @property
-    def head(self) -> int:
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        bias = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
-        return (1 if self.tied else 2) * self.head + self.layers * (self.linears + bias + 2 * self.hidden) + self.hidden
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of a token, all layers."""
-        return self.layers * 2 * self.kv_size * BF16
-
-
-# NVIDIA's datasheets: H100 Tensor Core GPU (SXM; 1,979 TFLOP/s with sparsity), A100 80GB (SXM), L4 (242 with sparsity).
-GPUS = {
-    "h100": Gpu("H100 SXM", 3.35e12, 989e12, 67e12, 80e9),
-    "h200": Gpu("H200 SXM", 4.8e12, 989e12, 67e12, 141e9),
-    "a100": Gpu("A100 80GB SXM", 2.039e12, 312e12, 19.5e12, 80e9),
-    "l4": Gpu("L4", 300e9, 121e12, 30.3e12, 24e9),
-}
-MODELS = {
-    "llama-7b": Model("Llama-7B", 32, 4096, 32, 32, 128, 11008, 32000),
-    "llama-3-8b": Model("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256),
-    "qwen2.5-0.5b": Model("Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
-}
 
 
 class Kernel(NamedTuple):
@@ -101,10 +32,11 @@ class Kernel(NamedTuple):
     l2_bytes: float = 0.0  # read from L2 and not from memory
     calls: float = 1  # a round
     launches: int = 1  # a call, alike
-    searches: int = 0  # serial bisections of a call
+    searches: int = 0  # for a threshold in a call, by dependent passes
     attention: bool = False  # runs at `attention_share`
     phase: str = ""  # modelled as if the host waited at its end
-    graphed: bool = False  # part of a CUDA graph, where there are any
+    ahead: bool = False  # or not, in a round that the device judges
+    graph: str = ""  # the CUDA graph that it is part of, where there are any
 
     def limits(self, gpu: Gpu, given: Values) -> dict[str, float]:
         """Seconds of a call by what may bound it: its floors."""
@@ -118,7 +50,8 @@ class Kernel(NamedTuple):
 
     def seconds(self, gpu: Gpu, given: Values) -> float:
         """Of all its calls, without the gaps between launches."""
-        work = smooth_max(tuple(self.limits(gpu, given).values()), given.ridge)
+        moves = self.bytes or self.flops or self.vector_flops
+        work = smooth_max(tuple(self.limits(gpu, given).values()), given.ridge) if moves else 0.0
         if self.attention:
             work /= given.attention_share
         return self.calls * max(work, self.searches * given.search_seconds, self.launches * given.small_kernel_seconds)
@@ -173,7 +106,7 @@ def fork_attention(
     keys = prefix + own - (tokens - 1) / 2  # that a query sees, on average
     token = 2 * m.kv_size * BF16
     parts = min(MAX_SPLITS, math.ceil(prefix / SPLIT_KEYS)) + 1  # the last one is the row's own tokens
-    stored = splits > 1 and parts - 1 > attention_whole(prefixes * m.kv_heads)
+    stored = splits > 1 and parts - 1 > attention_whole((prefixes + reread) * m.kv_heads)
     partial = parts * rows * tokens * m.heads * (m.head_dim + 2) * 4 if stored else 0  # accumulator, maximum, sum
     out = BF16 * queries
     kernels = [
@@ -189,27 +122,23 @@ def fork_attention(
 
 def forward(
     m: Model, name: str, rows: float, tokens: float = 1, *, prefixes: float, prefix: float, own: float,
-    calls: int = 1, head: bool = True, fused: bool = False, splits: int = 1, reread: float = 0.0,
+    calls: int = 1, head: bool = True, engine: Engine = BUILT, splits: int = 1, reread: float = 0.0,
+    prefill: bool = False, merged: bool = False,
 ) -> list[Kernel]:  # fmt: skip
     """`tokens` new tokens of each row, of `own` in its suffix; a prefix is read `prefixes` times, not for each row.
 
-    Weights are read once. Activations cost bandwidth only where they do not fit into the L2 cache. fused: the
-    element-wise kernels.
+    Weights are read once. Activations cost bandwidth only where they do not fit into the L2 cache. prefill: of prompts.
+    merged: products of one tensor are one.
     """
     new = rows * tokens
     cached = new * max(4 * m.hidden, BF16 * m.intermediate) <= L2_BYTES
-    rotated = m.query_size + m.kv_size
-    if fused:  # bytes a token: 8 in residual and norm, 4 in RoPE and copy, 6 in SiLU and product, for each element
-        elementwise = 16 * m.hidden + 4 * (rotated + m.kv_size) + 6 * m.intermediate
-    else:  # 36 in the 8 kernels of a norm, 6 in a residual, 20 in RoPE, 4 in a copy, 10 in SiLU and product
-        elementwise = 84 * m.hidden + 20 * rotated + 8 * m.kv_size + 10 * m.intermediate
     around = 8 * m.hidden + 2 * m.query_size + 2 * m.kv_size + 3 * m.intermediate  # inputs and outputs of the linears
     layers, moved = m.layers, 0 if cached else new
     kernels = [
         Kernel(f"{name}: linears", BF16 * layers * (m.linears + moved * around), 2 * layers * m.linears * new,
-               calls=calls, launches=counted.LINEARS * layers),
-        Kernel(f"{name}: element-wise", layers * moved * elementwise, calls=calls,
-               launches=(FUSED_ELEMENTWISE if fused else counted.ELEMENTWISE) * layers + counted.FORWARD),
+               calls=calls, launches=(counted.MERGED_LINEARS if merged else counted.LINEARS) * layers),
+        Kernel(f"{name}: element-wise", layers * moved * engine.bytes(m), calls=calls,
+               launches=engine.elementwise(prefill) * layers + engine.forward),
         *fork_attention(m, name, rows, tokens, prefixes=prefixes, prefix=prefix, own=own, calls=calls * layers,
                         splits=splits, reread=reread),
     ]  # fmt: skip

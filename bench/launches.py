@@ -41,6 +41,8 @@ from stars_kernels.hf.call import Call, Workspace
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.graphs import Graphs
 from stars_kernels.hf.view.layout import layout_of
+from stars_kernels.hf.view.rewrites import merged as merging
+from stars_kernels.hf.view.rewrites import mlp
 from stars_kernels.ops.philox import STREAM_SAMPLE
 
 FREE = ("_unsafe_view", "empty", "new_empty", "split_with_sizes", "unbind")
@@ -48,17 +50,19 @@ FREE = ("_unsafe_view", "empty", "new_empty", "split_with_sizes", "unbind")
 LINEAR_OPS = ("addmm", "mm")
 """A linear layer, its bias included: one product of cuBLAS."""
 ONE = (
-    "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "cat", "clamp", "clone", "copy", "cos", "cumsum",
-    "embedding", "fill", "stack", "full_like", "gather", "ge", "index", "index_add", "index_put_", "index_select", "lt", "mean",
-    "minimum", "mul", "neg", "ones_like", "pow", "rsqrt", "scalar_tensor", "silu", "sin", "sub", "where", "zero",
-    "zeros", "zeros_like",
+    "_to_copy", "add", "any", "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clone",
+    "copy", "cos", "cumsum", "div", "embedding", "eq", "fill", "stack", "full_like", "gather", "ge", "index",
+    "index_add", "index_put_", "index_select", "lt", "masked_fill", "mean", "minimum", "mul", "ne", "neg", "ones_like",
+    "pow", "rsqrt", "rsub", "scalar_tensor", "silu", "sin", "sub", "where", "zero", "zeros", "zeros_like",
 )  # fmt: skip
-SEVERAL = {"index_put": 2, "isin": 4}
-"""index_put: a copy first. isin of a few numbers: fill, compare, reduce, copy."""
+SEVERAL = {"index_put": 2}
+"""A copy first."""
 OPS = dict.fromkeys(FREE, 0) | dict.fromkeys((*LINEAR_OPS, *ONE), 1) | SEVERAL
 """Launches on a GPU of each ATen op, by its name; one that works in place is as the other, where not told apart."""
-STARS_OPS = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "rms_norm", "segment_sample")
-"""Counted as calls; rms_norm with a layer's element-wise ops."""
+SHAPED = ("fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample")
+"""Ops of this package whose launches follow from their shapes, and are not in the constants: counted as calls."""
+STARS_OPS = (*SHAPED, "accept", "add_rms_norm", "gated", "rms_norm", "rotary_store")
+"""The others are one launch."""
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
@@ -134,24 +138,35 @@ def models_of(family: str, layers: int, dtype: torch.dtype) -> tuple[PreTrainedM
     return lm.to(dtype).eval(), rm.to(dtype).eval()
 
 
+def models_on_a_gpu(lm: PreTrainedModel, rm: PreTrainedModel, merged: bool) -> Models:
+    """Load models as they are on a GPU, fused and not packed; merged: one that has memory for merged weights."""
+    with (
+        mock.patch.object(mlp, "fuses", lambda weight: True),
+        mock.patch.object(merging, "memory_of", lambda device: 2**40 if merged else 0),
+        mock.patch("stars_kernels.hf.models.pack", lambda body, dtype: 0),
+    ):
+        return Models(lm, rm, None, False, pack_as=True)
+
+
 @cache
 def seen(
     family: str, layers: int, *, dtype: torch.dtype = torch.bfloat16, segment: int = 5, prompts: int = 2,
-    width: int = 2, wave: int | None = None, accepted: bool = True,
+    width: int = 2, wave: int | None = None, accepted: bool = True, merged: bool = False,
 ) -> Counter[tuple[str, str]]:  # fmt: skip
     """Count a call's prefill, and one round of it; by part and op.
 
     Parts end in "+forward" where a model is in its forward, the output layer included. The third round is counted: it
     reads the last tokens that the second one decided, and finds the graph that the second one captured.
 
-    accepted: whether each round accepts every prompt's first attempt, or none.
+    accepted: whether each round accepts every prompt's first attempt, or none. merged: whether the GPU has memory for
+    copies of weights whose products are one.
     """
     torch.manual_seed(0)
     config = StarsConfig(
         segment_size=segment, max_new_tokens=4 * segment, width=width, wave=wave or width, batch_size=prompts,
         accept="hard", reward_threshold=-1e6 if accepted else 1e6, beta=1.0, top_k=4, seed=0, eos_token_id=(EOS,),
     )  # fmt: skip
-    call = Call(Models(*models_of(family, layers, dtype), None, False, pack_as=False), config)
+    call = Call(models_on_a_gpu(*models_of(family, layers, dtype), merged), config)
     call.serving.eager = None
     call.workspace = Workspace(torch.device("cpu"), 0)
     call.workspace.graphs = Graphs(lambda run: run)
@@ -163,9 +178,9 @@ def seen(
         scorer: Any = run.round.scorer
         layout_of(scorer.backbone)  # found by a forward, once for an engine
         for owner, method, part in (
-            (proposer, "admit", "prefill"), (proposer, "_read_last", "last token"), (proposer, "_segment_of_graphs", "segment"),
-            (scorer, "admit", "prefill RM"), (scorer, "score", "RM"), (proposer, "_logits", "+forward"),
-            (scorer, "_hidden", "+forward"),
+            (proposer, "admit", "prefill"), (proposer, "read_last", "last token"),
+            (proposer, "_segment_of_graphs", "segment"), (scorer, "admit", "prefill RM"),
+            (scorer, "score", "RM"), (proposer, "_logits", "+forward"), (scorer, "_hidden", "+forward"),
         ):  # fmt: skip
             setattr(owner, method, launches.counted(getattr(owner, method), part))
         with launches.inside("prefill round"), launches:
@@ -182,7 +197,7 @@ def seen(
     return launches.seen
 
 
-def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return the constants of bench/counted.py, by name, as they are."""
     one, two = (parts(seen(family, layers, dtype=dtype)) for layers in (1, 2))
     longer, waves = parts(seen(family, 1, dtype=dtype, segment=6)), parts(seen(family, 1, dtype=dtype, wave=1))
@@ -195,16 +210,18 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         return sum(ops[name] for name in LINEAR_OPS)
 
     def others(ops: Counter[str]) -> int:
-        """Beside linears and the ops of this package, but for rms_norm."""
-        return ops.total() - linears(ops) - sum(ops[name] for name in STARS_OPS if name != "rms_norm")
+        """Beside linears and those of `SHAPED`."""
+        return ops.total() - sum(ops[name] for name in (*LINEAR_OPS, *SHAPED))
 
     step = longer["segment"] - one["segment"]
     steps = others(one["segment"]) // others(step)
     forward = others(one["RM+forward"]) - others(layer("RM+forward"))
     prompts = others(one["prefill+forward"]) - others(layer("prefill+forward")) - forward
+    both = [parts(seen(family, layers, dtype=dtype, merged=True))["RM+forward"] for layers in (1, 2)]
     return {
         "LINEARS": linears(layer("RM+forward")),
-        "ELEMENTWISE": others(layer("RM+forward")),
+        "MERGED_LINEARS": linears(both[1] - both[0]),
+        "LAYER": {op: n for op, n in sorted(layer("RM+forward").items()) if op not in (*LINEAR_OPS, *SHAPED)},
         "PREFILL_ELEMENTWISE": others(layer("prefill+forward")),
         "FORWARD": forward,
         "STEP": others(step),
@@ -216,6 +233,7 @@ def counted(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
         "PREFILL": prompts + others(one["prefill"]),
         "PREFILL_REWARD": others(one["prefill RM"]),
         "ROUND": others(one["round"]),
+        "ON_DEVICE": any(ops["accept"] for ops in one.values()),
     }
 
 

@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bench.assumptions import Values, perfect
-from bench.kernels import Gpu, Kernel, forward, segment_sample
-from bench.schedule import Job, Wave, waves
+from bench.kernels import Kernel, forward, segment_sample
+from bench.schedule import Job, Shape, Wave, waves
+from bench.sizes import Gpu
 
 BLOCK = 16  # tokens of KV that vLLM caches together
 
 
 class Rival(NamedTuple):
-    """rm_cached: the rewards' engine caches prefixes. l2: a prompt's rows share their prefix there. requests: cost.
+    """waves: it scores as ours does, in waves that are best for it. l2: a prompt's rows share its prefix there.
 
-    waves: it scores as our `waves` does, in requests of as many columns as are best for it.
+    requests: each row costs its CPU something.
     """
 
     name: str
     what: str
-    rm_cached: bool = True
+    waves: bool = True
     l2: bool = False
     requests: bool = False
-    waves: bool = False
 
 
 RIVALS = (
-    Rival("vLLM", "perfect kernels and graphs, prefix caching, attention reads a prefix from memory for each row"),
-    Rival("vLLM, L2", "the same, but rows of one prompt find their prefix in L2 once it was read", l2=True),
-    Rival("vLLM, L2, waves", "with L2, and it scores in waves as ours does", l2=True, waves=True),
-    Rival("vLLM, requests", "the first with a cost of the CPU for each row of a round", requests=True),
-    Rival("vLLM, RM uncached", "the first, but its rewards' engine reads every prefix again", rm_cached=False),
-)
+    Rival("vLLM", "perfect kernels and graphs, prefix caching, attention reads a prefix from memory for each row; all "
+          "columns scored at once", waves=False),
+    Rival("vLLM, waves", "the same, but it scores in waves as ours does"),
+    Rival("vLLM, waves, L2", "with waves, and rows of one prompt find their prefix in L2 once it was read", l2=True),
+    Rival("vLLM, waves, requests", "with waves, and a cost of the CPU for each row of a round", requests=True),
+)  # fmt: skip
 
 
 class Pass(NamedTuple):
@@ -41,16 +41,14 @@ class Pass(NamedTuple):
     happens: float = 1
 
 
-def vllm(
-    job: Job, prompts: float, width: int, prefix: float, rival: Rival = RIVALS[0], wave: int | None = None
-) -> list[Pass]:
+def vllm(job: Job, prompts: float, shape: Shape, prefix: float, rival: Rival = RIVALS[0]) -> list[Pass]:
     """A round: first tokens behind the prefixes, the other steps, then their prefixes in the reward model's engine.
 
     Full blocks of a prefix are cached, the rest is read again for each row; attention reads a prefix once a row.
     """
-    m, rows, steps = job.model, prompts * width, job.segment - 1
+    m, rows, steps = job.model, prompts * shape.width, job.segment - 1
     tail = min((BLOCK + 1) / 2, prefix)  # 1 to BLOCK tokens: the last one is always read again
-    left = min((BLOCK - 1) / 2, prefix) if rival.rm_cached else prefix
+    left = min((BLOCK - 1) / 2, prefix)
 
     def reads_of(prompts: float, rows: float) -> dict[str, float]:
         return {"prefixes": prompts, "reread": rows - prompts} if rival.l2 else {"prefixes": rows}
@@ -66,7 +64,7 @@ def vllm(
 
     first += segment_sample(m, "", rows, rows, 1, filtered=True)
     decode += segment_sample(m, "", rows, rows, steps, filtered=True)
-    judged = [Pass(1, scored(w), w.happens) for w in waves(job, prompts, width, wave or width)]
+    judged = [Pass(1, scored(w), w.happens) for w in waves(job, prompts, shape)]
     return [Pass(1, first), Pass(steps, decode), *judged]
 
 

@@ -8,41 +8,57 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench import costs, counted, kernels, rivals, schedule
+from bench import costs, counted, kernels, parts, rivals, schedule, sizes
 from bench.assumptions import CODE, ELSEWHERE, ESTIMATE, listed, values
-from bench.costs import ours, round_seconds
-from bench.kernels import GPUS, L2_BYTES, MODELS, QUERY_BLOCK, RACE_FLOPS
-from bench.rivals import RIVALS
-from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job, best_width
-from bench.tables import bullets, table
-from bench.variants import BUILT, NOT_BUILT, Contestant, contestants, one_batch, one_call, tokens
+from bench.costs import ours
+from bench.kernels import L2_BYTES, QUERY_BLOCK, RACE_FLOPS
+from bench.parts import MISSING, PARTS, with_parts
+from bench.rivals import RIVALS, Rival
+from bench.schedule import MAX_ATTEMPTS, NEW_TOKENS, Job
+from bench.sizes import GPUS, MODELS
+from bench.tables import bullets, cell, table
+from bench.variants import (
+    ALL_PARTS,
+    BUILT_AS,
+    Band,
+    Batch,
+    Contestant,
+    a_call,
+    contestants,
+    one_batch,
+    ours_as,
+    rival,
+    tokens,
+)
 from demo.arguments import output_file, share, whole
 
 HEADING = "MODEL, not a measurement"
 SEGMENTS = (15, 30)
 KERNEL_WIDTH = 4  # of the table of kernels
-WORTH = 1.05  # a fused LM head is kept from here on: `lm_head_sample`
 RATIOS = (  # (ours, rival)
-    ("first call", "vLLM"),
-    ("shipped", "vLLM"),
-    ("tuned", "vLLM"),
-    ("tuned", "vLLM, L2"),
-    ("tuned", "vLLM, requests"),
-    ("waves", "vLLM, L2, waves"),
-    ("fused", "vLLM, L2"),
-    ("fused, waves", "vLLM, L2, waves"),
+    ("first call", "vLLM, waves"),
+    ("shipped", "vLLM, waves"),
+    ("tuned", "vLLM, waves"),
+    ("tuned", "vLLM, waves, L2"),
+    ("tuned", "vLLM, waves, requests"),
+    (ALL_PARTS, "vLLM, waves"),
+    (ALL_PARTS, "vLLM, waves, L2"),
 )
+GOALS = {("Llama-3-8B", 64): 1.3, ("Qwen2.5-0.5B", 64): 1.25, ("Llama-3-8B", 1): 1.0, ("Qwen2.5-0.5B", 1): 1.5}
+"""Ratios to vLLM that are aimed at on `GOAL_GPU` with segments of `GOAL_SEGMENT`, by model and prompts."""
+GOAL_GPU, GOAL_SEGMENT = "h100", 15
 CONSTANTS = (  # (module, names, source)
     (
         counted,
         tuple(name for name in vars(counted) if name.isupper()),
         "counted: bench/counted.py, by tests/test_launches.py",
     ),
-    (kernels, ("FUSED_ELEMENTWISE",), f"{ESTIMATE}: of a layer whose element-wise kernels were fused; not built"),
+    (parts, ("OUTSIDE",), f"{ESTIMATE}: of parts that are not built"),
+    (sizes, ("MERGE_SHARE",), f"{CODE}: hf/view/rewrites/merged.py"),
     (
         kernels,
         ("QUERY_BLOCK", "SPLIT_KEYS", "MAX_SPLITS", "TARGET_PROGRAMS", "WHOLE_SPLITS", "WORKSPACE"),
@@ -51,9 +67,10 @@ CONSTANTS = (  # (module, names, source)
     (kernels, ("CHUNK", "GROUP", "HEAD_BLOCK"), f"{CODE}: triton/segment_sample.py, triton/lm_head_sample.py"),
     (kernels, ("SURVIVORS", "RACE_FLOPS", "FILTER_FLOPS"), f"{ESTIMATE}: candidates a row, operations a candidate"),
     (kernels, ("L2_BYTES",), f"{ELSEWHERE}: an A100's datasheet, taken for all"),
-    (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/proposing/proposer.py"),
+    (costs, ("PREFILL_TOKENS", "PREFILL_PIECES"), f"{CODE}: hf/cache/prefill.py"),
     (schedule, ("MAX_ATTEMPTS",), f"{CODE}: the default of StarsConfig"),
     (schedule, ("WIDTHS",), f"{CODE}: decoder/width.py"),
+    (schedule, ("WAVES",), f"{ESTIMATE}: the columns of a wave that are tried here, beside all"),
     (schedule, ("BATCH_SHARE",), f"{CODE}: hf/sizing.py"),
     (schedule, ("NEW_TOKENS", "MEMORY_SHARE"), f"{ESTIMATE}: of the job"),
     (rivals, ("BLOCK",), f"{ELSEWHERE}: vLLM's default"),
@@ -75,17 +92,46 @@ def ratios(job: Job, found: dict[str, Contestant]) -> dict[str, Any]:
     return job.row | {f"{mine} / {rival}": found[mine].against(found[rival]) for mine, rival in RATIOS}
 
 
+def stages(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The way to `GOALS`, part by part: speed over a vLLM that scores in waves too, and launches for an accepted token.
+
+    Rows: the engine as built, then with each part that is not built beside those above it.
+    """
+    calls = {"built: default settings": [a_call(job, "shipped") for job in jobs]}
+    calls["built: best width and waves"] = [a_call(job, "tuned") for job in jobs]
+    for count, name in enumerate(MISSING, start=1):
+        calls[f"+ not built: {name}"] = [one_batch(job, engine=with_parts(count)) for job in jobs]
+
+    def speed(of: Sequence[Batch], rival_: Rival) -> list[Band]:
+        return [ours_as(job, "", call).against(rival(job, rival_)) for job, call in zip(jobs, of, strict=True)]
+
+    def launched(job: Job, call: Batch) -> str:
+        return " / ".join(cell(n / tokens(job)) for n in call.launched)
+
+    by_name = {r.name: r for r in RIVALS}
+    rows = {name: speed(of, by_name["vLLM, waves"]) for name, of in calls.items()}
+    last = next(reversed(calls))
+    rows["the last row, prefixes from L2 for vLLM"] = speed(calls[last], by_name["vLLM, waves, L2"])
+    rows["aimed at"] = [GOALS[job.model.name, job.prompts] for job in jobs]
+    without_graphs = {"built: no graphs": [a_call(job, "eager") for job in jobs]}
+    counts = {name: map(launched, jobs, of) for name, of in (without_graphs | calls).items()}
+
+    def named(rows: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+        columns = [f"{job.model.name} x {job.prompts}" for job in jobs]
+        return [{"engine": name, **dict(zip(columns, row, strict=True))} for name, row in rows.items()]
+
+    return named(rows), named(counts)
+
+
+def is_aimed_at(job: Job) -> bool:
+    return (job.gpu, job.segment) == (GPUS[GOAL_GPU], GOAL_SEGMENT) and (job.model.name, job.prompts) in GOALS
+
+
 def calls(job: Job) -> list[dict[str, Any]]:
-    """Where the seconds of a call go, and what it launches for a token of an answer, as built and fused."""
-    parts = {
-        "first call": one_call(job, kept=False),
-        "shipped": one_call(job, kept=True),
-        "tuned": one_batch(job),
-        "eager": one_batch(job, graph=False),
-        "fused": one_batch(job, fused=True),
-    }
+    """Where the seconds of a call go, and what it launches for a token of an answer."""
     rows = []
-    for name, call in parts.items():
+    for name in (*BUILT_AS, ALL_PARTS):
+        call = a_call(job, name)
         spent = call.seconds(values())
         run, issued = call.launched
         rows.append(
@@ -102,24 +148,6 @@ def calls(job: Job) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def fusion(job: Job) -> dict[str, Any]:
-    """How much faster a full round at temperature alone gets where only a segment's first draw has logits stored."""
-
-    def cost(*at: Any, fused: bool = False, draw: bool = True) -> float:
-        kernels = ours(job, *at, filtered=False, fused_head=fused, padded=True)
-        kernels = kernels if draw else [k._replace(vector_flops=0) for k in kernels]
-        return round_seconds(job.gpu, kernels, True, values())
-
-    at = (job.prompts, best_width(job, cost)(job.prompts, job.middle), job.middle)
-    return job.row | {
-        "width": at[1],
-        "stored ms": cost(*at) * 1e3,
-        "fused ms": cost(*at, fused=True) * 1e3,
-        "ratio": cost(*at) / cost(*at, fused=True),
-        "ratio if draws were free": cost(*at, draw=False) / cost(*at, fused=True, draw=False),
-    }
 
 
 def kernel_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -176,17 +204,21 @@ def conditions(args: argparse.Namespace) -> list[str]:
         "are equal; no launch is shorter than `small_kernel_seconds`",
         "a round has three phases, as built: last tokens of the segments before, the segment, the reward model with "
         "decisions and commits. The host is taken to wait at the end of each and to issue ahead inside a phase alone "
-        "(as built it waits once a round: no credit is given for that); a CUDA graph holds the segment, padded to its "
-        "bucket, the other two are issued launch by launch",
-        "memory and graphs outlive a call: in an engine's first call a bucket's first segment is eager, its second is "
-        "captured (the host issues every launch of it) and replayed; later calls replay what is there",
+        "(as built it waits once a round: no credit is given for that); forwards are CUDA graphs, padded to their "
+        "buckets, what lies around them is issued launch by launch",
+        "a round that the device judges is in one wave, its judgement is a graph, and the host's work hides behind the "
+        "GPU's; that the host waits in the last segment of a lone prompt is not counted",
+        "memory and graphs outlive a call: in an engine's first call a bucket's graphs are captured (the host issues "
+        "every launch of them) and replayed; later calls replay what is there",
+        "a program of its own for the suffixes in fork_attention moves no byte here, as a block of queries reads the "
+        "suffixes of its rows alone: what latency it saves lies within the band of `attention_share`",
         "launches are counted in the engine itself, copies from the host among them (bench/launches.py says what "
         "cannot be seen there); those of an op follow from its shapes",
         "a prompt's prefill is packed with others: one attention call a layer",
         f"fork_attention reads a prefix once for {QUERY_BLOCK} queries of its prompt (rows x tokens x heads of a "
-        "group), so more than once where a segment is scored; what L2 saves of that is not counted",
-        "everybody takes the width of the lowest modelled time per decided segment, at each number of prompts left, by "
-        "the middle values; `shipped` takes that of stars_kernels/decoder/width.py, a simpler model of a GPU",
+        "group), so more than once where rows are many or a segment is scored: again from L2",
+        "everybody takes the width and the waves of the lowest modelled time per decided segment, at each number of "
+        "prompts left, by the middle values; `shipped` takes those of stars_kernels/decoder/width.py, a simpler model",
         "vLLM: prefix caching, a request of `width` samples per prompt and segment, attention reads a prefix once a "
         "row (cascade is off by default), a part of a block is read again by each row; a second engine for rewards",
         "in vLLM's favour: graphs captured before, no launch costs anything, element-wise kernels for nothing, our "
@@ -213,8 +245,8 @@ def losses(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], prom
         f"{prompts} at a time: the captures of an engine's first call make it slower than `graphs=False` in {slower} "
         f"of {len(found)} cells."
     ]
-    for mine, rival in RATIOS:
-        column = f"{mine} / {rival}"
+    for pair in RATIOS:
+        column = " / ".join(pair)
         lost = [row for row in rows if row[column].middle < 1]
         if not lost:
             lines.append(f"{prompts} at a time, {column}: loses nowhere.")
@@ -226,17 +258,6 @@ def losses(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], prom
             f"band; worst {worst[column].middle:.2f} ({worst['model']} on {worst['gpu']}, segment {worst['segment']})."
         )
     return lines
-
-
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    def where(column: str) -> str:
-        worth = [f"{row['model']} on {row['gpu']}, segment {row['segment']}" for row in rows if row[column] >= WORTH]
-        return "; ".join(worth) or "nowhere"
-
-    return (
-        f"Verdict: {WORTH}x or more, at best: {where('ratio')}.\n"
-        f"If draws were free, so that only bytes are saved: {where('ratio if draws were free')}."
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -286,55 +307,55 @@ def made(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[dict[str, Any],
     """All numbers, and the document."""
     fitting = [job for job in jobs if job.widths]
     too_large = [f"{job.name}: {job.memory(1) / 1e9:.0f} GB" for job in jobs if not job.widths]
+    groups = {n: [replace(job, prompts=n) for job in fitting] for n in dict.fromkeys((args.prompts, 1))}
+    found = {n: [(job, contestants(job)) for job in group] for n, group in groups.items()}
     report: dict[str, Any] = {"heading": HEADING, "assumptions": listed(), "conditions": conditions(args)}
-    text = [
-        "# Roofline",
-        "How fast this package would decode on four GPUs, by formula, next to a vLLM without flaw that does the same "
-        "work. A ratio below 1 is a loss.",
-        f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU. "
-        "`python -m bench roofline` prints this page.",
-        "A cell with brackets is a band: the middle of all assumptions, and in brackets their slow and their fast end. "
-        "In a ratio the GPU is the same for both, and what touches one of the two alone lies at opposite ends.",
-    ]
-    one = args.prompts > 1
-    groups = [(args.prompts, fitting), *([(1, [replace(job, prompts=1) for job in fitting])] if one else [])]
-    found = {prompts: [(job, contestants(job)) for job in group] for prompts, group in groups}
     report["decoding"] = {n: [speeds(*pair) for pair in pairs] for n, pairs in found.items()}
     report["ratios"] = {n: [ratios(*pair) for pair in pairs] for n, pairs in found.items()}
     report["losses"] = [line for n, rows in report["ratios"].items() for line in losses(report["decoding"][n], rows, n)]
-    text += ["## Where we lose", bullets(report["losses"])]
+    report |= {"too large": too_large, "calls": [row for job in fitting for row in calls(job)]}
+    report["constants"] = constants()
 
+    text = [
+        "# Roofline",
+        f"{HEADING}. Nothing below was timed, and nothing in this package has ever run on a GPU. "
+        "`python -m bench roofline` prints this page: how fast decoding would be, by formula, next to a vLLM without "
+        "flaw that does the same work. A ratio below 1 is a loss.",
+        "`1.2 (0.9-1.5)` is a band: 1.2 by the middle of all assumptions, 0.9 and 1.5 by their slow and fast ends. "
+        "In a ratio the GPU is the same for both, and what touches one of the two alone lies at opposite ends.",
+    ]
+    aimed = [job for group in groups.values() for job in group if is_aimed_at(job)]
+    if aimed:
+        report["stages"], report["launches"] = stages(aimed)
+        text += [
+            f"## {HEADING}: {GPUS[GOAL_GPU].name}, segments of {GOAL_SEGMENT}, speed over vLLM's",
+            "A column is a model and the number of prompts decoded side by side. The rival is `vLLM, waves` of below. "
+            "What is built has its launches counted in the engine; each row under it adds one part that is not built, "
+            "and that is modelled alone, to those above it.",
+            table(report["stages"]),
+            "Launches for an accepted token: what the GPU runs / what the host issues, a graph being one.",
+            table(report["launches"]),
+            bullets(f"`{name}`, {'built' if part.built else 'NOT BUILT'}: {part.what}" for name, part in PARTS.items()),
+        ]
+    text += ["## Where we lose", bullets(report["losses"])]
     text += ["## Contestants"]
-    text += [bullets(f"`{name}`: as built, {what}" for name, what in BUILT.items())]
-    text += [bullets(f"`{name}`: NOT BUILT, {what}" for name, what in NOT_BUILT.items())]
-    text += [bullets(f"`{rival.name}`: {rival.what}" for rival in RIVALS)]
+    text += [bullets(f"`{name}`: as built, {what}" for name, what in BUILT_AS.items())]
+    text += [f"- `{ALL_PARTS}`: as `tuned`, and with all parts, of which NOT BUILT: {', '.join(MISSING) or 'none'}"]
+    text += [bullets(f"`{one.name}`: {one.what}" for one in RIVALS)]
     for n, rows in report["ratios"].items():
         text += [f"## {HEADING}: speed over the rival's, prompts: {n}", table(rows)]
     for n, rows in report["decoding"].items():
         text += [f"## {HEADING}: aligned tokens a second, prompts: {n}", table(rows)]
-    report["too large"] = too_large
     text += [bullets(f"Does not fit: {line}" for line in too_large)]
-
-    report["calls"] = rows = [row for job in fitting for row in calls(job)]
-    text += [f"## {HEADING}: a call, where its seconds go and what it launches", table(rows)]
-
-    report["constants"] = constants()
+    text += [f"## {HEADING}: a call, where its seconds go and what it launches", table(report["calls"])]
     text += ["## Assumptions", table(report["assumptions"]), table(report["constants"]), bullets(report["conditions"])]
+
     report["kernels"] = {}
     for name, segment in dict.fromkeys((job.model.name, job.segment) for job in jobs):
         same = [job for job in jobs if (job.model.name, job.segment) == (name, segment)]
         report["kernels"][f"{name}, segment {segment}"] = rows = kernel_rows(same)
         shape = f"{args.prompts} prompts, width {KERNEL_WIDTH}, segment {segment}, prefix {same[0].middle:.0f}"
         text += [f"## {HEADING}: kernels of a round, {name}, {shape}", table(rows)]
-
-    report["fusion"] = rows = [fusion(job) for job in fitting]
-    report["verdict"] = verdict(rows)
-    text += [
-        f"## {HEADING}: LM head and draw in one op, none but a first token's logits stored",
-        "At temperature alone, with graphs.",
-        table(rows),
-        report["verdict"],
-    ]
     report["published"] = {"note": PUBLISHED_NOTE, "tokens a second": dict(PUBLISHED)}
     text += ["## Published by others", PUBLISHED_NOTE]
     text += [bullets(f"{name}: {speed} tokens/s (published)" for name, speed in PUBLISHED)]

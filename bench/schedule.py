@@ -7,11 +7,12 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bench.kernels import BF16, Gpu, Model
+from bench.sizes import BF16, Gpu, Model, merges
 
 NEW_TOKENS = 120  # of an answer: about the papers' 128, and a multiple of both segments
 MAX_ATTEMPTS = 20
@@ -90,10 +91,15 @@ class Job:
         return self.prompt_tokens + NEW_TOKENS
 
 
+class Shape(NamedTuple):
+    width: int
+    wave: int  # columns that are scored at once
+
+
 class Round(NamedTuple):
     happens: float  # with this probability
     prompts: float  # at work, if it happens
-    width: int
+    shape: Shape
     prefix: float  # tokens
 
 
@@ -103,26 +109,34 @@ class Wave(NamedTuple):
     rows: float
 
 
-Choose = Callable[[float, float], int]
-"""(prompts, tokens of a prefix) -> width."""
-Cost = Callable[[float, int, float], float]
-"""(prompts, width, tokens of a prefix) -> seconds of a round."""
+Choose = Callable[[int], Shape]
+"""Of a round, by the prompts at work."""
+Cost = Callable[[int, Shape], float]
+"""(prompts, shape) -> seconds of a round, of a prefix in the middle of an answer."""
+WAVES = (1, 2, 4, 8)
+"""Columns scored at once, beside all."""
 
 
-def best_width(job: Job, cost: Cost) -> Choose:
-    """The lowest modelled time for a decided segment."""
-    return lambda prompts, prefix: min(job.widths, key=lambda w: cost(prompts, w, prefix) / job.decided(w))
+def waves_of(width: int) -> list[int]:
+    return [*(w for w in WAVES if w < width), width]
 
 
-def auto_width(job: Job) -> Choose:
-    """What width="auto" takes: stars_kernels/decoder/width.py's cost of a round, which knows no prefix."""
+def best_shape(job: Job, cost: Cost, waves: bool = True) -> Choose:
+    """The lowest modelled time for a decided segment, about. waves: or all columns are scored at once."""
+    shapes = [Shape(w, v) for w in job.widths for v in (waves_of(w) if waves else [w])]
+    best = cache(lambda prompts: min(shapes, key=lambda shape: cost(prompts, shape) / job.decided(shape.width)))
+    return lambda prompts: best(bucket_of(prompts))  # a shape serves all numbers of a bucket
+
+
+def auto_shape(job: Job) -> Choose:
+    """What width="auto" and wave="auto" take, by the costs of stars_kernels/decoder/width.py, which know no prefix."""
     cost = _engine_cost(job)
     history = decoder_width.AcceptanceHistory(judged=1000, accepted=round(1000 * job.acceptance))
 
-    def choose(prompts: float, prefix: float) -> int:
-        return min(
-            decoder_width.best_shape(math.ceil(prompts), MAX_ATTEMPTS, history.miss, cost).width, max(job.widths)
-        )
+    def choose(prompts: int) -> Shape:
+        width, wave = decoder_width.best_shape(prompts, MAX_ATTEMPTS, history.miss, cost)
+        width = min(width, max(job.widths))
+        return Shape(width, min(wave, width))
 
     return choose
 
@@ -139,8 +153,9 @@ def _engine_cost(job: Job) -> Any:
     m = job.model
     body, state, logits = m.layers * m.linears, m.hidden, m.vocabulary
     own = m.layers, m.kv_bytes, BF16 * state
-    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits)
-    reward = decoder_width.ModelSize(BF16 * body, body, *own)
+    layer = decoder_width.MERGED_LAUNCHES if merges(m, job.gpu) else decoder_width.LAYER_LAUNCHES
+    model = decoder_width.ModelSize(BF16 * (body + m.head), body + m.head, *own, BF16 * logits, layer)
+    reward = decoder_width.ModelSize(BF16 * body, body, *own, layer_launches=layer)
     return decoder_width.GpuCost(model, (reward,), job.segment, job.gpu.bandwidth, job.gpu.tensor_flops)
 
 
@@ -148,15 +163,15 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
     """Rounds until all prompts have their answers, prompts leaving the batch as they finish."""
     states = {(0, 0): 1.0}  # (segments done, attempts at the next one): share of the prompts
     rounds = []
-    while (active := min(1.0, sum(states.values()))) > 1e-6:
+    while (active := min(1.0, sum(states.values()))) > 1e-4:
         happens = 1 - (1 - active) ** job.prompts
         prompts = job.prompts * active / happens
         prefix = job.prompt_tokens + job.segment * sum(done * p for (done, _), p in states.items()) / active
-        width = choose(prompts, prefix)
-        rounds.append(Round(happens, prompts, width, prefix))
+        shape = choose(math.ceil(prompts))
+        rounds.append(Round(happens, prompts, shape, prefix))
         after: dict[tuple[int, int], float] = {}
         for (done, attempts), p in states.items():
-            tried = min(width, MAX_ATTEMPTS - attempts)
+            tried = min(shape.width, MAX_ATTEMPTS - attempts)
             miss = 0.0 if attempts + tried == MAX_ATTEMPTS else (1 - job.acceptance) ** tried  # 0: the fallback
             after[done, attempts + tried] = after.get((done, attempts + tried), 0.0) + p * miss
             after[done + 1, 0] = after.get((done + 1, 0), 0.0) + p * (1 - miss)
@@ -164,9 +179,10 @@ def schedule(job: Job, choose: Choose) -> list[Round]:
     return rounds
 
 
-def waves(job: Job, prompts: float, width: int, wave: int) -> list[Wave]:
+def waves(job: Job, prompts: float, shape: Shape) -> list[Wave]:
     """Return how a round's columns are scored, `wave` at a time; the next ones only for prompts that took none."""
     found = []
+    width, wave = shape
     for done in range(0, width, wave):
         undecided = (1 - job.acceptance) ** done
         happens = 1 - (1 - undecided) ** prompts

@@ -1,6 +1,6 @@
 """The contestants of `roofline`: this engine as shipped, as built and as it might be built, and its rivals.
 
-Each chooses its widths at the middle values; its rounds then cost what the values of the moment say.
+Each chooses its widths and waves at the middle values; its rounds then cost what the values of the moment say.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.assumptions import ENDS, End, Values, values
 from bench.costs import capture_seconds, issued_seconds, launches, ours, prefill, round_seconds
-from bench.counted import ELEMENTWISE
-from bench.kernels import FUSED_ELEMENTWISE, Kernel
+from bench.kernels import Kernel
+from bench.parts import BUILT, WHOLE, Engine
 from bench.rivals import RIVALS, Pass, Rival, perfect_seconds, vllm, vllm_seconds
-from bench.schedule import NEW_TOKENS, Job, Round, auto_batch, auto_width, best_width, bucket_of, schedule
+from bench.schedule import NEW_TOKENS, Job, Round, Shape, auto_batch, auto_shape, best_shape, bucket_of, schedule
 
 
 class Band(NamedTuple):
@@ -52,34 +52,31 @@ class Contestant:
         return Band(min(ratios("slow", "fast")), middle, max(ratios("fast", "slow")))
 
 
-WAVES = (1, 2, 4, 8)
-"""Columns scored at once, of which the best are taken."""
-BUILT = {
-    "first call": 'the defaults, batch_size and width "auto", in the first call of an engine: it captures its graphs',
+BUILT_AS = {
+    "first call": 'the defaults, batch_size, width and wave "auto", in an engine\'s first call: it captures its graphs',
     "shipped": "the defaults in a later call, whose memory and graphs are there",
-    "tuned": "all prompts in one batch, the best width of the model; the graphs are there",
-    "waves": "as `tuned`, and the reward model reads a round in waves, where that is faster (`wave=`; by default a GPU "
-    "reads all at once)",
+    "tuned": "all prompts in one batch, the best width and waves of the model; the graphs are there",
     "eager": "as `tuned`, with graphs=False",
 }
-NOT_BUILT = {
-    "fused": f"as `tuned`, and {FUSED_ELEMENTWISE} element-wise kernels a layer instead of {ELEMENTWISE}",
-    "fused, waves": "both",
-}
+"""The engine as built."""
+ALL_PARTS = "all parts"
 
 
 def contestants(job: Job) -> dict[str, Contestant]:
     """All, by name."""
-    mine = [
-        defaults(job, "first call", kept=False), defaults(job, "shipped", kept=True),
-        tuned(job), waves(job, "waves"), steady(job, "eager", graph=False),
-        tuned(job, fused=True), waves(job, "fused, waves", fused=True),
-    ]  # fmt: skip
+    calls = {name: a_call(job, name) for name in (*BUILT_AS, ALL_PARTS)}
+    mine = [ours_as(job, name, call) for name, call in calls.items()]
     return {c.name: c for c in [*mine, *(rival(job, r) for r in RIVALS)]}
 
 
-def defaults(job: Job, name: str, kept: bool) -> Contestant:
-    call = one_call(job, kept)
+def a_call(job: Job, name: str) -> Batch:
+    """Of the contestant of this name, from the first prompt read to the last answer done."""
+    if name in ("first call", "shipped"):
+        return one_call(job, kept=name == "shipped")
+    return one_batch(job, graph=name != "eager", engine=WHOLE if name == ALL_PARTS else BUILT)
+
+
+def ours_as(job: Job, name: str, call: Batch) -> Contestant:
     return Contestant(name, tokens(job), cache(lambda given: call.seconds(given).total))
 
 
@@ -94,7 +91,7 @@ def batches(job: Job) -> list[tuple[Job, list[Round]]]:
     """As decoded by default."""
     size = auto_batch(job)
     sizes = [min(size, job.prompts - done) for done in range(0, job.prompts, size)]
-    made = {size: (alone := replace(job, prompts=size), schedule(alone, auto_width(alone))) for size in set(sizes)}
+    made = {size: (alone := replace(job, prompts=size), schedule(alone, auto_shape(alone))) for size in set(sizes)}
     return [made[size] for size in sizes]
 
 
@@ -159,7 +156,7 @@ def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> li
     """The batches of a call, as stars_kernels/hf/proposing/graphs.py runs them.
 
     A bucket's graphs are captured in its first round (a step at its second use, so within the segment); a larger bucket
-    than any before moves the buffers, and all graphs are lost. kept: an earlier call like it has left memory and graphs.
+    than any before moves the buffers, and all graphs are lost. kept: an earlier call left memory and graphs.
     """
     captured: set[int] = set()
     peak = 0
@@ -167,7 +164,7 @@ def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> li
     for job, rounds in parts:
         steps = []
         for r in rounds:
-            bucket = bucket_of(r.prompts * r.width)
+            bucket = bucket_of(r.prompts * r.shape.width)
             if bucket > peak:
                 captured, peak = set(), bucket
             steps.append(Step(r.happens, _round(job, r), graph=True, captured=not kept and bucket not in captured))
@@ -176,57 +173,33 @@ def as_built(parts: Sequence[tuple[Job, list[Round]]], kept: bool = False) -> li
     return made
 
 
-def tuned(job: Job, fused: bool = False) -> Contestant:
-    return steady(job, "fused" if fused else "tuned", graph=True, fused=fused)
-
-
-def steady(job: Job, name: str, graph: bool, fused: bool = False) -> Contestant:
-    batch = one_batch(job, graph, fused)
-    return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
-
-
 @cache
-def one_batch(job: Job, graph: bool = True, fused: bool = False) -> Batch:
-    """All prompts side by side, in a call that captures nothing."""
-    rounds = _best_rounds(job, graph, fused)
-    steps = [Step(r.happens, _round(job, r, padded=graph, fused_elementwise=fused), graph, False) for r in rounds]
-    return Batch(job, prefill(job, fused), steps)
+def one_batch(job: Job, graph: bool = True, engine: Engine = BUILT) -> Batch:
+    """All prompts side by side in the best rounds of the middle values, in a call that captures nothing."""
 
+    def cost(prompts: int, shape: Shape) -> float:
+        at = Round(1, prompts, shape, job.middle)
+        return round_seconds(job.gpu, _round(job, at, padded=graph, engine=engine), graph, values())
 
-def waves(job: Job, name: str, fused: bool = False) -> Contestant:
-    """The waves of each round are the best for it: all columns at once where others are no gain."""
-    steps = []
-    for r in _best_rounds(job, graph=True, fused=fused):
-        options = [_round(job, r, wave=w, fused_elementwise=fused) for w in waves_of(r.width)]
-        steps.append(
-            Step(r.happens, min(options, key=lambda k: round_seconds(job.gpu, k, True, values())), True, False)
-        )
-    batch = Batch(job, prefill(job, fused), steps)
-    return Contestant(name, tokens(job), cache(lambda given: batch.seconds(given).total))
-
-
-def waves_of(width: int) -> list[int]:
-    return [*(w for w in WAVES if w < width), width]
+    rounds = schedule(job, best_shape(job, cost))
+    steps = [Step(r.happens, _round(job, r, padded=graph, engine=engine), graph, False) for r in rounds]
+    return Batch(job, prefill(job, engine), steps)
 
 
 def rival(job: Job, which: Rival) -> Contestant:
-    def cost(prompts: float, width: int, prefix: float) -> float:
-        return vllm_seconds(job.gpu, vllm(job, prompts, width, prefix, which), prompts * width, values(), which)
+    def passes(r: Round) -> list[Pass]:
+        return vllm(job, r.prompts, r.shape, r.prefix, which)
 
-    def best(r: Round) -> list[Pass]:
-        """With the best waves for it, where it has any."""
-        options = [
-            vllm(job, r.prompts, r.width, r.prefix, which, wave)
-            for wave in (waves_of(r.width) if which.waves else [r.width])
-        ]
-        return min(options, key=lambda p: vllm_seconds(job.gpu, p, r.prompts * r.width, values(), which))
+    def cost(prompts: int, shape: Shape) -> float:
+        at = Round(1, prompts, shape, job.middle)
+        return vllm_seconds(job.gpu, passes(at), prompts * shape.width, values(), which)
 
-    rounds = [(r, best(r)) for r in schedule(job, best_width(job, cost))]
+    rounds = [(r, passes(r)) for r in schedule(job, best_shape(job, cost, which.waves))]
     begin = prefill(job)
 
     def seconds(given: Values) -> float:
         return perfect_seconds(job.gpu, begin, given) + sum(
-            r.happens * vllm_seconds(job.gpu, passes, r.prompts * r.width, given, which) for r, passes in rounds
+            r.happens * vllm_seconds(job.gpu, made, r.prompts * r.shape.width, given, which) for r, made in rounds
         )
 
     return Contestant(which.name, tokens(job), cache(seconds))
@@ -236,16 +209,5 @@ def tokens(job: Job) -> int:
     return job.prompts * NEW_TOKENS
 
 
-@cache
-def _best_rounds(job: Job, graph: bool, fused: bool = False) -> list[Round]:
-    """At the best width of the middle values."""
-
-    def cost(prompts: float, width: int, prefix: float) -> float:
-        kernels = ours(job, prompts, width, prefix, fused_elementwise=fused, padded=graph)
-        return round_seconds(job.gpu, kernels, graph, values())
-
-    return schedule(job, best_width(job, cost))
-
-
-def _round(job: Job, r: Round, **how: Any) -> list[Kernel]:
-    return ours(job, r.prompts, r.width, r.prefix, **{"padded": True} | how)
+def _round(job: Job, r: Round, padded: bool = True, engine: Engine = BUILT) -> list[Kernel]:
+    return ours(job, r.prompts, r.shape.width, r.prefix, padded=padded, engine=engine, wave=r.shape.wave)

@@ -22,6 +22,10 @@ std::tuple<at::Tensor, at::Tensor> accept_cuda(const at::Tensor& rewards, const 
                                                const at::Tensor& first_attempt, int64_t max_attempts,
                                                const at::Tensor& best_reward, const at::Tensor& best_attempt);
 
+// add_rms_norm.cpp: (residual + x, its rms_norm), both the shape and dtype of x
+std::tuple<at::Tensor, at::Tensor> add_rms_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
+                                                    const at::Tensor& weight, double eps);
+
 // content_hash.cpp: a scalar int64
 at::Tensor content_hash_cpu(const at::Tensor& x);
 
@@ -49,6 +53,11 @@ at::Tensor reward_head_cpu(const at::Tensor& hidden, const at::Tensor& last, con
 
 // rms_norm.cpp: the shape and dtype of x
 at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+// rotary_store.cpp: the shape and dtype of query, contiguous; keys and values are written in place.
+at::Tensor rotary_store_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& where,
+                            const at::Tensor& keys, const at::Tensor& values);
 
 // segment_sample.cpp: (token int64, logprob float32), both [R]
 std::tuple<at::Tensor, at::Tensor> segment_sample_cpu(const at::Tensor& logits, const at::Tensor& keys,

@@ -1,4 +1,4 @@
-// rms_norm of one row: sums in many short parts, as in reward_head.
+// rms_norm of one row: sums in many short parts, as in reward_head; and the sum of two rows, for add_rms_norm.
 namespace stars {
 namespace STARS_ISA {
 
@@ -20,6 +20,11 @@ void rms_norm_row(const T* x, const A* weight, int64_t size, A eps, T* y) {
     narrow(widen(x[i]) * scale, y[i]);  // rounded before the product, as LlamaRMSNorm does
     narrow(widen(y[i]) * weight[i], y[i]);
   }
+}
+
+template <typename T>
+void add_row(const T* a, const T* b, int64_t size, T* y) {
+  for (int64_t i = 0; i < size; ++i) narrow(widen(a[i]) + widen(b[i]), y[i]);
 }
 
 }  // namespace STARS_ISA

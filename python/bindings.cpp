@@ -67,6 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 // The schemas are defined in Python, beside each op's definition, and exist without this file.
 TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("accept", &stars::accept_cpu);
+  m.impl("add_rms_norm", &stars::add_rms_norm_cpu);
   m.impl("content_hash", &stars::content_hash_cpu);
   m.impl("fork_attention", &stars::fork_attention_cpu);
   m.impl("kv_commit", &stars::kv_commit_cpu);
@@ -74,6 +75,7 @@ TORCH_LIBRARY_IMPL(stars, CPU, m) {
   m.impl("packed_swiglu", &stars::packed_swiglu_cpu);
   m.impl("reward_head", &stars::reward_head_cpu);
   m.impl("rms_norm", &stars::rms_norm_cpu);
+  m.impl("rotary_store", &stars::rotary_store_cpu);
   m.impl("segment_sample", &stars::segment_sample_cpu);
 }
 

@@ -14,8 +14,9 @@ import torch
 import bench.first.roofline as expected
 from bench import __main__ as bench
 from bench.first import command, decodes, figures, launches, setting
-from bench.kernels import GPUS, MODELS, Model, smooth_max
+from bench.kernels import smooth_max
 from bench.report import CheckError
+from bench.sizes import GPUS, MODELS, Model
 from stars_kernels.hf import call, serving
 from stars_kernels.hf.proposing.graphs import Graphs
 from tests.captured import rerun

@@ -32,6 +32,9 @@ VARIANTS = {
     "lm_head": {"_lm_head_race": 3, "_lm_head_finish": 1},  # 16, 32 or 64 rows a program
     "reward": {"_reward_head": 1},
     "norm": {"_rms_norm": 1},
+    "residual": {"_add_rms_norm": 1},
+    "MLP": {"_gated": 1},
+    "RoPE": {"_rotary_store": 1},
     "commit": {"_commit": 1},
     "accept": {"_accept": 1},
 }
@@ -39,7 +42,19 @@ VARIANTS = {
 
 def rounds():
     """The launches of each case of VARIANTS, by name."""
-    from bench.gpu_cases import FILTERS, attention, commit, judge, norm_rows, reward, sample, sample_head
+    from bench.gpu_cases import (
+        FILTERS,
+        add_norm_rows,
+        attention,
+        commit,
+        gate_rows,
+        judge,
+        norm_rows,
+        reward,
+        sample,
+        sample_head,
+        store,
+    )
 
     shapes = [{"prompts": p, "rows": p * width} for p, width in itertools.product(PROMPTS, WIDTHS)]
     prefixes = [{"prefix": prefix} for prefix in PREFIXES]
@@ -64,6 +79,10 @@ def rounds():
     rows = itertools.product((*PROMPTS, 1280), STEPS)
     yield "reward", [partial(reward, "bf16", HIDDEN, True, n, s) for n, s in rows]
     yield "norm", [partial(norm_rows, "bf16", HIDDEN, n) for n in (*PROMPTS, 1280)]
+    yield "residual", [partial(add_norm_rows, "bf16", HIDDEN, n) for n in (*PROMPTS, 1280)]
+    yield "MLP", [partial(gate_rows, "bf16", 14336, "silu", n) for n in (*PROMPTS, 1280)]
+    written = [{name: n for name, n in call.items() if name in ("rows", "steps", "slots")} for call in some]
+    yield "RoPE", [partial(store, "bf16", *HEADS, **call) for call in written]
     calls = [{name: n for name, n in call.items() if name != "slots"} for call in some]
     yield "commit", [partial(commit, "bf16", LAYERS, *HEADS[1:], **call) for call in calls]
     yield "accept", [partial(judge, "fp32", False, p, width) for p, width in itertools.product(PROMPTS, WIDTHS)]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from bench.assumptions import values
 from bench.costs import issued_seconds, ours, prefill, round_seconds
-from bench.kernels import BF16, GPUS, MODELS, Gpu, Kernel, Model
+from bench.kernels import Kernel
 from bench.schedule import Job
+from bench.sizes import BF16, GPUS, MODELS, Gpu, Model
 
 GIVEN = values()
 """What the roofline takes for granted, in the middle of each band."""

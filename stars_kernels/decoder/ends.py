@@ -49,7 +49,7 @@ def find_ends(
     """
     tokens = proposal.tokens
     size = tokens.shape[1]
-    lengths = torch.minimum(_first(torch.isin(tokens, eos)) + 1, room).clamp(max=size)
+    lengths = torch.minimum(_first(is_in(tokens, eos)) + 1, room).clamp(max=size)
     if entropy is not None and proposal.entropies is not None:
         lengths = torch.minimum(lengths, _first(proposal.entropies >= entropy))
     ends = Ends(lengths, torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths, dtype=torch.bool))
@@ -60,6 +60,11 @@ def find_ends(
     if ends.errors:
         ends.broken[list(ends.errors)] = True
     return ends
+
+
+def is_in(tokens: Tensor, eos: Tensor) -> Tensor:
+    """Return which tokens are among `eos` [E]. (torch.isin waits for a GPU where these are many.)"""
+    return (tokens[..., None] == eos).any(dim=-1)
 
 
 def _first(found: Tensor) -> Tensor:

@@ -242,3 +242,32 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Give back all memory, also where `reserve` or `admit` failed; only `reserve` may follow."""
+
+
+class QueueingProposer(Proposer, Protocol):
+    """A proposer whose rounds a device can judge by itself: none of their steps waits for it."""
+
+    unread: frozenset[int]
+    """The slots whose last decided token it has not read yet. Who keeps account of them elsewhere takes them out."""
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether a segment's last token is read after it is decided, by `read_last`; else it was read before."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that a commit reads and writes, besides its own arguments."""
+
+    def read_last(self, slots: Sequence[int], slot: Tensor, unread: Tensor) -> None:
+        """Read the last decided token of those of these slots [C] that `unread` [C] (bool) says, none of `self.unread`.
+
+        slot: the same on the device.
+        """
+
+
+class QueueingScorer(Scorer, Protocol):
+    """A scorer whose rounds a device can judge by itself: it only queues its work, and fails on no row alone."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that a commit reads and writes, besides its own arguments."""

@@ -7,7 +7,7 @@ What may go wrong with a row is in `faults.py`, running out of memory in `schedu
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,7 +46,7 @@ class Round:
     """Of the host, by phase."""
 
     def __post_init__(self) -> None:
-        (self._eos,) = to_device([self.eos], self.proposer.device)
+        (self.eos_tensor,) = to_device([self.eos], self.proposer.device)
 
     def play(self, slots: Sequence[int], widths: Sequence[int], wave: int) -> tuple[list[Trial], Settle]:
         """Try widths[i] attempts for slots[i]; until the result is settled, the round can be repeated.
@@ -90,10 +90,10 @@ class Round:
             sizes = [self.answers[slot].size(plans[slot]) for slot in rows.slots]
             # The plans of one round differ in size and attempts alone: `Run._alike` chose the slots by them.
             plan = max(plans.values(), key=lambda plan: plan.attempts)._replace(size=max(sizes))
-            proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self._eos, self.check_stop)
+            proposal = self.proposer.propose(rows, plan, self.sampling, self.noise, self.eos_tensor, self.check_stop)
         with self.timed("judge"):
             (room,) = to_device([sizes], self.proposer.device)
-            return proposal, find_ends(self.answers, rows, proposal, room, self._eos, plan.entropy)
+            return proposal, find_ends(self.answers, rows, proposal, room, self.eos_tensor, plan.entropy)
 
     def check_stop(self) -> None:
         """Raise `Abandoned` where all answers are to end now."""
@@ -130,10 +130,8 @@ class Round:
             for slot, mine in starts.items():
                 room, tried = self.answers[slot].room, list[Candidate]()
                 for r, start in enumerate(mine, start=head):
-                    grown = [*start.tokens, *tokens[r][: lengths[r]]]
-                    ended = stopped[r] or grown[-1] in self.eos or len(grown) == room
-                    told = dict(uniform=uniforms[r], stopped=stopped[r], ended=ended)
-                    tried.append(replace(start, tokens=grown, logprob=start.logprob + logprobs[r], **told))
+                    drawn = tokens[r][: lengths[r]]
+                    tried.append(grown(start, drawn, logprobs[r], uniforms[r], stopped[r], room, self.eos))
                 here = range(head, head + len(mine))
                 known = {r - head: faults[r] for r in here if r in faults}
                 trials.append(Trial(slot, head, tried, sum(len(tokens[r]) for r in here), known))
@@ -186,3 +184,19 @@ class Round:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def grown(
+    start: Candidate,
+    drawn: Sequence[int],
+    logprob: float,
+    uniform: float,
+    stopped: bool,
+    room: int,
+    eos: Collection[int],
+) -> Candidate:
+    """Return what an attempt has become with the tokens that it has drawn; room: of its answer."""
+    tokens = [*start.tokens, *drawn]
+    ended = stopped or tokens[-1] in eos or len(tokens) == room
+    total = start.logprob + logprob
+    return replace(start, tokens=tokens, logprob=total, uniform=uniform, stopped=stopped, ended=ended)

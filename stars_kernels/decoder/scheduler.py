@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.arenas import Arenas
+from stars_kernels.decoder.device_rounds import DeviceRounds
 from stars_kernels.decoder.errors import Abandoned, trace_taken_from
 from stars_kernels.decoder.memory import MemoryLimits, free_memory, is_out_of_memory
 from stars_kernels.decoder.output import FinishReason
@@ -39,6 +40,17 @@ class KeptMemory(Protocol):
 
 
 @dataclass
+class Played:
+    """How many rounds the device has judged, a step ahead of the host, and how many the host has."""
+
+    on_device: int = 0
+    by_host: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.on_device} judged on the device, {self.by_host} by the host"
+
+
+@dataclass
 class Run:
     """Runs answers: so many at once have a slot, the others wait in turn for one.
 
@@ -61,6 +73,10 @@ class Run:
     open: bool = False
     """Whether more answers come, to wait behind the others, and are dropped one by one. Then memory for all slots is
     taken at once."""
+
+    device: DeviceRounds | None = None
+    """Plays the round's rounds a step ahead of the host, where the rule and both models allow it."""
+    played: Played = field(default_factory=Played)
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.answers)
@@ -89,6 +105,8 @@ class Run:
 
     def close(self) -> None:
         """Free both models' memory, even if a kept error's traceback still refers to it."""
+        if self.device is not None:
+            self.device.forget()
         self._slots.close()
 
     def rounds(self) -> Iterator[list[Answer]]:
@@ -104,8 +122,10 @@ class Run:
     def step(self) -> list[Answer]:
         """Admit answers, or else play a round; return those in which something is new, if any."""
         self._slots.free([slot for slot, answer in self.active.items() if not answer.active])
+        if self.device is not None and not self.active:
+            self.device.forget()
         reason = None if self.open else self.round.stop()
-        return (self.admit() or self._play()) if reason is None else self._stop(reason)
+        return (self.admit() or self._play()) if reason is None else (self._hear() or self._stop(reason))
 
     def add(self, answer: Answer) -> None:
         """Let one more answer wait for a slot, in an open run."""
@@ -170,7 +190,7 @@ class Run:
         free_memory()
 
     def _play(self) -> list[Answer]:
-        """Play a round with some of the active answers, and return them, or none.
+        """Play a round with some of the active answers, and return those of the round that was booked, or none.
 
         A round changes nothing before it settles. If memory runs out before, it is to be repeated with half the
         attempts per slot, then with half the slots. Any other exception ends the answers in the round, but for a
@@ -184,8 +204,13 @@ class Run:
         try:
             slots = self._alike(active)
             widths, wave = self._shape(slots)
+            if self.device is not None and wave >= max(widths):
+                return self._play_ahead(self.device, slots, max(widths))
+            if told := self._hear():
+                return told
             trials, settle = self.round.play(slots, widths, wave)
             self._finish(trials, settle)
+            self.played.by_host += 1
         except Abandoned:
             return []
         except Warning:  # which the caller has made an error
@@ -199,6 +224,47 @@ class Run:
             self._release()
             return []
         return [self.active[slot] for slot in slots]
+
+    def _play_ahead(self, device: DeviceRounds, slots: Sequence[int], width: int) -> list[Answer]:
+        """Queue the next round, and book the one before it, if there is one; return its answers.
+
+        The next one is for those that go on for certain, but for an end of sequence. Its judgement is queued last: the
+        device is busy with the candidates until then. Where they cannot be queued, the round before is booked all the
+        same, and it shows when nothing is in flight.
+        """
+        going = {slot: self.active[slot] for slot in slots if not device.may_end(slot, self.active[slot])}
+        queue: Settle | None = None
+        try:
+            queue = device.prepare(going, self._slots.room.slots, width) if going else None
+        except Warning:
+            raise
+        except Exception:  # Abandoned too
+            if device.in_flight is None:
+                raise
+        told = self._hear()
+        if queue is not None:
+            try:
+                queue()
+            except Warning:
+                raise
+            except Exception as error:
+                self._end(list(going.values()), error)
+                return list(going.values())
+        return told
+
+    def _hear(self) -> list[Answer]:
+        """Book the round that is in flight, if one is, and return its answers. An exception ends them."""
+        if self.device is None or self.device.in_flight is None:
+            return []
+        answers = [answer for answer in self.device.in_flight.answers.values() if answer.active]
+        try:
+            self._book(self.device.collect())
+            self.played.on_device += 1
+        except Warning:
+            raise
+        except Exception as error:
+            self._end(answers, error)
+        return answers
 
     def _stop(self, reason: FinishReason) -> list[Answer]:
         """End all answers as they are; those that waited never begin."""
@@ -219,11 +285,15 @@ class Run:
         """Make what a judged round commits visible, and write the round on its answers."""
         with self.round.timed("commit"):
             settle()
-            for trial in trials:
-                trial.book(self.active[trial.slot], self.round.eos)
-                if trial.fault is None and trial.verdict is not None:
-                    self._history.judged += trial.judged
-                    self._history.accepted += trial.verdict.outcome == "accepted"
+            self._book(trials)
+
+    def _book(self, trials: Sequence[Trial]) -> None:
+        """Write a round on its answers."""
+        for trial in trials:
+            trial.book(self.active[trial.slot], self.round.eos)
+            if trial.fault is None and trial.verdict is not None:
+                self._history.judged += trial.judged
+                self._history.accepted += trial.verdict.outcome == "accepted"
 
     def _release(self) -> None:
         """Give back the memory of the last round's rows."""

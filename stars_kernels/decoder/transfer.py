@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,11 +23,30 @@ def to_device(
 def to_host(tensors: Iterable[Tensor]) -> list[list[Any]]:
     """Read float64, int64 or bool tensors as (nested) lists; one wait for those of the first one's device."""
     tensors = list(tensors)
-    words = torch.cat([_words(tensor).to(tensors[0].device) for tensor in tensors]).cpu()
-    parts = words.split([tensor.numel() for tensor in tensors])
-    return [
-        _values(part, tensor.dtype).view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)
-    ]
+    return _values(_words(tensors).cpu(), tensors)
+
+
+class Reading:
+    """Tensors on their way to the host, which may do other things meanwhile; they may be written again at once."""
+
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        """columns: float64, int64 or bool, on one device."""
+        self._kinds = {name: torch.empty_like(column, device="meta") for name, column in columns.items()}
+        words = _words(list(columns.values()))
+        self._arrived: torch.cuda.Event | None = None
+        if words.device.type == "cuda":
+            self._words = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+            self._words.copy_(words, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(words.device))
+        else:
+            self._words = words
+
+    def wait(self) -> dict[str, list[Any]]:
+        """Return (nested) lists by name, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self._kinds, _values(self._words, list(self._kinds.values())), strict=True))
 
 
 def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
@@ -38,13 +57,21 @@ def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.index_select(0, index)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Return a tensor as int64 [numel]: by value or, of a float64, by bits."""
-    if tensor.dtype not in (torch.float64, torch.int64, torch.bool):
-        raise TypeError(f"a tensor of {tensor.dtype}, expected float64, int64 or bool")
-    flat = tensor.reshape(-1)
-    return flat.view(torch.int64) if tensor.dtype == torch.float64 else flat.long()
+def _words(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors end to end as int64, on the device of the first: by value or, of a float64, by bits."""
+    parts = []
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float64, torch.int64, torch.bool):
+            raise TypeError(f"a tensor of {tensor.dtype}, expected float64, int64 or bool")
+        flat = tensor.reshape(-1)
+        parts.append((flat.view(torch.int64) if tensor.dtype == torch.float64 else flat.long()).to(tensors[0].device))
+    return torch.cat(parts)
 
 
-def _values(words: Tensor, dtype: torch.dtype) -> Tensor:
-    return words.view(dtype) if dtype == torch.float64 else words.to(dtype)
+def _values(words: Tensor, kinds: Sequence[Tensor]) -> list[list[Any]]:
+    """Return the lists of what `_words` has put end to end; kinds: tensors of the same shapes and dtypes."""
+    parts = words.split([kind.numel() for kind in kinds])
+    return [
+        (part.view(kind.dtype) if kind.dtype == torch.float64 else part.to(kind.dtype)).view(kind.shape).tolist()
+        for part, kind in zip(parts, kinds, strict=True)
+    ]

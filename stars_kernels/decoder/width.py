@@ -16,14 +16,14 @@ SLOT_GAIN = 1.2
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.6  # of the datasheet's that a program gets
-HOST_SECONDS = 2e-3  # a round's bookkeeping
+HOST_SECONDS = 2e-3  # a round's bookkeeping, where a GPU waits for it; half as much for each further wave
 ASKED_SECONDS = 5e-3  # assumed, of a call of a reward function, and again of each answer in it
 ISSUE_SECONDS = 18e-6  # the host takes for a launch outside of a CUDA graph
 LAUNCH_SECONDS = 2.8e-6  # the GPU takes for a launch at least, the gap before it included
 RIDGE = 2.64  # the exponent that joins bytes and operations: where both take as long, a product takes 1.3 times that
-LAYER_LAUNCHES, STEP_LAUNCHES = 41, 34  # of a step, in each layer and outside, at most: transformers' Llama
-L2_BYTES = 40e6  # activations that fit cost no bandwidth
-TOKEN_STATES = 60  # hidden states' worth that a layer's element-wise kernels move for a token: transformers' Llama
+LAYER_LAUNCHES, STEP_LAUNCHES = 12, 29  # of a step, in each layer and outside: Llama's, fused
+MERGED_LAUNCHES = 9  # of a layer whose products are merged where they read the same
+TOKEN_STATES = 22  # hidden states' worth that a layer's element-wise kernels move for a token: Llama-3-8B, fused
 LOGIT_PASSES = 3  # over a row's logits: written once, read twice
 
 
@@ -39,6 +39,9 @@ class Cost(Protocol):
 
     def score(self, rows: float) -> float:
         """Return the cost of scoring a wave of `rows` rows, on average."""
+
+    def judge(self, later: float | None) -> float:
+        """Return the cost of judging a round besides; later: waves behind the first, on average; None = none."""
 
     def __hash__(self) -> int: ...
 
@@ -78,6 +81,10 @@ class CpuCost:
     def score(self, rows: float) -> float:
         return 0.5 + self.segment_size * rows / 30 if self.reads else 0.0
 
+    def judge(self, later: float | None) -> float:
+        """Nothing: who judges is who samples."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -85,7 +92,7 @@ class ModelSize:
 
     weights: bytes that a forward reads. parameters: behind them; a token takes two operations for each. kv_bytes: of a
     token's keys and values, all layers. state_bytes: of a token's hidden state. logits_bytes: of a token's logits, 0
-    where there are none.
+    where there are none. layer_launches: of a forward, in each layer.
     """
 
     weights: float
@@ -94,6 +101,7 @@ class ModelSize:
     kv_bytes: float
     state_bytes: float
     logits_bytes: float = 0.0
+    layer_launches: int = LAYER_LAUNCHES
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class GpuCost:
     A short form of the model of `python -m bench roofline`.
 
     The prompts' prefixes are left out: they are read whatever the width. bandwidth, flops: the datasheet's bytes and
-    operations per second. graphs: whether segments run as CUDA graphs. asks: whether a reward function is asked.
+    operations per second. graphs: whether forwards run as CUDA graphs. asks: whether a reward function is asked.
     """
 
     model: ModelSize
@@ -116,31 +124,34 @@ class GpuCost:
 
     @property
     def waves(self) -> bool:
-        """Only for a function, which runs on the host: else the host would wait for the GPU once more in each wave."""
-        return self.asks
+        return self.asks or bool(self.rewards)
 
     def sample(self, rows: int) -> float:
         """One forward for the last tokens of the segments before, and segment_size - 1 steps."""
-        last = self._forward(self.model, 0, 1)
-        return HOST_SECONDS + last + (self.segment_size - 1) * self._forward(self.model, rows, 1, self.graphs)
+        last, step = self._forward(self.model, 0, 1), self._forward(self.model, rows, 1)
+        return last + (self.segment_size - 1) * step
 
     def score(self, rows: float) -> float:
         """A forward of each reward model."""
         asked = ASKED_SECONDS * (1 + rows) if self.asks else 0.0
         return asked + sum(self._forward(rm, rows, self.segment_size) for rm in self.rewards)
 
-    def _forward(self, size: ModelSize, rows: float, tokens: int, graphed: bool = False) -> float:
+    def judge(self, later: float | None) -> float:
+        """Nothing where the device judges by itself: a round in one wave, in CUDA graphs, of models that it runs."""
+        if later is None and self.graphs and not self.asks:
+            return 0.0
+        return HOST_SECONDS * (1 + (later or 0.0) / 2)
+
+    def _forward(self, size: ModelSize, rows: float, tokens: int) -> float:
         """Seconds for `tokens` new tokens of each row."""
         bandwidth, new = BANDWIDTH_SHARE * self.bandwidth, rows * tokens
         moved = size.weights + rows * self.segment_size * size.kv_bytes + new * LOGIT_PASSES * size.logits_bytes
         states = new * TOKEN_STATES * size.layers * size.state_bytes
-        if new * 4 * size.state_bytes <= L2_BYTES:  # the widest activations, an MLP's, are about four states
-            states = 0.0
-        launches = LAYER_LAUNCHES * size.layers + STEP_LAUNCHES
+        launches = size.layer_launches * size.layers + STEP_LAUNCHES
         limits = moved / bandwidth, 2 * new * size.parameters / (FLOPS_SHARE * self.flops)
         products = sum(limit**RIDGE for limit in limits) ** (1 / RIDGE)
         seconds = products + states / bandwidth + LAUNCH_SECONDS * launches
-        return seconds if graphed else max(seconds, ISSUE_SECONDS * launches)
+        return seconds if self.graphs else max(seconds, ISSUE_SECONDS * launches)
 
 
 @dataclass
@@ -184,13 +195,15 @@ def expected_cost(shape: Shape, prompts: int, max_attempts: int, miss: float, co
     """Return the expected cost of a decided segment: of its rounds, all prompts' at once, and of their waves."""
     total = 0.0
     sampled = cost.sample(prompts * shape.width)
-    scored = 0.0
+    scored = later = 0.0
     for first in range(0, shape.width, shape.wave):
         open_share = miss**first  # of the prompts, those that have none accepted before this wave
         any_open = 1 - (1 - open_share) ** prompts
         rows = prompts * min(shape.wave, shape.width - first)
         if any_open > 0:
             scored += any_open * cost.score(rows * open_share / any_open)
+        later += any_open if first else 0.0
+    judged = cost.judge(later if shape.wave < shape.width else None)
     for first in range(0, max_attempts, shape.width):
-        total += miss**first * (sampled + scored)
+        total += miss**first * (sampled + scored + judged)
     return total

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -19,19 +19,21 @@ from stars_kernels.decoder.arenas import Arenas
 from stars_kernels.decoder.calibration import calibrate, is_calibrated, with_target
 from stars_kernels.decoder.checks import shown
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.device_rounds import DeviceRounds
 from stars_kernels.decoder.errors import Abandoned, DecodeError, message_of, with_cause
 from stars_kernels.decoder.memory import MemoryLimits
 from stars_kernels.decoder.output import Calibration, FinishReason, StarsEvent, StarsOutput
+from stars_kernels.decoder.protocols import QueueingScorer
 from stars_kernels.decoder.round import Round
-from stars_kernels.decoder.rules import BestOf, Rule
-from stars_kernels.decoder.scheduler import Run
+from stars_kernels.decoder.rules import BestOf, Rule, Stars
+from stars_kernels.decoder.scheduler import Played, Run
 from stars_kernels.decoder.width import AcceptanceHistory, Cost, enough_slots
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.hidden import HiddenStates
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.modes import CallersMode
 from stars_kernels.hf.progress import Progress
-from stars_kernels.hf.proposing.graphs import Counts, CudaCapture, Graphs
+from stars_kernels.hf.proposing.graphs import Counts, CudaCapture, Graphs, Kept
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import ModelProposer
 from stars_kernels.hf.requests import Request, Result, Results, Told, carrying, failure, number_requests
@@ -60,6 +62,8 @@ class Workspace:
         self.arenas = Arenas(self.buffers.grow_arenas)
         self.graphs = self.make_graphs(device)
         self._counts = Counts()  # of the graphs, when the call began
+        self.played = Played()
+        """The rounds of the call."""
 
     @staticmethod
     def make_graphs(device: torch.device) -> Graphs | None:
@@ -76,7 +80,7 @@ class Workspace:
 
     def begin(self) -> None:
         """Make ready for a call."""
-        self.arenas.spare = self.prefix_cache
+        self.arenas.spare, self.played = self.prefix_cache, Played()
         self._counts = Counts() if self.graphs is None else dataclasses.replace(self.graphs.counts)
         if not self.prefix_cache:
             self.arenas.forget_texts()
@@ -87,8 +91,11 @@ class Workspace:
 
     @property
     def served(self) -> dict[str, str]:
-        """What its CUDA graphs have done since the call began, as an entry of `StarsOutput.backends`."""
-        return {} if self.graphs is None else {"graphs": str(self.graphs.counts - self._counts)}
+        """What its CUDA graphs have done since the call began, and who judged, as entries of `StarsOutput.backends`."""
+        if self.graphs is None:
+            return {}
+        judged = {"rounds": str(self.played)} if self.played.on_device else {}
+        return {"graphs": str(self.graphs.counts - self._counts), **judged}
 
 
 class Call:
@@ -319,7 +326,13 @@ class Call:
         cost = round_cost(lm, models.reward_models, size, graphs is not None, asks)
         played = Round(proposer, scorer, rule, config.sampling, self.eos, noise, self.stop)
         slots = self._slots(requests, rule, width, cost)
-        return Run(played, answers, slots, width, config.wave, self.limits, cost, self.workspace)
+        run = Run(played, answers, slots, width, config.wave, self.limits, cost, self.workspace)
+        if noise == STREAM_SAMPLE:  # no calibration
+            run.played = self.workspace.played
+        if graphs is not None and self.serving.why_by_host(rule) is None:
+            place = Kept(lm.device, buffers.part("rounds"), graphs.part("rounds"))
+            run.device = DeviceRounds(played, cast(Stars, rule), proposer, cast(QueueingScorer, scorer), place)
+        return run
 
     def _find_stop(self, index: int) -> FindStop | None:
         """What ends the answer of prompt `index`: stop strings and criteria, whichever comes first."""

@@ -25,7 +25,7 @@ from stars_kernels.hf.sharding import is_sharded
 from stars_kernels.hf.sizing import models_in
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.layout import context_limit, layout_of, vocabulary
-from stars_kernels.hf.view.rewrites import pack
+from stars_kernels.hf.view.rewrites import merge, pack
 
 
 class Models:
@@ -33,7 +33,7 @@ class Models:
 
     lm: the language model's view. rewarder: the reward models. tokenizer: the language model's, where there is one.
     limit: tokens of prompt and answer that all of them can read. eos: the end-of-sequence tokens of the model itself.
-    packed_bytes: of packed weights.
+    packed_bytes: of packed weights. merged_bytes: of weights that are merged with their siblings'.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class Models:
         self.rewarder = Rewarder(reward_model, self._original, self.tokenizer, trust_remote_code)
         self.limit = min(context_limit(self.lm), self.rewarder.limit)
         self.eos = eos_ids(self._original)
-        self.packed_bytes = 0
+        self.packed_bytes = self.merged_bytes = 0
         if pack_as:
             dtype = torch.bfloat16 if pack_as == "bfloat16" else torch.float32
             self.packed_bytes = sum(pack(body, dtype) for body in self.bodies)
+            self.merged_bytes = sum(merge(body) for body in self.bodies)
         layout_of(self.lm)  # refuses what cannot be decoded exactly
 
     @cached_property

@@ -7,12 +7,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stars_kernels.decoder.config import StarsConfig
+from stars_kernels.decoder.rules import Rule, Stars
 from stars_kernels.hf.models import Models
 from stars_kernels.hf.proposing.processors import TokenHooks
 from stars_kernels.hf.proposing.proposer import is_unfiltered
 from stars_kernels.hf.rule_checks import first_plan, why_logits
+from stars_kernels.hf.view import rewrites
 from stars_kernels.hf.view.layout import layout_of
-from stars_kernels.hf.view.rewrites.norm import RMSNorm
 from stars_kernels.ops import backends
 
 
@@ -48,6 +49,18 @@ class Serving:
             return "float64 is served by the definitions, which wait for the host"
         return None
 
+    def why_by_host(self, rule: Rule) -> str | None:
+        """Why the host judges the rounds of a rule; None where the device may."""
+        if self.eager is not None:
+            return "segments do not run as CUDA graphs"
+        if type(rule) is not Stars:
+            return f"the rule is {type(rule).__name__}"
+        if self._config.stop_strings or self._hooks.criteria:
+            return "answers end at stops, which are looked for on the host"
+        if not self._models.rewarder.queues:
+            return "a reward model works on the host"
+        return None
+
     def _why_unfused(self) -> str | None:
         if self._models.lm.device.type != "cuda":
             return "the model is not on a GPU"
@@ -65,13 +78,21 @@ class Serving:
         served = {op: devices[device] for op, devices in backends().items()}
         if layout_of(models.lm).mode == "gathered":
             served["fork_attention"] = "gathered: the model has no attention hook"
-        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash", "accept"))
+        packed, *_ = (served.pop(op) for op in ("packed_linear", "packed_swiglu", "content_hash"))
+        why = self.why_by_host(self._config.resolved_rule)
+        if why is not None:
+            del served["accept"]
         modules = [module for body in models.bodies for module in body.modules()]
-        if not any(isinstance(module, RMSNorm) for module in modules):
-            served["rms_norm"] = "the model's own"
+        used = [rewrites.served(body) for body in models.bodies]
+        served |= {op: "the model's own" for op in used[0] if not any(ops[op] for ops in used)}
+        decoders = (models.lm, *(decoder for _, decoder in models.rewarder.decoders))
+        if not any(layer.rotates for decoder in decoders for layer in layout_of(decoder).layers):
+            served["rotary_store"] = "the model's own"
         plain = sum(type(module) in (nn.Linear, Conv1D) for module in modules)
         size = models.packed_bytes
         linear = f"{packed}: packed, {size / 1e6:.0f} MB of weights" if size else "torch"
+        if models.merged_bytes:
+            linear += f", {models.merged_bytes / 1e6:.0f} MB of merged weights"
         if size and plain:
             linear += f"; torch: {plain} layers"
         if self.unfused is not None:
@@ -80,4 +101,5 @@ class Serving:
             served["processors"] = ", ".join(type(processor).__name__ for processor in self._hooks.processors)
         if device == "cuda":
             served["segments"] = "CUDA graphs" if self.eager is None else f"eager: {self.eager}"
+            served["rounds"] = "judged on the device" if why is None else f"judged by the host: {why}"
         return {**served, "linear": linear}

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_kernels.decoder.width import MAX_SLOTS, Cost, CpuCost, GpuCost, ModelSize
+from stars_kernels.decoder.width import LAYER_LAUNCHES, MAX_SLOTS, MERGED_LAUNCHES, Cost, CpuCost, GpuCost, ModelSize
 from stars_kernels.hf.loading.reward_model import ENCODERS
 from stars_kernels.hf.view.layout import Layout, Plane, layout_of, text_config, vocabulary
+from stars_kernels.hf.view.rewrites.merged import Part
 
 MEMINFO = Path("/proc/meminfo")
 UNKNOWN_BATCH = 8
@@ -109,6 +110,7 @@ def size_of(model: PreTrainedModel) -> ModelSize:
         kv_bytes=sum(map(_token_bytes, _planes(model))),
         state_bytes=config.hidden_size * item,
         logits_bytes=0 if output is None else vocabulary(model) * item,
+        layer_launches=MERGED_LAUNCHES if any(isinstance(m, Part) for m in model.modules()) else LAYER_LAUNCHES,
     )
 
 

@@ -5,11 +5,11 @@ from math import comb, log
 
 import pytest
 
-from bench import counted, kernels
+from bench import counted, kernels, schedule
 from bench.assumptions import values
 from bench.costs import ours, round_seconds
-from bench.kernels import GPUS, MODELS
-from bench.schedule import Job, auto_width
+from bench.parts import BUILT
+from bench.sizes import BF16, GPUS, MODELS
 from stars_kernels.decoder import width as module
 from stars_kernels.decoder.width import CHOICES, AcceptanceHistory, CpuCost, GpuCost, ModelSize, Shape, best_shape
 
@@ -33,14 +33,15 @@ COSTS = {
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
 def test_on_a_gpu_a_round_is_nearly_the_rooflines_best(gpu, model, segment, prompts):
-    job = Job(GPUS[gpu], MODELS[model], prompts, prompt_tokens=128, segment=segment, acceptance=0.25)
+    job = schedule.Job(GPUS[gpu], MODELS[model], prompts, prompt_tokens=128, segment=segment, acceptance=0.25)
 
-    def seconds(width):
+    def seconds(shape):
         """Modelled in full, kernel by kernel, for a decided segment."""
-        kernels = ours(job, prompts, width, job.middle)
-        return round_seconds(job.gpu, kernels, True, values()) / job.decided(width)
+        kernels = ours(job, prompts, shape.width, job.middle, wave=shape.wave)
+        return round_seconds(job.gpu, kernels, True, values()) / job.decided(shape.width)
 
-    assert seconds(auto_width(job)(prompts, job.middle)) <= 1.05 * min(map(seconds, job.widths))
+    shapes = [schedule.Shape(width, wave) for width in job.widths for wave in schedule.waves_of(width)]
+    assert seconds(schedule.auto_shape(job)(prompts)) <= 1.06 * min(map(seconds, shapes))
 
 
 def test_the_constants_are_the_rooflines():
@@ -50,8 +51,10 @@ def test_the_constants_are_the_rooflines():
     assert (module.HOST_SECONDS, module.ISSUE_SECONDS) == (given.host_seconds, given.issue_seconds)
     assert module.LAUNCH_SECONDS == pytest.approx(given.gap_seconds + given.small_kernel_seconds)
     assert pytest.approx(log(2) / log(given.ridge), rel=0.01) == module.RIDGE
-    assert module.L2_BYTES == kernels.L2_BYTES
-    assert module.LAYER_LAUNCHES == counted.LINEARS + counted.ELEMENTWISE + 2  # attention, and where it splits a merge
+    assert module.LAYER_LAUNCHES == counted.LINEARS + sum(counted.LAYER.values()) + 1  # the attention
+    assert module.LAYER_LAUNCHES - module.MERGED_LAUNCHES == counted.LINEARS - counted.MERGED_LINEARS
+    llama = MODELS["llama-3-8b"]
+    assert round(BUILT.bytes(llama) / (BF16 * llama.hidden)) == module.TOKEN_STATES
     draw = kernels.segment_sample(MODELS["llama-3-8b"], "", 1, 1, 1, filtered=True)
     assert module.STEP_LAUNCHES == counted.FORWARD + 1 + counted.STEP + len(draw)  # one for the LM head
 
@@ -97,6 +100,8 @@ def test_the_cheapest_way_to_a_decision_is_taken(cost):
         total, happens = 0.0, 1.0
         for first in range(0, MAX_ATTEMPTS, shape.width):
             total += happens * cost.sample(prompts * shape.width)
+            later = sum(1 - (1 - miss**start) ** prompts for start in range(0, shape.width, shape.wave) if start)
+            total += happens * cost.judge(later if shape.wave < shape.width else None)
             for start in range(0, shape.width, shape.wave):
                 size, going = min(shape.wave, shape.width - start), miss**start
                 for k in range(1, prompts + 1):  # of the prompts that are still open; each has as many rows

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIER_OF,
 )
 
+import stars_kernels
 import stars_kernels.hf.cache
 from stars_kernels.hf.cache import ForkCache, GatheredCache
 from stars_kernels.hf.cache.recurrent import States
@@ -25,6 +26,9 @@ from stars_kernels.hf.families import CLASSIFIERS, REFUSED, STATES, STEPS, WORKS
 from stars_kernels.hf.view.attention import FULL
 from stars_kernels.hf.view.copying import view_of
 from stars_kernels.hf.view.layout import Layout, context_limit, layout_of, text_config
+from stars_kernels.hf.view.rewrites import merge, mlp, norm, served
+from stars_kernels.hf.view.rewrites.merged import Part
+from stars_kernels.ops.registry import definitions
 from tests.hf import bits_check, families
 from tests.hf.fork_check import check_logits
 
@@ -41,12 +45,15 @@ class Found:
     """path: how the model reads its past. features: of its attention. error: the largest of its logits.
 
     without: the error where one of its features is left out, so that the check is seen to see it.
+    fused: what of its code is an op of ours on a GPU. fused_error: the error where it is one here too.
     """
 
     path: str
     features: list[str]
     error: float
     without: dict[str, float]
+    fused: list[str]
+    fused_error: float
 
 
 @functools.cache
@@ -81,8 +88,64 @@ def measured(family: str) -> Found:
     positions = late > own + 1e-9
     if positions:
         without["positions"] = late
+    with _fused_as_on_a_gpu():
+        fused, fused_error = _fused(view_of(model)), error()
     path = STEPS if layout.steps else STATES if layout.states else layout.mode
-    return Found(path, _features(family, model, layout, list(without), positions), own, without)
+    return Found(path, _features(family, model, layout, list(without), positions), own, without, fused, fused_error)
+
+
+FUSED = {
+    "norm": "RMS norms: `rms_norm`",
+    "RoPE": "rotary embeddings, with the write of keys and values: `rotary_store`",
+    "MLP": "gated MLPs: `gated`",
+    "residual": "decoder layers: `add_rms_norm`, and the second residual in the MLP's last product",
+    "QKV": "queries, keys and values in one product, where there is memory for a copy",
+    "gate-up": "gate and up in one product, where there is memory for a copy",
+}
+"""What may be fused, and by what."""
+
+
+@contextmanager
+def _fused_as_on_a_gpu() -> Iterator[None]:
+    """Let views be what they are on a GPU with much memory; norms too, which are not replaced in float64 otherwise."""
+
+    def merged(model):
+        view = view_of(model)
+        merge(view)
+        return view
+
+    def normed(x, weight, eps):
+        """As the models do, in float32 whatever x is."""
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def added(x, residual, weight, eps):
+        return residual + x, normed(residual + x, weight, eps)
+
+    with (
+        stars_kernels.reference(),
+        patch.dict(definitions, {"rms_norm": normed, "add_rms_norm": added}),
+        patch.object(mlp, "fuses", lambda weight: True),
+        patch.object(norm, "DTYPES", (*norm.DTYPES, torch.float64)),
+        patch("stars_kernels.hf.view.rewrites.merged.memory_of", lambda device: 2**40),
+        patch("tests.hf.fork_check.view_of", merged),
+    ):
+        yield
+
+
+def _fused(view) -> list[str]:
+    used = served(view)
+    merge(view)
+    parts = [module for module in view.modules() if isinstance(module, Part)]
+    found = {
+        "norm": used["rms_norm"],
+        "RoPE": any(layer.rotates for layer in layout_of(view).layers),
+        "MLP": used["gated"],
+        "residual": used["add_rms_norm"],
+        "QKV": any(len(part.product.sizes) == 3 for part in parts),
+        "gate-up": any(len(part.product.sizes) == 2 for part in parts),
+    }
+    return [name for name in FUSED if found[name]]
 
 
 _attend, _arguments, _open = ForkCache.attend, ForkCache._arguments, States.open
@@ -176,6 +239,10 @@ the bit whatever the width and the batch; otherwise the ops of torch in its forw
 beside a row: products over shapes that differ, and functions that round an element by its place in memory. There the
 tiny model's tokens were equal too, but its rewards may differ in their last bits. Where only luck made them equal, as
 sizes are multiples of 32, the ops are named all the same ([exactness.md](exactness.md) has the reasons).
+
+"Fused on a GPU" names what of a family's own code one of our ops stands for there, on its view: a module is known by
+its forward's code or, for the two products, by what its layers are given. Logits of every family were also compared
+with all of that done here, in float64.
 """
 
 
@@ -200,13 +267,17 @@ def table(bits: Callable[[str], str] = bits_check.cell) -> str:
     lines = [
         HEAD,
         f"## Works: {len(works)} of {len(FAMILIES)} ({counts}), equal to the bit in fp32: {equal}\n",
-        "| model_type | class | path | attention | logit error | its sequence classifier as reward model | fp32 bits |",
-        "|---|---|---|---|---|---|---|",
+        "| fused on a GPU | families |\n|---|---|",
+        *(f"| {what} | {sum(name in measured(f).fused for f in works)} |" for name, what in FUSED.items()),
+        "\n| model_type | class | path | attention | logit error | fused on a GPU | "
+        "its sequence classifier as reward model | fp32 bits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for family in works:
         found, kind = measured(family), CLASSIFIER_OF.get(family)
         rated = "" if kind is None else "yes" if kind in CLASSIFIERS else f"no: one {REFUSED.get(kind, ENCODER)}"
-        row = [family, FAMILIES[family], found.path, ", ".join(found.features), f"{found.error:.1e}", rated]
+        row = [family, FAMILIES[family], found.path, ", ".join(found.features), f"{found.error:.1e}"]
+        row += [", ".join(found.fused), rated]
         row.append(cells[family])
         lines.append(f"| {' | '.join(row)} |")
     lines += [f"\n## Refused: {len(refused)}\n", "| model_type | class | why: it is a model |", "|---|---|---|"]

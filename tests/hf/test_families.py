@@ -89,6 +89,7 @@ def test_logits_and_answers_are_the_models_own(family):
     found = measured(family)
     assert found.error <= families.tolerance(family)
     assert found.path == WORKS[FAMILIES[family]]
+    assert found.fused_error <= families.tolerance(family), found.fused
     check_decode(families.tiny(family))
 
 

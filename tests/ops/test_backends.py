@@ -11,11 +11,11 @@ import stars_kernels
 from stars_kernels.ops.dispatch import build_info, load_extension
 
 OPS = {
-    "accept", "content_hash", "fork_attention", "kv_commit", "lm_head_sample", "packed_linear", "packed_swiglu",
-    "reward_head", "rms_norm", "segment_sample",
+    "accept", "add_rms_norm", "content_hash", "fork_attention", "gated", "kv_commit", "lm_head_sample",
+    "packed_linear", "packed_swiglu", "reward_head", "rms_norm", "rotary_store", "segment_sample",
 }  # fmt: skip
-COMPILED = {(op, "cpu"): "cpp" for op in OPS - {"lm_head_sample"}}
-TRITON = {"accept", "fork_attention", "kv_commit", "lm_head_sample", "reward_head", "segment_sample"}
+COMPILED = {(op, "cpu"): "cpp" for op in OPS - {"gated", "lm_head_sample"}}
+TRITON = OPS - {"content_hash", "packed_linear", "packed_swiglu"}
 
 
 def test_every_op_and_device_is_named():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from stars_kernels.ops import rms_norm
+from stars_kernels.ops import reference, rms_norm
 from tests.ops.helpers import DTYPES, assert_no_worse, compiled, dtype_name, generator, strided
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -27,6 +27,16 @@ def test_equals_the_models_norm(impl, dtype, shape):
     truth = F.rms_norm(x.double(), shape[-1:], weight.double(), EPS)
     plain = F.rms_norm(x, shape[-1:], weight, EPS) if dtype == torch.float64 else norm(x).detach()
     assert_no_worse(found, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_the_definition_is_the_models_norm_to_the_bit(dtype):
+    with reference():
+        for seed, size in enumerate((1, 64, 576, 1027, 4096)):
+            x, weight = make_case(dtype, (40, size), seed)
+            norm = LlamaRMSNorm(size, eps=EPS).to(dtype)
+            norm.weight.data.copy_(weight)
+            assert torch.equal(rms_norm(x, weight, eps=EPS), norm(x).detach())
 
 
 def test_odd_inputs(impl):

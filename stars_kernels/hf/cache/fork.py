@@ -26,7 +26,7 @@ from stars_kernels.decoder.transfer import to_device, to_host
 from stars_kernels.hf.cache.buffers import Buffers
 from stars_kernels.hf.cache.recurrent import States
 from stars_kernels.hf.cache.storage import BoundLayer, Group, Packed, Place, Suffix
-from stars_kernels.hf.view.attention import Mask, answered_by, check_options
+from stars_kernels.hf.view.attention import Mask, Rotate, Rotation, answered_by, check_options
 from stars_kernels.hf.view.layout import Layout
 
 
@@ -67,6 +67,7 @@ class ForkCache(Cache):
         self._selected = slice(0)
         self._layers = self._bind(self._selected)
         self._asked = 0  # attention calls of the running forward
+        self._rotation: Rotation | None = None  # what the next one has left to be turned
         self.makes_mask = False
 
     @property
@@ -254,7 +255,7 @@ class ForkCache(Cache):
         if query_len is None:
             query_len = torch.full_like(self.slot, steps)
         where = torch.arange(start, start + steps, device=self.slot.device)
-        with self._forward(Suffix(slice(start, start + steps), query_len, query_len + start)):
+        with self._forward(Suffix(slice(start, start + steps), where, query_len, query_len + start)):
             yield self._arguments(self._positions(where))
         self.held = start + steps
 
@@ -266,7 +267,7 @@ class ForkCache(Cache):
         there and that it is less than segment_size; `held` does not change.
         """
         one = torch.ones_like(self.slot)
-        with self._forward(Suffix(place, one, one + place)):
+        with self._forward(Suffix(place, place, one, one + place)):
             yield self._arguments(self._positions(place))
 
     def _positions(self, where: Tensor) -> Tensor:
@@ -297,7 +298,7 @@ class ForkCache(Cache):
 
     @contextmanager
     def _forward(self, plan: Packed | Suffix) -> Iterator[None]:
-        self._asked = 0
+        self._asked, self._rotation = 0, None
         for place in self._places.values():
             place.plan = plan if place.device == self.device else _moved(plan, place.device)
         try:
@@ -312,6 +313,13 @@ class ForkCache(Cache):
                 "all of them as in the model's first: its result would be wrong"
             )
 
+    def turn(self, rotation: Rotation, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        """Let the attention call that follows turn the queries and keys, where its layer is known to change no more."""
+        if self._asked == len(self._layers) or not self._layers[self._asked].rotates:
+            return rotate(*rotation)
+        self._rotation = rotation
+        return rotation.query, rotation.key
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
     ) -> Tensor:
@@ -322,9 +330,15 @@ class ForkCache(Cache):
         self._asked += 1
         place = layer.place
         plan = place.plan
+        rotation, self._rotation = self._rotation, None
+        if rotation is not None and not (query is rotation.query and key is rotation.key):
+            raise RuntimeError("a layer attends with queries and keys that it had changed once they were to be turned")
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if isinstance(plan, Suffix):
-            if layer.stores:
+            if rotation is not None:
+                turned = (rotation.cos, rotation.sin, plan.at, layer.keys, layer.values)
+                query = ops.call_op("rotary_store", query, key, value, *turned)
+            elif layer.stores:
                 layer.keys[:, plan.where], layer.values[:, plan.where] = key, value
             return ops.call_op(  # its arguments are right by construction, and this runs thousands of times a second
                 "fork_attention", query, layer.keys, layer.values, plan.suffix_len, plan.query_len, layer.arena_keys,
@@ -334,11 +348,15 @@ class ForkCache(Cache):
         if plan is None:
             raise RuntimeError("the stars attention ran outside ForkCache.prefill or ForkCache.extend")
         check_options(mask, options)
-        if layer.stores:  # first: a row's prefix may be new itself
+        if rotation is not None:  # first: a row's prefix may be new itself
+            arenas = layer.arena_keys[None], layer.arena_values[None]
+            query = ops.call_op("rotary_store", query, key, value, rotation.cos, rotation.sin, plan.where, *arenas)
+        elif layer.stores:
             layer.arena_keys[plan.where], layer.arena_values[plan.where] = key[0], value[0]
         # One call for all prompts, and copies into rows for it. A CPU, to which calls cost little, takes it too: the
         # copies are less than a hundredth of a forward's work, and what they cost a call per slot would cost again.
-        query, key, value = (plan.in_rows(tokens[0]) for tokens in (query, key, value))
+        query, value = plan.in_rows(query[0]), plan.in_rows(value[0])
+        key = plan.in_rows(key[0]) if rotation is None else plan.in_rows_of(layer.arena_keys)
         attended = ops.fork_attention(
             query, key, value, plan.counts, plan.counts, layer.arena_keys, layer.arena_values, plan.offsets,
             plan.lengths, plan.rows, scale=scale, window=mask.window, softcap=layer.softcap, sinks=layer.sinks,
@@ -360,11 +378,13 @@ class ForkCache(Cache):
         bound: list[BoundLayer] = []
         for layer in self.layout.layers:
             if layer.source is not None:
-                bound.append(replace(bound[layer.source], softcap=layer.softcap, sinks=layer.sinks, stores=False))
+                bound.append(replace(bound[layer.source], softcap=layer.softcap, sinks=layer.sinks, stores=False,
+                                     rotates=False))  # fmt: skip
                 continue
             keys, values = layer.key, layer.value
             storage = next(arenas[keys]), next(arenas[values]), next(suffixes[keys]), next(suffixes[values])
-            bound.append(BoundLayer(self._places[keys[3]], *storage, layer.softcap, layer.sinks, True))
+            more = layer.softcap, layer.sinks, True, layer.rotates
+            bound.append(BoundLayer(self._places[keys[3]], *storage, *more))
         return bound
 
     # What transformers asks of a cache. Masks are patterns here, so their sizes do not matter.
@@ -388,5 +408,6 @@ class ForkCache(Cache):
 
 def _moved(plan: Packed | Suffix, device: torch.device) -> Packed | Suffix:
     if isinstance(plan, Suffix):
-        return replace(plan, query_len=plan.query_len.to(device), suffix_len=plan.suffix_len.to(device))
+        names = ("at", "query_len", "suffix_len")
+        return replace(plan, **{name: getattr(plan, name).to(device) for name in names})
     return Packed(**{name: tensor.to(device) for name, tensor in vars(plan).items()})

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,7 +65,9 @@ class HiddenStates:
     def admit(self, slot: Tensor, states: Tensor, logits: Tensor) -> None:
         """Take the hidden states [A, D] of the prompts of `slot` [A]; logits: [P, V], those of all slots."""
         if not hasattr(self, "prompts"):
-            self.prompts, self.best_logits = states.new_empty(self._slots, states.shape[1]), torch.empty_like(logits)
+            self.prompts = states.new_empty(self._slots, states.shape[1])
+            self.best_logits = self._buffers.take("best logits", tuple(logits.shape), logits.dtype, logits.device)
+            self.best_logits = self.best_logits[: self._slots]
             self._empty()
         self.prompts[slot] = states
 
@@ -110,7 +111,7 @@ class HiddenStates:
         after = logits.index_put(here, new.where(commit.advance[:, None], logits[here]))
 
         def settle() -> None:
-            self.best_logits = best
-            logits.copy_(after)  # in place: graphs read it there
+            self.best_logits.copy_(best)  # in place: graphs read them there
+            logits.copy_(after)
 
         return settle

@@ -26,6 +26,7 @@ class Packed:
 
     positions: Tensor  # [N] of the tokens in their prompts
     where: Tensor  # [N] places in the arena, of their keys and values
+    kept: Tensor  # [R * S] the same of each query
     tokens: Tensor  # [R * S] which token each query is; padding repeats a row's first
     queries: Tensor  # [N] which query each token is
     offsets: Tensor  # [R]
@@ -50,12 +51,17 @@ class Packed:
                 positions += range(before, before + n)
                 where += range(offset + before, offset + before + n)
                 rows.append((offset, before, n))
-        columns = (positions, where, tokens, queries, *zip(*rows, strict=True), range(len(rows)))
+        kept = [where[token] for token in tokens]
+        columns = (positions, where, kept, tokens, queries, *zip(*rows, strict=True), range(len(rows)))
         return Packed(*to_device(columns, device))
 
     def in_rows(self, packed: Tensor) -> Tensor:
         """[N, H, D] -> [R, S, H, D]"""
         return packed.index_select(0, self.tokens).unflatten(0, (len(self.rows), -1))
+
+    def in_rows_of(self, arena: Tensor) -> Tensor:
+        """[.., H, D] of the arena, where the tokens have been stored -> [R, S, H, D]"""
+        return arena.index_select(0, self.kept).unflatten(0, (len(self.rows), -1))
 
     def end_to_end(self, rows: Tensor) -> Tensor:
         """[R, S, H, D] -> [N, H, D]"""
@@ -67,6 +73,7 @@ class Suffix:
     """A forward of a few tokens per row, stored in the suffixes at `where`: [S], or a slice."""
 
     where: slice | Tensor
+    at: Tensor  # [S] the same
     query_len: Tensor  # [R]
     suffix_len: Tensor  # [R]
 
@@ -94,6 +101,7 @@ class BoundLayer:
     softcap: float
     sinks: Tensor | None
     stores: bool
+    rotates: bool = False
 
 
 class Group:

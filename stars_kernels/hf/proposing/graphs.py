@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stars_kernels.decoder.memory import ALLOCATOR_LOCK
 from stars_kernels.decoder.protocols import Rows
+from stars_kernels.hf.cache.buffers import Buffers
 
 Result = TypeVar("Result")
 Work = Callable[[], None]
@@ -170,3 +171,21 @@ class Graphs:
     def _forget(self) -> None:
         self._seen.clear()
         self._captured.clear()
+
+
+class Kept:
+    """Memory that stays, with the graphs that work on it: the place of `decoder.device_rounds`."""
+
+    def __init__(self, device: torch.device, buffers: Buffers, graphs: Graphs) -> None:
+        self.device, self.buffers, self.graphs = device, buffers, graphs
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of this shape, a part of the one that was taken before where that is large enough."""
+        *outer, last = shape
+        room = 1 << max(last - 1, 0).bit_length()  # so that a little more seldom needs new memory
+        return self.buffers.take(name, (*outer, room), dtype, self.device)[..., :last]
+
+    def run(self, key: Hashable, work: Work, tensors: Sequence[Tensor]) -> None:
+        """Do the work, from a graph where there is one; tensors: all that it works on."""
+        self.graphs.keep(*tensors)
+        self.graphs.run(key, work)

@@ -62,7 +62,8 @@ class ModelProposer:
         self.close()
         self.slots = room.slots
         self.cache = reserve_cache(self.model, room.slots, room.tokens, room.segment, self.buffers)
-        self.last_token = torch.zeros(room.slots, dtype=torch.int64, device=self.device)  # [P] of the decided answer
+        # [P] of the decided answer
+        self.last_token = self.buffers.take("last token", (room.slots,), torch.int64, self.device)[: room.slots].zero_()
         self.unread: frozenset[int] = frozenset()  # the slots whose last token is not in the cache yet
         if self.hidden is not None:
             self.hidden.reserve(room)
@@ -190,7 +191,7 @@ class ModelProposer:
         if self.hidden is not None:
             graphs.run((*key, "last"), last)
         drawn = (segment.tokens, segment.logprobs, segment.entropies)
-        tokens, logprobs, entropies = (tensor[: len(rows), : plan.size].clone() for tensor in drawn)
+        tokens, logprobs, entropies = (tensor[: len(rows), : plan.size] for tensor in drawn)
         return tokens, logprobs, entropies
 
     def _open_graphs(self, graphs: Graphs, rows: Rows, eos: Tensor) -> Segment:
@@ -247,20 +248,22 @@ class ModelProposer:
         if self.hidden is not None:
             settles.append(self.cache.commit(commit.slot, commit.row, commit.length, commit.advance))
             settles.append(self.hidden.commit(commit, self.logits))
-            last_token, unread = self.last_token, self.unread
         else:  # a candidate's last token was not read, so its keys and values are not among the suffix's
             settles.append(self.cache.commit(commit.slot, commit.row, commit.length - 1, commit.advance))
-            last = commit.last_token.where(commit.advance, self.last_token[commit.slot])
-            last_token = self.last_token.index_put((commit.slot,), last)
-            unread = self.unread.union(p for p, _, _, advance in commit.host if advance)
+            settles.append(self._late(commit))
         if self.processors is not None:
             settles.append(self.processors.commit(commit, self.candidates))
+        return together(settles)
 
-        settle_parts = together(settles)
+    def _late(self, commit: Commit) -> Settle:
+        """Keep the last tokens of the segments that become a part of their prefix, to be read once they are needed."""
+        last = commit.last_token.where(commit.advance, self.last_token[commit.slot])
+        last_token = self.last_token.index_put((commit.slot,), last)
+        unread = self.unread.union(p for p, _, _, advance in commit.host if advance)
 
         def settle() -> None:
-            settle_parts()
-            self.last_token, self.unread = last_token, unread
+            self.last_token.copy_(last_token)  # in place: graphs read it there
+            self.unread = unread
 
         return settle
 
@@ -280,19 +283,36 @@ class ModelProposer:
             self.processors.close()
         close_cache_of(self, ("logits", "after", "last_token", "unread", "candidates"))
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether a segment's last token is read after it is decided; else it was read with the others."""
+        return self.hidden is None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a commit reads and writes."""
+        kept = [] if self.hidden is None else [self.logits, self.hidden.best_logits, *self.hidden.tensors]
+        return [self.last_token, *self.cache.tensors, *kept]
+
     def _read_last(self, slots: list[int]) -> None:
-        """Feed the last decided token of these slots: one row per slot."""
+        """Feed the last decided token of these slots, all of them unread."""
         if not slots:
             return
         (slot,) = to_device([slots], self.device)
-        self.logits[slot] = self._after(slots, slot)[: len(slot)]
-        one, rows = torch.ones_like(slot), torch.arange(len(slot), device=self.device)
-        settle = self.cache.commit(slot, rows, one, one.bool())
         unread = self.unread.difference(slots)
-        settle()  # the two go together: with one of them alone, tokens would be fed twice, or not at all
+        self.read_last(slots, slot, torch.ones_like(slot, dtype=torch.bool))
         self.unread = unread
 
-    def _after(self, slots: list[int], slot: Tensor) -> Tensor:
+    def read_last(self, slots: Sequence[int], slot: Tensor, unread: Tensor) -> None:
+        """Feed the last decided token of those of these slots [C] that `unread` [C] says: one row per slot."""
+        after = self._after(slots, slot)[: len(slot)]
+        logits = after.where(unread[:, None], self.logits[slot])
+        settle = self.cache.commit(slot, torch.arange(len(slot), device=self.device), unread.long(), unread)
+        # The two go together: with one of them alone, tokens would be fed twice, or not at all.
+        self.logits[slot] = logits
+        settle()
+
+    def _after(self, slots: Sequence[int], slot: Tensor) -> Tensor:
         """Read the last decided token of these slots [C]; return the logits [C, V] behind it, and perhaps more rows."""
         if self.graphs is None:
             self.cache.fork(slot)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stars_kernels import ops
+from stars_kernels.decoder.ends import is_in
 from stars_kernels.decoder.protocols import Rows
 from stars_kernels.decoder.rules import Plan
 from stars_kernels.hf.cache.buffers import Buffers
@@ -108,4 +109,4 @@ class Draws:
     def end(self, segment: Segment, step: Step) -> None:
         """End the rows whose token is one of `eos`, or could not be drawn."""
         token = segment.tokens[:, column(step)]
-        segment.ended |= (torch.isin(token, segment.eos) | (token < 0))[:, 0]
+        segment.ended |= (is_in(token, segment.eos) | (token < 0))[:, 0]

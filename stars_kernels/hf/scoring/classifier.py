@@ -111,6 +111,11 @@ class ClassifierScorer:
         graphs.run((rows, place, size, len(self.cache.lengths)), work)
         return rewards[:given].clone()
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that a commit reads and writes."""
+        return self.cache.tensors
+
     def commit(self, commit: Commit) -> Settle:
         return self.cache.commit(commit.slot, commit.row, commit.length, commit.advance)
 

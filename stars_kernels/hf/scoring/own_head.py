@@ -38,6 +38,11 @@ class OwnHeadScorer:
         states = self.hidden.rows[: len(self.last)]
         return Scores(head_rewards(self.head, rows_of(states, wave), rows_of(self.last, wave)))
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Nothing: a commit is the proposer's."""
+        return ()
+
     def commit(self, commit: Commit) -> Settle:
         """Nothing to write: what is kept of the rows is the proposer's."""
         return lambda: None

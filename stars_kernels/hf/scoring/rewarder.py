@@ -64,6 +64,8 @@ class Part:
     """The models that keep what rows of the language model's tokens leave behind, each with its name."""
     loaded: nn.Module | None = None
     """The user's own module, or the one loaded for them; None = a function."""
+    queues: bool = False
+    """Whether its scorer is a `QueueingScorer`."""
 
 
 class Rewarder:
@@ -81,6 +83,7 @@ class Rewarder:
         self.parts = [_part(part, language_model, tokenizer, trust_remote_code) for part in self.described]
         self.bodies = [part.body for part in self.parts if part.body is not None]
         self.limit = min(part.limit for part in self.parts)
+        self.queues = all(part.queues for part in self.parts)
         self.reads_hidden = any(part.reads_hidden for part in self.parts)
         self.decoders = [decoder for part in self.parts for decoder in part.decoders]
 
@@ -149,7 +152,7 @@ def _own_head(described: RewardModel, head: nn.Module, lm: PreTrainedModel) -> P
         assert place.hidden is not None
         return OwnHeadScorer(copy, place.hidden)
 
-    return Part(scorer, copy, reads_hidden=True, loaded=head)
+    return Part(scorer, copy, reads_hidden=True, loaded=head, queues=True)
 
 
 def _likelihood(
@@ -198,7 +201,7 @@ def _classifier(
         limit, body = context_limit(loaded.model), cast(PreTrainedModel, view.base_model)
         return Part(
             lambda place: ClassifierScorer(view, label, chunks, place.buffers, place.graphs_for(body)), body, limit,
-            decoders=((loaded.name, body),), loaded=loaded.model,
+            decoders=((loaded.name, body),), loaded=loaded.model, queues=True,
         )  # fmt: skip
     text_model = TextModel(view, loaded.own_tokenizer(lm, tokenizer), described.template, chunks)
     values = every_token(reward_output(view, label))

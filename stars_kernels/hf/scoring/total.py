@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from stars_kernels.decoder.protocols import Admission, Commit, Room, Rows, Scorer, Scores, Settle, together
+from stars_kernels.decoder.protocols import (
+    Admission,
+    Commit,
+    QueueingScorer,
+    Room,
+    Rows,
+    Scorer,
+    Scores,
+    Settle,
+    together,
+)
 
 
 class SumScorer:
@@ -30,6 +41,11 @@ class SumScorer:
 
     def score(self, wave: Sequence[int]) -> Scores:
         return self._sum([part.score(wave) for part, _ in self.parts])
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that a commit reads and writes; only where the parts tell it."""
+        return [tensor for part, _ in self.parts for tensor in cast(QueueingScorer, part).tensors]
 
     def commit(self, commit: Commit) -> Settle:
         return together([part.commit(commit) for part, _ in self.parts])

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -46,10 +46,26 @@ class Mask:
 FULL = Mask()
 
 
+class Rotation(NamedTuple):
+    """A layer's queries and keys [B, H, S, D] before they are turned by their positions' cos and sin [B or 1, S, D]."""
+
+    query: Tensor
+    key: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A `Rotation`, taken apart -> the turned queries and keys."""
+
+
 class Attend(Protocol):
     """What answers a layer's attention call; see `_stars_attention`."""
 
     makes_mask: bool
+
+    def turn(self, rotation: Rotation, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        """Return a layer's queries and keys, turned by `rotate`; or as they are, for the next call to turn them."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
@@ -69,6 +85,12 @@ def answered_by(cache: Attend) -> Iterator[None]:
         _current.cache = None
 
 
+def current_cache() -> Attend | None:
+    """Return what answers the attention calls of this thread, if anything does."""
+    cache: Attend | None = getattr(_current, "cache", None)
+    return cache
+
+
 def _stars_attention(
     module: nn.Module,
     query: Tensor,
@@ -79,7 +101,7 @@ def _stars_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Answer a layer's attention call for the new tokens: query [B, Hq, S, Dk], key, value -> [B, S, Hq, Dv]."""
-    cache = getattr(_current, "cache", None)
+    cache = current_cache()
     if cache is None:
         raise RuntimeError('attn_implementation "stars" needs a ForkCache as its cache')
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

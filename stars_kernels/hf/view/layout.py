@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from stars_kernels.hf.families import STEPS, WORKS
 from stars_kernels.hf.modes import without_autocast
-from stars_kernels.hf.view.attention import Mask, UnsupportedModel, answered_by, check_options
+from stars_kernels.hf.view.attention import Mask, Rotate, Rotation, UnsupportedModel, answered_by, check_options
 from stars_kernels.versions import CACHE_ARGUMENTS
 
 Plane = tuple[int, int, torch.dtype, torch.device]
@@ -34,6 +34,8 @@ class Layer:
     value: Plane
     softcap: float = 0.0
     sinks: Tensor | None = None  # [Hq]
+    rotates: bool = False
+    """Whether its queries and keys are what Llama's apply_rotary_pos_emb returned, and nothing else."""
     source: int | None = None
     """The earlier call whose keys and values this one reads; None = its own."""
 
@@ -164,21 +166,34 @@ class _Probe(Cache):
         self.makes_mask = False
         self._answered: set[int] = set()  # how many updates there had been at each call
         self._stored: list[tuple[Tensor, Tensor]] = []  # of each call, kept alive so that none is another's by chance
+        self._turned: tuple[Tensor, Tensor] | None = None  # what the layer that is being asked has turned
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.updates.append(Layer(_plane(key_states), _plane(value_states)))
         return key_states, value_states
 
+    def turn(self, rotation: Rotation, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        turned = rotate(*rotation)
+        whole = rotation.cos.dim() == 3 and rotation.cos.shape[-1] == rotation.query.shape[-1] == rotation.key.shape[-1]
+        self._turned = turned if whole and len({tensor.dtype for tensor in rotation}) == 1 else None
+        return turned
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, options: dict[str, Any]
     ) -> Tensor:
+        rotates = self._turned is not None and query is self._turned[0] and key is self._turned[1]
+        rotates, self._turned = rotates and value.dtype == key.dtype, None
+        self.calls = [  # what was turned is wanted once more: so it has to be turned before the first call
+            replace(call, rotates=call.rotates and known is not key)
+            for call, (known, _) in zip(self.calls, self._stored, strict=True)
+        ]
         check_options(mask, options)
         source = next((i for i, (k, v) in enumerate(self._stored) if k is key and v is value), None)
         if len(self.updates) in self._answered and not any(key is k for k, _ in self._stored):
             raise UnsupportedModel("it attends to keys that it did not tell its cache of")
         self._answered.add(len(self.updates))
         softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
-        self.calls.append(Layer(_plane(key), _plane(value), float(softcap), sinks, source))
+        self.calls.append(Layer(_plane(key), _plane(value), float(softcap), sinks, rotates, source))
         self._stored.append((key, value))
         if sinks is not None and sinks.shape != (query.shape[1],):
             raise UnsupportedModel(f"its attention sinks have shape {list(sinks.shape)}, expected [{query.shape[1]}]")

@@ -16,12 +16,12 @@ With filters, one read of each row and a second one of the few places where surv
     draw       [R]          the filters on the candidates, exactly, then the survivors' race
 
 All filters are thresholds on the score, and top-p also one on the id of those tied at its threshold. A threshold is
-found by bisection on bit patterns, each step one sum over the candidates. These come in the order of an atomic counter,
-and the order of a block's sum is the compiler's: so whatever is added is an integer, a count or a probability in units
-of 2^-40, and a row's bits depend on nothing but the row.
+searched by bit patterns: a pass over the candidates sums for PIVOTS of them at once, and leaves the range between two.
+Candidates come in the order of an atomic counter, and the order of a block's sum is the compiler's: so whatever is
+added is an integer, a count or a probability in units of 2^-40, and a row's bits depend on nothing but the row.
 
 Where the candidates do not fit the buffer, or do not reach top_p (flat rows, thousands of ties), `draw` runs the same
-code over the whole row instead: exact too, but some fifty reads of the row by one program.
+code over the whole row instead: exact too, but some twenty reads of the row by one program.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from stars_kernels.ops.triton.philox import log, noise, token_bits, token_words
 CHUNK = 2048  # tokens a program of race, groups and gather reads: 16 a thread
 GROUP = 64  # tokens behind one maximum
 CAPACITY = 8192  # candidates a row
-TILE = 1024  # candidates, or groups, at a time in bound and draw
+TILE = 512  # candidates, or groups, at a time in bound and draw: with 1024, PIVOTS of them fill the registers
+PIVOTS = tl.constexpr(8)  # thresholds that a pass over them tries: a search of 32 bits takes 11 passes
 STREAM_WARPS, SEARCH_WARPS, FINISH_WARPS = 4, 8, 1
 MAX_VOCABULARY = 1 << 22  # a row's mass in units of 2^-40 fits 63 bits
 
@@ -190,19 +191,19 @@ def _bound(
     maximum += row * groups
     largest = tl.full([TILE], -float("inf"), tl.float32)
     for begin in range(0, groups, TILE):
-        largest = tl.maximum(largest, _scores(maximum, begin + tl.arange(0, TILE), groups, 1.0))
+        largest = tl.maximum(largest, _scores(maximum, begin + tl.arange(0, TILE), groups, None))
     top = tl.max(largest)
     low = tl.full([], LOWEST, tl.float32)
     if HAS_TOP_K or HAS_TOP_P:
-        low = _threshold(maximum, groups, 1.0, low, top, top_k if HAS_TOP_K else enough, False, TILE)
+        low = _threshold(maximum, groups, None, low, top, top_k if HAS_TOP_K else enough, False, TILE)
     if mass is not None:
         sums = tl.zeros([TILE], tl.int64)
         for begin in range(0, groups, TILE):
             at = begin + tl.arange(0, TILE)
             part = tl.load(mass + row * groups + at, mask=at < groups, other=0.0)
-            sums += (part * _exp_from(_scores(maximum, at, groups, 1.0), top)).to(tl.int64)
+            sums += (part * _exp_from(_scores(maximum, at, groups, None), top)).to(tl.int64)
         tl.store(total + row, tl.sum(sums))
-        low = _threshold(maximum, groups, 1.0, low, top, _share(tl.sum(sums), top_p), True, TILE)
+        low = _threshold(maximum, groups, None, low, top, _share(tl.sum(sums), top_p), True, TILE)
     if not HAS_TOP_P:  # top-p weighs what min-p drops, too
         low = tl.maximum(low, top + log_min_p - 1e-6 * (tl.abs(top) - log_min_p))  # rounding must not lose one
     tl.store(best + row, top)
@@ -253,13 +254,13 @@ def _draw(
     wanted = tl.full([], 0, tl.int64)
     if HAS_TOP_P and not HAS_TOP_K:
         wanted = _share(tl.load(total + row), top_p)
-        reached = _weight(scores, tl.minimum(count, CAPACITY), 1.0, low, top, True, TILE) >= wanted
+        reached = _weight(scores, tl.minimum(count, CAPACITY), None, low, top, TILE) >= wanted
         complete = complete & (reached | (low <= LOWEST))
     if tl.abs(top) == float("inf"):
         winner, mass = tl.full([], NO_ID, tl.int32), tl.full([], 0, tl.int64)
     elif complete:
         winner, mass = _filtered_race(
-            scores, ids, count, 1.0, low, top, wanted, top_k, top_p, log_min_p, vocabulary,
+            scores, ids, count, None, low, top, wanted, top_k, top_p, log_min_p, vocabulary,
             key, place, number, stream, HAS_TOP_K, HAS_TOP_P, TILE,
         )  # fmt: skip
     else:
@@ -279,25 +280,18 @@ def _filtered_race(
 
     No survivor's score is below `low`; `wanted` is the mass that top-p alone asks for.
     """
-    last = vocabulary  # of the tokens whose score is `low`, those up to this id survive
+    last = vocabulary.to(tl.int64)  # of the tokens whose score is `low`, those up to this id survive
     if HAS_TOP_K:
         low = _threshold(scores, count, temperature, low, best, top_k, False, TILE)
     if HAS_TOP_P:
         if HAS_TOP_K:
-            wanted = _share(_weight(scores, count, temperature, low, best, True, TILE), top_p)
+            wanted = _share(_weight(scores, count, temperature, low, best, TILE), top_p)
         low = _threshold(scores, count, temperature, low, best, wanted, True, TILE)
         each = _mass(low, best)
-        ties = _ties(scores, ids, count, temperature, low, last, TILE)
-        above = _weight(scores, count, temperature, low, best, True, TILE) - ties * each
+        above, ties = _above(scores, count, temperature, low, best, TILE)
         if above + (ties - 1) * each >= wanted:
             needed = (wanted - above + each - 1) // each
-            first = last * 0
-            while first < last:  # the smallest id up to which there are as many ties as needed
-                middle = (first + last) // 2
-                if _ties(scores, ids, count, temperature, low, middle, TILE) < needed:
-                    first = middle + 1
-                else:
-                    last = middle
+            last = _last_tie(scores, ids, count, temperature, low, needed, last, TILE)
     best_key = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], NO_ID, tl.int32)
     mass = tl.zeros([TILE], tl.int64)
@@ -316,50 +310,87 @@ def _filtered_race(
     return winner, tl.sum(mass)
 
 
-# --- sums over scores, and thresholds by bisection ---
+# --- sums over scores, and searches ---
 
 
 @triton.jit
 def _threshold(scores, count, temperature, low, best, wanted, MASS: tl.constexpr, TILE: tl.constexpr):
     """The largest t in [low, best] such that scores >= t have `wanted` weight; `low` where all have less.
 
-    Of a count, any t that is reached by as many scores: they are the same ones.
+    MASS: a score weighs its mass, else 1. Of a count, any t that is reached by as many scores: they are the same ones.
     """
-    first, last = _pattern(low), _pattern(best)
+    first, last = _pattern(low).to(tl.int64), _pattern(best).to(tl.int64)
     while first < last:
-        middle = last - ((last - first) >> 1)
-        weight = _weight(scores, count, temperature, _of_pattern(middle), best, MASS, TILE)
-        if weight < wanted:
-            last = middle - 1
-        else:
-            first = middle
-            if not MASS:
-                last = tl.where(weight == wanted, middle, last)
-    return _of_pattern(first)
+        pivots = _pivots(first, last)
+        least = _of_pattern(pivots.to(tl.uint32))[:, None]
+        weights = tl.zeros([PIVOTS], tl.int64)
+        for begin in range(0, count, TILE):
+            x = _scores(scores, begin + tl.arange(0, TILE), count, temperature)
+            if MASS:
+                weights += tl.sum(tl.where(x[None, :] >= least, _mass(x, best)[None, :], 0), axis=1)
+            else:
+                weights += tl.sum((x[None, :] >= least).to(tl.int32), axis=1)
+        first, last = _narrowed(first, last, pivots, weights, wanted, not MASS)
+    return _of_pattern(first.to(tl.uint32))
 
 
 @triton.jit
-def _weight(scores, count, temperature, low, best, MASS: tl.constexpr, TILE: tl.constexpr):
-    """How many scores are at least `low`, or their mass."""
+def _last_tie(scores, ids, count, temperature, score, wanted, vocabulary, TILE: tl.constexpr):
+    """An id up to which `wanted` tokens have this score. Ids count down from the vocabulary's end here."""
+    first, last = vocabulary * 0, vocabulary
+    while first < last:
+        pivots = _pivots(first, last)
+        most = (vocabulary - pivots).to(tl.int32)[:, None]
+        weights = tl.zeros([PIVOTS], tl.int64)
+        for begin in range(0, count, TILE):
+            at = begin + tl.arange(0, TILE)
+            token = at if ids is None else tl.load(ids + at, mask=at < count, other=NO_ID)
+            ties = _scores(scores, at, count, temperature) == score
+            weights += tl.sum((ties[None, :] & (token[None, :] <= most)).to(tl.int32), axis=1)
+        first, last = _narrowed(first, last, pivots, weights, wanted, True)
+    return vocabulary - first
+
+
+@triton.jit
+def _pivots(first, last):
+    """Numbers above `first`, up to `last`: between two of them lies at most a part of PIVOTS + 1 of the range."""
+    step = (last - first) // (PIVOTS + 1) + 1
+    return tl.minimum(first + step * (1 + tl.arange(0, PIVOTS)), last)
+
+
+@triton.jit
+def _narrowed(first, last, pivots, weights, wanted, COUNT: tl.constexpr):
+    """The range left for the largest pivot that has `wanted` weight, given those of all pivots, which fall.
+
+    COUNT: a pivot that is met exactly ends the search.
+    """
+    narrow = tl.max(tl.where(weights >= wanted, pivots, first))
+    last = tl.min(tl.where(weights >= wanted, last, pivots - 1))
+    if COUNT:
+        last = tl.where(tl.max((weights == wanted).to(tl.int32)) > 0, narrow, last)
+    return narrow, last
+
+
+@triton.jit
+def _weight(scores, count, temperature, low, best, TILE: tl.constexpr):
+    """The mass of the scores that are at least `low`."""
     weight = tl.zeros([TILE], tl.int64)
     for begin in range(0, count, TILE):
         x = _scores(scores, begin + tl.arange(0, TILE), count, temperature)
-        if MASS:
-            weight += tl.where(x >= low, _mass(x, best), 0)
-        else:
-            weight += (x >= low).to(tl.int64)
+        weight += tl.where(x >= low, _mass(x, best), 0)
     return tl.sum(weight)
 
 
 @triton.jit
-def _ties(scores, ids, count, temperature, score, last, TILE: tl.constexpr):
-    """How many tokens up to id `last` have this score."""
+def _above(scores, count, temperature, low, best, TILE: tl.constexpr):
+    """The mass of the scores above `low`, and how many are equal to it."""
+    weight = tl.zeros([TILE], tl.int64)
     ties = tl.zeros([TILE], tl.int64)
     for begin in range(0, count, TILE):
-        at = begin + tl.arange(0, TILE)
-        token = at if ids is None else tl.load(ids + at, mask=at < count, other=NO_ID)
-        ties += ((_scores(scores, at, count, temperature) == score) & (token <= last)).to(tl.int64)
-    return tl.sum(ties)
+        x = _scores(scores, begin + tl.arange(0, TILE), count, temperature)
+        weight += tl.where(x > low, _mass(x, best), 0)
+        ties += (x == low).to(tl.int64)
+    return tl.sum(weight), tl.sum(ties)
 
 
 @triton.jit
@@ -380,8 +411,9 @@ def _of_pattern(pattern):
 
 @triton.jit
 def _scores(logits, at, count, temperature):
-    """Logits over temperature; -inf from `count` on."""
-    return tl.div_rn(tl.load(logits + at, mask=at < count, other=-float("inf")).to(tl.float32), temperature)
+    """Logits over temperature, None where they are scores already; -inf from `count` on."""
+    x = tl.load(logits + at, mask=at < count, other=-float("inf")).to(tl.float32)
+    return x if temperature is None else tl.div_rn(x, temperature)
 
 
 @triton.jit

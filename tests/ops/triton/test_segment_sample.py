@@ -290,6 +290,43 @@ def test_the_ends_of_the_temperature(device, filters):
     assert token.tolist() == [-1] and logprob.isnan().all()
 
 
+# --- searches ---
+
+
+@triton.jit
+def _search(scores, count, best, wanted, out, MASS: tl.constexpr, TILE: tl.constexpr):
+    low = tl.full([], kernels.LOWEST, tl.float32)
+    found = kernels._threshold(scores, count, 1.0, low, tl.load(best), tl.load(wanted + tl.program_id(0)), MASS, TILE)
+    tl.store(out + tl.program_id(0), found)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 30.0, 1e37])
+def test_a_search_finds_the_threshold_of_any_weight(device, spread):
+    """Among all 32-bit patterns, with ties, zeros of both signs and -inf; a threshold of mass is itself a score."""
+    scores = torch.randn(150, generator=generator(21)).mul(spread)
+    scores[20:60] = scores[60:100]
+    scores[100:103] = torch.tensor([0.0, -0.0, -torch.inf])
+    order = scores.sort(descending=True).values[:-1]
+    wanted = torch.tensor([1, 2, 30, 77, 149])
+
+    def search(wanted, mass):
+        out = torch.empty(len(wanted), device=device)
+        given = (t.to(device) for t in (scores, order[:1], wanted))
+        scores_, best, weights = given
+        _search[(len(wanted),)](scores_, len(scores), best, weights, out, MASS=mass, TILE=64)
+        return out.cpu()
+
+    kth = order[wanted - 1]
+    reached = (scores >= search(wanted, False)[:, None]).sum(dim=1)
+    assert torch.equal(reached, (scores >= kth[:, None]).sum(dim=1))
+    masses = (scores.double() - order[0].double()).exp().mul(2.0**40)
+    above = torch.stack([masses[scores >= t].sum() for t in kth])
+    heavy = masses[[scores.tolist().index(t) for t in kth.tolist()]] > 2.0**20  # rounding decides about the others
+    half = masses[[scores.tolist().index(t) for t in kth.tolist()]] / 2
+    assert heavy.any()
+    assert torch.equal(search((above - half).long(), True)[heavy], kth[heavy])
+
+
 # --- rows ---
 
 

@@ -14,8 +14,13 @@ from torch import nn
 
 from stars_kernels import ops
 from stars_kernels.hf.view.rewrites.activation import Elementwise, is_elementwise
+from stars_kernels.hf.view.rewrites.merged import Part
+from stars_kernels.hf.view.rewrites.merged import merge as merge
+from stars_kernels.hf.view.rewrites.mlp import GatedMLP, is_gated
 from stars_kernels.hf.view.rewrites.norm import RMSNorm, is_norm
 from stars_kernels.hf.view.rewrites.packed import PackedLinear, PackedMLP, is_packable, is_swiglu
+from stars_kernels.hf.view.rewrites.residual import FusedResiduals, fuse_residuals
+from stars_kernels.hf.view.rewrites.rotary import turn_where_stored
 
 
 class Rewrite(NamedTuple):
@@ -24,19 +29,21 @@ class Rewrite(NamedTuple):
     """Of the module that matches, and the dtype of packed weights."""
 
 
-ALWAYS = (Rewrite(is_norm, lambda norm, _: RMSNorm(norm)),)
+ALWAYS = (Rewrite(is_norm, lambda norm, _: RMSNorm(norm)), Rewrite(is_gated, lambda mlp, _: GatedMLP(mlp)))
 PACKED = (
     Rewrite(is_swiglu, PackedMLP),
     Rewrite(is_packable, lambda linear, dtype: _with_original(linear, PackedLinear(linear, dtype))),
     Rewrite(is_elementwise, lambda activation, _: Elementwise(activation)),
 )
 """Where weights are packed; activations go with them, as torch's round an element by its place in memory."""
-REPLACEMENTS = (RMSNorm, PackedMLP, PackedLinear, Elementwise)
+REPLACEMENTS = (RMSNorm, GatedMLP, PackedMLP, PackedLinear, Elementwise, Part)
 
 
 def rewrite(view: nn.Module) -> None:
     """Replace on `view` what is always replaced."""
     _replace(view, ALWAYS, torch.float32, adapters=True)
+    turn_where_stored(view)
+    fuse_residuals(view)
 
 
 def pack(view: nn.Module, dtype: torch.dtype = torch.float32) -> int:
@@ -74,6 +81,15 @@ def _with_original(linear: nn.Module, packed: PackedLinear) -> PackedLinear:
     """Keep the original weight, for code that reads it and not the layer's output."""
     packed.weight = linear.weight
     return packed
+
+
+def served(view: nn.Module) -> dict[str, bool]:
+    """Say of each op that stands for a part of a model's own code whether it does on this view."""
+    return {
+        "add_rms_norm": any(isinstance(module, FusedResiduals) for module in view.modules()),
+        "gated": any(isinstance(module, GatedMLP) for module in view.modules()),
+        "rms_norm": any(isinstance(module, RMSNorm) for module in view.modules()),
+    }
 
 
 def rewritten(view: nn.Module) -> list[nn.Module]:
