@@ -33,10 +33,10 @@ from stars_kernels.decoder.protocols import (
     Settle,
     together,
 )
-from stars_kernels.decoder.round import Round, grown
+from stars_kernels.decoder.round import Round
 from stars_kernels.decoder.rules import Candidate, Plan, Stars, Verdict, best
 from stars_kernels.decoder.transfer import Reading, to_device
-from stars_kernels.decoder.trial import Trial
+from stars_kernels.decoder.trial import Trial, grown
 from stars_kernels.ops.accept import ACCEPTED, FALLBACK, NAN
 
 

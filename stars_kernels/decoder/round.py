@@ -7,9 +7,9 @@ What may go wrong with a row is in `faults.py`, running out of memory in `schedu
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from stars_kernels.decoder.output import FinishReason
 from stars_kernels.decoder.protocols import Commit, Proposal, Proposer, Rows, Scorer, Scores, Settle, together
 from stars_kernels.decoder.rules import Candidate, Rule
 from stars_kernels.decoder.transfer import to_device, to_host
-from stars_kernels.decoder.trial import Trial
+from stars_kernels.decoder.trial import Trial, grown
 from stars_kernels.ops.philox import STREAM_SAMPLE, accept_uniforms
 
 
@@ -184,19 +184,3 @@ class Round:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def grown(
-    start: Candidate,
-    drawn: Sequence[int],
-    logprob: float,
-    uniform: float,
-    stopped: bool,
-    room: int,
-    eos: Collection[int],
-) -> Candidate:
-    """Return what an attempt has become with the tokens that it has drawn; room: of its answer."""
-    tokens = [*start.tokens, *drawn]
-    ended = stopped or tokens[-1] in eos or len(tokens) == room
-    total = start.logprob + logprob
-    return replace(start, tokens=tokens, logprob=total, uniform=uniform, stopped=stopped, ended=ended)

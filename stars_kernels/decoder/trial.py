@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from stars_kernels.decoder.answer import Answer
 from stars_kernels.decoder.faults import Fault, fault_of, fault_of_score
@@ -88,3 +88,19 @@ class Trial:
         assert self.verdict is not None
         answer.add(self.candidates[: self.judged], self.verdicts, len(self.candidates))
         answer.follow(self.verdict, eos)
+
+
+def grown(
+    start: Candidate,
+    drawn: Sequence[int],
+    logprob: float,
+    uniform: float,
+    stopped: bool,
+    room: int,
+    eos: Collection[int],
+) -> Candidate:
+    """Return what an attempt has become with the tokens that it has drawn; room: of its answer."""
+    tokens = [*start.tokens, *drawn]
+    ended = stopped or tokens[-1] in eos or len(tokens) == room
+    total = start.logprob + logprob
+    return replace(start, tokens=tokens, logprob=total, uniform=uniform, stopped=stopped, ended=ended)

@@ -50,5 +50,6 @@ def _rms_norm(x, weight, out, eps, count, SIZE: tl.constexpr, BLOCK: tl.constexp
         d = start + tl.arange(0, BLOCK)[None, :]
         value = tl.load(x + row + d, mask=there & (d < SIZE), other=0.0).to(tl.float32)
         normed = (value * scale[:, None]).to(out.dtype.element_ty).to(tl.float32)
-        factor = tl.load(weight + d, mask=d < SIZE, other=0.0).to(tl.float32)
+        # For each row again, so that these loads are laid out, and as wide, as those of x.
+        factor = tl.load(weight + d + 0 * row, mask=there & (d < SIZE), other=0.0).to(tl.float32)
         tl.store(out + row + d, (normed * factor).to(out.dtype.element_ty), mask=there & (d < SIZE))

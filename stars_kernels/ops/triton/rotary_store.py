@@ -31,7 +31,7 @@ def rotary_store_triton(
         _rotary_store[grid](
             query, key, value, cos, sin, where, keys, values, out,
             query.stride(1), key.stride(1), value.stride(1), steps, len(cos) * steps, keys.shape[1],
-            QUERY_HEADS=query_heads, KEY_HEADS=heads, SIZE=size, VALUE_SIZE=value_size, HEADS=HEADS,
+            query_heads, heads, SIZE=size, VALUE_SIZE=value_size, HEADS=HEADS,
             HALF=triton.next_power_of_2(size // 2), VALUES=triton.next_power_of_2(value_size),
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
@@ -45,17 +45,16 @@ def _tokens(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
-@triton.jit(do_not_specialize=["steps", "phases", "room"])
+@triton.jit(do_not_specialize=["steps", "phases", "room", "query_heads", "key_heads"])
 def _rotary_store(
     query, key, value, cos, sin, where, keys, values, out,
-    query_stride, key_stride, value_stride, steps, phases, room,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, VALUES: tl.constexpr,
+    query_stride, key_stride, value_stride, steps, phases, room, query_heads, key_heads,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of the queries of one token or, behind those, of its keys and values."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    query_groups: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
+    query_groups = tl.cdiv(query_heads, HEADS)
     d = tl.arange(0, HALF)
     lanes = d < SIZE // 2
     phase = token % phases * SIZE
@@ -63,24 +62,24 @@ def _rotary_store(
     cos_high = tl.load(cos + phase + SIZE // 2 + d, mask=lanes, other=0.0).to(tl.float32)
     sin_low = tl.load(sin + phase + d, mask=lanes, other=0.0).to(tl.float32)
     sin_high = tl.load(sin + phase + SIZE // 2 + d, mask=lanes, other=0.0).to(tl.float32)
-    if group < query_groups:
+    if group < query_groups:  # no pointer leaves a branch: Triton 3.6 cannot have that on AMD
         head = group * HEADS + tl.arange(0, HEADS)
         _turn(
-            query + token * query_stride, out + token * QUERY_HEADS * SIZE, head, head < QUERY_HEADS, d, lanes,
+            query + token * query_stride, out + token * query_heads * SIZE, head, head < query_heads, d, lanes,
             cos_low, cos_high, sin_low, sin_high, SIZE,
         )  # fmt: skip
     else:
         head = (group - query_groups) * HEADS + tl.arange(0, HEADS)
         place = token // steps * room + tl.load(where + token % steps)
         _turn(
-            key + token * key_stride, keys + place * KEY_HEADS * SIZE, head, head < KEY_HEADS, d, lanes,
+            key + token * key_stride, keys + place * key_heads * SIZE, head, head < key_heads, d, lanes,
             cos_low, cos_high, sin_low, sin_high, SIZE,
         )  # fmt: skip
         e = tl.arange(0, VALUES)
-        there = (head < KEY_HEADS)[:, None] & (e < VALUE_SIZE)[None, :]
+        there = (head < key_heads)[:, None] & (e < VALUE_SIZE)[None, :]
         at = head[:, None] * VALUE_SIZE + e[None, :]
         copied = tl.load(value + token * value_stride + at, mask=there, other=0.0)
-        tl.store(values + place * KEY_HEADS * VALUE_SIZE + at, copied, mask=there)
+        tl.store(values + place * key_heads * VALUE_SIZE + at, copied, mask=there)
 
 
 @triton.jit

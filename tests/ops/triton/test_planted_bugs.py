@@ -113,9 +113,9 @@ def attend_in_splits(device, monkeypatch):
             gate, "oob_write", "past the end of the tensor passed as `out`", id="a product's store without its mask",
         ),
         pytest.param(
-            rotary_store, "there = (head < KEY_HEADS)[:, None] & (e < VALUE_SIZE)[None, :]",
+            rotary_store, "there = (head < key_heads)[:, None] & (e < VALUE_SIZE)[None, :]",
             "there = (head >= 0)[:, None] & (e < VALUE_SIZE)[None, :]",
-            store, "oob_read", "past the end of the tensor passed as `value`", id="values of heads that are none",
+            store, "oob_write", "past the end of the tensor passed as `values`", id="values of heads that are none",
         ),
         pytest.param(
             rotary_store, "place = token // steps * room + tl.load(where + token % steps)",

@@ -51,27 +51,10 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 class FusedResiduals(nn.Module):
     """What the class of such a layer inherits from first."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As LlamaDecoderLayer.forward."""
+    def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        """As LlamaDecoderLayer.forward; others: of its own arguments by their names, which are the attention's too."""
         layer = cast(LlamaDecoderLayer, self)
-        attended, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **others)
         norm = cast(RMSNorm, layer.post_attention_layernorm)
         if attended.dtype == hidden_states.dtype == norm.weight.dtype:
             residual, normed = ops.call_op("add_rms_norm", attended, hidden_states, norm.weight, norm.eps)

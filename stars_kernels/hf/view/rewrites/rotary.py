@@ -9,7 +9,8 @@ function returns are the very tensors that the module attends with.
 from __future__ import annotations
 
 import functools
-from types import FunctionType
+import inspect
+from types import CellType, FunctionType
 from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def turn_where_stored(view: nn.Module) -> int:
 
 
 def _is_rotary(module: nn.Module) -> TypeGuard[nn.Module]:
-    forward: Any = type(module).forward
+    forward: Any = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if (
         not type(module).__module__.startswith(TESTED)
@@ -65,11 +66,23 @@ def _code(function: FunctionType) -> tuple[Any, ...]:
 @functools.cache
 def _turning_later(kind: type[nn.Module]) -> type[nn.Module]:
     own: Any = kind.forward
-    names = {**own.__globals__, ROTATE: _asking_the_cache(own.__globals__[ROTATE])}
-    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__)
-    functools.update_wrapper(forward, own)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": _turning(own), "__module__": kind.__module__})
+
+
+def _turning(own: Any) -> FunctionType:
+    """Copy a forward, in which ROTATE asks the cache; of a decorated one, as transformers 5.24 has them, all of it."""
+    names, closure, inner = own.__globals__, own.__closure__, getattr(own, "__wrapped__", None)
+    attributes = dict(vars(own))
+    if inner is None:
+        names = {**names, ROTATE: _asking_the_cache(names[ROTATE])}
+    else:
+        attributes["__wrapped__"] = _turning(inner)
+        inside = CellType(attributes["__wrapped__"])
+        closure = tuple(inside if cell.cell_contents is inner else cell for cell in closure)
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, closure)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    vars(copy).update(attributes)
+    return copy
 
 
 def _asking_the_cache(function: Any) -> Any:
